@@ -1,0 +1,161 @@
+"""The vocabulary of edits: every change a conversion makes, as data with its mathematics beside it.
+
+A tensor edit is a pure function of the tensor's value so far and of *original* values of the few tensors that belong
+with it, so that the live model and the stream of shards give the same weights in any order of tensors. A module edit
+changes the structure only and moves no values. Tensors and modules are named as the model names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from normswap.norms.spec import Casting, GainForm
+
+Read = Callable[[str], torch.Tensor]
+
+
+class Edit(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorEdit(Edit):
+    """A change of one tensor. `apply` gets and returns float64."""
+
+    tensor: str
+
+    def reads(self) -> tuple[str, ...]:
+        """Names of the other tensors whose original values `apply` needs."""
+        return ()
+
+    def apply(self, value: torch.Tensor | None, read: Read) -> torch.Tensor | None:
+        """The new value, from the value so far (None: the tensor does not exist yet; returning None removes it)."""
+        raise NotImplementedError
+
+
+def _along(vector: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
+    """`vector` of shape `(n,)` as `(1, .., n, .., 1)`, to act along `axis` of a tensor with `ndim` axes."""
+    return vector.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+class Centre(TensorEdit):
+    """`T <- T - mean(T)` along `axis`, taken in `groups` equal runs (heads side by side in one axis)."""
+
+    edit: Literal["centre"] = "centre"
+    axis: int
+    groups: int = 1
+
+    def apply(self, value, read):
+        split = value.unflatten(self.axis, (self.groups, -1))
+        return (split - split.mean(self.axis + 1, keepdim=True)).flatten(self.axis, self.axis + 1)
+
+
+class Untie(TensorEdit):
+    """`tensor`, until now an alias of `source`, becomes a parameter of its own with the same values."""
+
+    edit: Literal["untie"] = "untie"
+    source: str
+
+    def reads(self):
+        return (self.source,)
+
+    def apply(self, value, read):
+        return read(self.source).clone()
+
+
+class FoldGain(TensorEdit):
+    """A norm's gain moved into a reader: `W <- W diag(g)` along the `axis` that meets the norm's output."""
+
+    edit: Literal["fold_gain"] = "fold_gain"
+    axis: int
+    weight: str
+    form: GainForm
+
+    def reads(self):
+        return (self.weight,)
+
+    def apply(self, value, read):
+        weight = read(self.weight)
+        gain = 1 + weight if self.form == "1 + w" else weight
+        return value * _along(gain, self.axis, value.ndim)
+
+
+class FoldBias(TensorEdit):
+    """A norm's bias moved into a reader's: `c <- c + W b`, with `W` as it was before any gain was folded."""
+
+    edit: Literal["fold_bias"] = "fold_bias"
+    reader: str
+    axis: int
+    bias: str
+
+    def reads(self):
+        return (self.reader, self.bias)
+
+    def apply(self, value, read):
+        carried = torch.tensordot(read(self.reader), read(self.bias), dims=([self.axis], [0]))
+        return carried if value is None else value + carried
+
+
+class Drop(TensorEdit):
+    """The tensor is removed: what it did is folded elsewhere."""
+
+    edit: Literal["drop"] = "drop"
+
+    def apply(self, value, read):
+        return None
+
+
+class Fill(TensorEdit):
+    """The tensor keeps its place and shape but is set to `value`: the neutral gain or bias of a folded norm."""
+
+    edit: Literal["fill"] = "fill"
+    value: float
+
+    def apply(self, value, read):
+        return torch.full_like(value, self.value)
+
+
+class ModuleEdit(Edit):
+    module: str
+
+
+class SwapNorm(ModuleEdit):
+    """The norm at `module` becomes one of another kind; parameters that stay keep their names."""
+
+    edit: Literal["swap_norm"] = "swap_norm"
+    kind: Literal["rmsnorm"]
+    width: int
+    eps: float
+    gain: GainForm | None
+    bias: bool
+    casting: Casting
+
+
+class CentreOutput(ModuleEdit):
+    """The module's output is centred along its last axis, in the module itself (see `norms.centred`)."""
+
+    edit: Literal["centre_output"] = "centre_output"
+
+
+class GrowBias(ModuleEdit):
+    """A module built without a bias gets one, of shape `(size,)`."""
+
+    edit: Literal["grow_bias"] = "grow_bias"
+    size: int
+
+
+class SetConfig(Edit):
+    """One key of the configuration gets another value."""
+
+    edit: Literal["set_config"] = "set_config"
+    key: str
+    value: Any
+
+
+AnyEdit = Annotated[
+    Centre | Untie | FoldGain | FoldBias | Drop | Fill | SwapNorm | CentreOutput | GrowBias | SetConfig,
+    Field(discriminator="edit"),
+]

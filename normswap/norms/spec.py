@@ -1,0 +1,45 @@
+"""What a norm is, as data: its kind, axis, gain form, bias, eps and casting mode, all recovered from behaviour."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+GainForm = Literal["w", "1 + w"]
+Casting = Literal["input", "float32", "float32-before-gain"]
+
+
+class NormSpec(BaseModel):
+    """One norm's behaviour.
+
+    With `x` split into groups of `width` values along `axes`, and per group
+    `y = gain(w) * (x - m) / sqrt(s + eps) + b`, the kind fixes `m` and `s`:
+
+    - `layernorm`: `m = mean(x)`, `s = mean((x - m)^2)`;
+    - `rmsnorm`: `m = 0`, `s = mean(x^2)`;
+    - `batchnorm`: `m`, `s` are running statistics of each channel;
+    - `groupnorm`: as layernorm, over groups of channels and all positions.
+
+    Attributes:
+        kind: the name of the formula above.
+        axes: the normalised axes of the input, counted from the end (`(-1,)` for a token's channels).
+        width: how many values share one statistic.
+        gain: `w` multiplies by the parameter, `1 + w` by one plus it, None: no gain.
+        weight, bias: the names of the parameters inside the module, None where there is none.
+        eps: the value added under the root, as measured.
+        casting: in which precision the module computes on half-precision input:
+            `input` throughout in the input's dtype; `float32` with one rounding at the end;
+            `float32-before-gain` rounded to the input's dtype before the gain is applied (Llama).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    axes: tuple[int, ...]
+    width: int
+    gain: GainForm | None = None
+    weight: str | None = None
+    bias: str | None = None
+    eps: float = 0.0
+    casting: Casting = "input"
