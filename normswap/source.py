@@ -1,0 +1,164 @@
+"""Where a model comes from: a folder or a Hub id, its configuration and class, and its structure without weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from normswap.errors import SourceError
+
+#: what a conversion writes beside the weights: the plan, the source's configuration, hashes and measurements
+RECORD = "normswap.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's identity, before any weight is read.
+
+    Attributes:
+        name: as the user gave it.
+        folder: where its files are.
+        config: the configuration, of the stock class also for a folder that normswap converted.
+        model_class: the class named by the configuration's `architectures`.
+        record: contents of `normswap.json` if normswap made this folder, else None.
+    """
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    model_class: type[PreTrainedModel]
+    record: dict | None = None
+
+    @classmethod
+    def open(
+        cls, name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+    ) -> Source:
+        """Find the checkpoint `name`: a folder, a `config.json`, or a Hub id (`revision` applies to the last).
+
+        Args:
+            weights: whether the weights of a Hub id are needed too.
+
+        Raises:
+            SourceError: nothing readable there, a quantised checkpoint, or custom code without the flag.
+        """
+        folder = _locate(str(name), revision, weights)
+        raw = _read_json(folder / "config.json")
+        if "quantization_config" in raw:
+            method = raw["quantization_config"]
+            method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+            raise SourceError(
+                f"{name} is quantised ({method}): its weights cannot be edited exactly. Convert the unquantised "
+                f"checkpoint it was made from, then quantise the result."
+            )
+        record = _read_json(folder / RECORD) if (folder / RECORD).exists() else None
+        if record is not None:
+            config, model_class = _stock_form(name, record)
+        else:
+            config = _load_config(name, folder, trust_remote_code)
+            model_class = _find_class(name, folder, config, raw, trust_remote_code)
+        return cls(str(name), folder, config, model_class, record)
+
+    def build(self) -> PreTrainedModel:
+        """The model on the meta device: its modules and shapes, no weights. A converted folder's plan is replayed."""
+        try:
+            with torch.device("meta"):
+                model = self.model_class._from_config(self.config)
+        except Exception as error:
+            raise SourceError(
+                f"{self.model_class.__name__} cannot be built from the configuration of {self.name}: "
+                f"{type(error).__name__}: {error}. Check config.json."
+            ) from error
+        if self.record is not None:
+            from normswap.apply.live import apply_structure
+            from normswap.plan import Plan
+
+            apply_structure(model, Plan.model_validate(self.record["plan"]))
+        return model.eval()
+
+
+def _locate(name: str, revision: str | None, weights: bool) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file() and path.name == "config.json":
+        return path.parent
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path
+        raise SourceError(f"{name} has no config.json: expected a folder saved by `save_pretrained`, or a Hub id.")
+    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise SourceError(f"{name} is no folder: expected a folder with config.json, or a Hub id such as 'org/model'.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    skipped = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.pt"]
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, ignore_patterns=skipped)
+            if weights
+            else snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.py"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"{name} is no local folder and could not be had from the Hub ({reason}). "
+            f"Check the name, or give a folder with config.json and *.safetensors."
+        ) from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} holds a {type(value).__name__}; expected a JSON object.")
+    return value
+
+
+def _load_config(name: str | Path, folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        flag = "" if trust_remote_code else " If it brings its own code and you trust it, add --trust-remote-code."
+        raise SourceError(f"the configuration of {name} cannot be loaded: {reason}.{flag}") from error
+
+
+def _find_class(name, folder: Path, config: PretrainedConfig, raw: dict, trust_remote_code: bool):
+    architectures = raw.get("architectures") or []
+    if not architectures:
+        raise SourceError(
+            f"{name}: config.json names no model class. Expected e.g. \"architectures\": [\"...ForCausalLM\"]; "
+            f"add the class the weights were saved from."
+        )
+    wanted = architectures[0]
+    if hasattr(transformers, wanted):
+        return getattr(transformers, wanted)
+    references = {ref.split(".")[-1]: ref for ref in (raw.get("auto_map") or {}).values() if isinstance(ref, str)}
+    if wanted in references and trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(references[wanted], str(folder))
+    way_out = (
+        "It is code in the checkpoint: if you trust it, add --trust-remote-code."
+        if wanted in references
+        else f"transformers {transformers.__version__} has no such class: another version may."
+    )
+    raise SourceError(f"{name} is a {wanted}, which cannot be built. {way_out}")
+
+
+def _stock_form(name: str | Path, record: dict) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    from normswap.plan import Plan
+
+    try:
+        plan = Plan.model_validate(record["plan"])
+        config = AutoConfig.for_model(**record["source_config"])
+        for edit in plan.config_edits():
+            setattr(config, edit.key, edit.value)
+        return config, getattr(transformers, plan.architecture)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise SourceError(f"{name}/{RECORD} does not describe a conversion ({error}); convert the source again.") from error

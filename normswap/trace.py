@@ -1,0 +1,187 @@
+"""What one forward pass did, as data: values, the operations between them, and the module calls around those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where in the source a call stands: file, function, and the exact lines and columns of the expression."""
+
+    file: str
+    function: str
+    line: int
+    end_line: int
+    column: int
+    end_column: int
+
+
+@dataclass(eq=False)
+class Value:
+    """One tensor at one moment: an in-place operation gives its target a new value.
+
+    Attributes:
+        index: position in `Trace.values`.
+        shape, dtype: as the model saw it.
+        name: of a parameter or buffer, the first name the model knows it by; None for anything else.
+        kind: `parameter`, `buffer`, `constant` (depends on no parameter, so it was computed for real), `computed`.
+        real: the tensor itself where its values are known (constants), else None.
+        producer: index of the operation that made it, None for leaves.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str
+    name: str | None = None
+    real: torch.Tensor | None = None
+    producer: int | None = None
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.is_floating_point
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a value inside an operation's arguments."""
+
+    value: int
+
+
+@dataclass(eq=False)
+class Operation:
+    """One torch call (or one norm module, opaque) with its arguments as data.
+
+    Attributes:
+        function: what was called; None for an opaque norm.
+        leaves, spec: the flattened arguments, each tensor replaced by a `Ref`.
+        inputs: the values among the arguments, in order, without repeats.
+        outputs: the values it made: those returned, then new versions of arguments changed in place.
+        mutated: which of `inputs` were changed in place.
+        module: path of the module it ran in.
+        norm: path of the norm module when opaque.
+    """
+
+    index: int
+    function: Callable | None
+    leaves: list[Any]
+    spec: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    mutated: tuple[int, ...]
+    module: str
+    span: Span | None
+    norm: str | None = None
+
+    @property
+    def name(self) -> str:
+        if self.function is None:
+            return "norm"
+        return getattr(self.function, "__name__", str(self.function)).strip("_")
+
+    def call(self, tensors: dict[int, torch.Tensor], sizes: dict[int, int] | None = None) -> list[torch.Tensor]:
+        """Run the operation again on other tensors, one per input value; sizes among the arguments are replaced too.
+
+        Returns the tensors standing for `outputs`. In-place changes act on copies.
+        """
+        private = {v: tensors[v].clone() if v in self.mutated else tensors[v] for v in self.inputs}
+        leaves = []
+        for leaf in self.leaves:
+            if isinstance(leaf, Ref):
+                leaf = private[leaf.value]
+            elif sizes and type(leaf) is int:
+                leaf = sizes.get(leaf, leaf)
+            leaves.append(leaf)
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        returned = self.function(*args, **kwargs)
+        made = [t for t in tree_flatten(returned)[0] if isinstance(t, torch.Tensor)]
+        fresh = [t for t in made if not any(t is private[v] for v in self.inputs)]
+        return fresh + [private[v] for v in self.mutated]
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of one module: the values that went in and came out, the range of operations inside, who called."""
+
+    path: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...] = ()
+    start: int = 0
+    end: int = 0
+    parent: str = ""
+    span: Span | None = None
+
+
+@dataclass(eq=False)
+class Trace:
+    """All of one forward pass. `operations` are in execution order, so producers come before consumers."""
+
+    values: list[Value] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+    outputs: tuple[int, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def consumers(self) -> dict[int, list[Operation]]:
+        found: dict[int, list[Operation]] = {}
+        for op in self.operations:
+            for v in op.inputs:
+                found.setdefault(v, []).append(op)
+        return found
+
+    def live(self) -> set[int]:
+        """Values that the model's outputs depend on; others were made for their shape or thrown away."""
+        alive = set(self.outputs)
+        for op in reversed(self.operations):
+            if any(v in alive for v in op.outputs):
+                alive.update(op.inputs)
+        return alive
+
+    def ancestors(self) -> list[int]:
+        """Per value a bit set (as an int) of all values it depends on, itself included."""
+        sets = [1 << v.index for v in self.values]
+        for op in self.operations:
+            union = 0
+            for v in op.inputs:
+                union |= sets[v]
+            for v in op.outputs:
+                sets[v] |= union
+        return sets
+
+    def norm_operations(self) -> Iterator[Operation]:
+        return (op for op in self.operations if op.norm is not None)
+
+
+def collapse_norms(trace: Trace, paths: set[str]) -> Trace:
+    """The same trace with each call of a norm module as one opaque operation.
+
+    Args:
+        paths: the norm modules. Each call must take one float tensor and give one of the same shape.
+    """
+    starts = {call.start: call for call in trace.calls if call.path in paths and call.end > call.start}
+    operations: list[Operation] = []
+    position = 0
+    while position < len(trace.operations):
+        op = trace.operations[position]
+        call = starts.get(position)
+        if call is None:
+            operations.append(op)
+            position += 1
+            continue
+        x = next(v for v in call.inputs if trace.values[v].is_float)
+        operations.append(
+            Operation(op.index, None, [], None, (x,), call.outputs[:1], (), call.path, call.span, norm=call.path)
+        )
+        position = call.end
+    for index, op in enumerate(operations):
+        op.index = index
+        for v in op.outputs:
+            trace.values[v].producer = index
+    return Trace(trace.values, operations, trace.calls, trace.outputs, trace.notes)
