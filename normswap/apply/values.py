@@ -1,0 +1,88 @@
+"""Values of a checkpoint's model tensors, before and after their edits: read from the files, computed in float64."""
+
+from __future__ import annotations
+
+import torch
+
+from normswap.apply.layout import Job
+from normswap.checkpoint import Checkpoint
+from normswap.edits import TensorEdit
+from normswap.errors import PlanError
+from normswap.keymap import SAVE_MERGED, Group, KeyMap, Tensors
+
+
+class Values:
+    """Reads `source` through `keymap`; keeps no tensor."""
+
+    def __init__(self, source: Checkpoint, keymap: KeyMap):
+        self._source = source
+        self._keymap = keymap
+
+    def original(self, name: str) -> torch.Tensor:
+        """A model tensor as the checkpoint has it, under `name` or an alias, in float64."""
+        group = self._keymap.stored_group(name)
+        made = self._keymap.to_model(group, self._read(group))
+        return next(made[alias] for alias in (name, *self._keymap.names_of(name)) if alias in made).to(torch.float64)
+
+    def edited(self, job: Job, dtype: torch.dtype) -> Tensors:
+        """The job's tensors by checkpoint key, rounded once to `dtype`.
+
+        Raises:
+            PlanError: a value does not fit `dtype`, or transformers does not undo the group's conversion exactly.
+        """
+        if job.group is None:
+            return {key: self._apply(name, None, edits, dtype) for key in job.keys for name, edits in job.edits.items()}
+        sources = self._read(job.group)
+        made = self._keymap.to_model(job.group, sources)
+        self._check_reversible(job.group, sources, made)
+        del sources
+        for name in job.group.targets:
+            made[name] = self._apply(name, made.pop(name), job.edits.get(name, ()), dtype)
+        return self._keymap.to_source(job.group, made)
+
+    def cast(self, key: str, dtype: torch.dtype) -> torch.Tensor:
+        """A stored tensor in another dtype. Raises PlanError when a value does not fit it."""
+        return _cast(key, self._source.read(key), dtype)
+
+    def check_copies(self, names: tuple[str, ...]) -> None:
+        """Refuse a tied parameter that the files hold twice with different values: loading would not tie it."""
+        first = self.original(names[0])
+        for name in names[1:]:
+            if not torch.equal(first, self.original(name)):
+                raise PlanError(
+                    f"expected {names[0]} and {name} to be equal in {self._source.folder}, since the configuration "
+                    'ties them, found different values. Loading does not tie such a pair: set "tie_word_embeddings": false '
+                    "in config.json, and make the plan again."
+                )
+
+    def _apply(
+        self, name: str, value: torch.Tensor | None, edits: tuple[TensorEdit, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        for edit in edits:
+            value = edit.apply(None if value is None else value.to(torch.float64), self.original)
+        return _cast(name, value, dtype)
+
+    def _read(self, group: Group) -> Tensors:
+        return {key: self._source.read(key) for key in group.sources}
+
+    def _check_reversible(self, group: Group, sources: Tensors, made: Tensors) -> None:
+        if group.converter is None:
+            return
+        back = self._keymap.to_source(group, made)
+        for key, value in sources.items():
+            # As bits: a NaN has to come back too.
+            if not torch.equal(back[key].contiguous().view(torch.uint8), value.view(torch.uint8)):
+                raise PlanError(
+                    f"{key}: expected to get it back unchanged from {', '.join(group.targets)}, found other values: "
+                    f"transformers does not undo this conversion exactly. {SAVE_MERGED}"
+                )
+
+
+def _cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    rounded = value.to(dtype)
+    if not rounded.isfinite().all() and value.isfinite().all():
+        raise PlanError(
+            f"{name}: expected all values to fit {dtype}, found {value.abs().max().item():.3g} against a largest of "
+            f"{torch.finfo(dtype).max:.3g}; store as bfloat16 or float32."
+        )
+    return rounded
