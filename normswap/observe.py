@@ -58,11 +58,13 @@ def observe(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Trace:
 def meta_twin(model: nn.Module) -> nn.Module:
     """A copy of the model's structure whose parameters and buffers are on the meta device, in eval mode.
 
-    Float buffers lose their values like parameters; integer ones keep theirs. Tied parameters stay tied.
+    Float buffers lose their values like parameters; integer ones keep theirs. Tied parameters stay tied. Parameters
+    are float32, so that no cast to a shorter dtype hides in the trace.
     """
     memo: dict[int, object] = {}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device=META), requires_grad=False)
+        dtype = torch.float32 if p.is_floating_point() else p.dtype
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device=META, dtype=dtype), requires_grad=False)
     for b in model.buffers():
         if b.is_floating_point():
             memo[id(b)] = torch.empty_like(b, device=META)

@@ -87,7 +87,9 @@ class Operation:
         return getattr(self.function, "__name__", str(self.function)).strip("_")
 
     def call(self, tensors: dict[int, torch.Tensor], sizes: dict[int, int] | None = None) -> list[torch.Tensor]:
-        """Run the operation again on other tensors, one per input value; sizes among the arguments are replaced too.
+        """Run the operation again on other tensors, one per input value, in float64.
+
+        Sizes among the arguments are replaced by `sizes`, and floating dtypes by float64.
 
         Returns the tensors standing for `outputs`. In-place changes act on copies.
         """
@@ -96,8 +98,10 @@ class Operation:
         for leaf in self.leaves:
             if isinstance(leaf, Ref):
                 leaf = private[leaf.value]
-            elif sizes and type(leaf) is int:
-                leaf = sizes.get(leaf, leaf)
+            elif type(leaf) is int:
+                leaf = (sizes or {}).get(leaf, leaf)
+            elif isinstance(leaf, torch.dtype) and leaf.is_floating_point:
+                leaf = torch.float64
             leaves.append(leaf)
         args, kwargs = tree_unflatten(leaves, self.spec)
         returned = self.function(*args, **kwargs)
