@@ -22,7 +22,7 @@ CONFIG = "config.json"
 
 CHUNK = 16 * 2**20
 # What a kernel or file system answers when it cannot copy between these two files itself.
-_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,13 @@ class Checkpoint:
                 except OSError as error:
                     if error.errno not in _NO_KERNEL_COPY:
                         raise
-                    in_kernel = False
-                    continue
+                    count = 0
+                # Some network file systems answer 0 instead of an error, so 0 too means: not by the kernel.
+                in_kernel = count > 0
             else:
                 count = os.pwrite(out, os.pread(fd, want, begin), offset + done)
-            if count == 0:
-                raise self._shrunk(info)
+                if count == 0:
+                    raise self._shrunk(info)
             done += count
 
     def fingerprint(self) -> str:

@@ -51,8 +51,8 @@ class Values:
             if not torch.equal(first, self.original(name)):
                 raise PlanError(
                     f"expected {names[0]} and {name} to be equal in {self._source.folder}, since the configuration "
-                    'ties them, found different values. Loading does not tie such a pair: set "tie_word_embeddings": false '
-                    "in config.json, and make the plan again."
+                    "ties them, found different values. Loading does not tie such a pair: set tie_word_embeddings to "
+                    "false in config.json, and make the plan again."
                 )
 
     def _apply(
