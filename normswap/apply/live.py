@@ -1,0 +1,272 @@
+"""A plan applied to a live model, in place.
+
+Structure comes first (norms swapped, aliases untied), then values. Before either, the whole plan runs once on a copy of
+the model that has shapes and no storage, so that a plan that does not fit raises while the model is still untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from graphlib import CycleError, TopologicalSorter
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from normswap.edits import CentreOutput, GrowBias, ModuleEdit, SwapNorm, TensorEdit, Untie
+from normswap.errors import PlanError
+from normswap.norms.centred import centre_output
+from normswap.norms.rms_norm import RMSNorm
+from normswap.plan import Plan
+
+Tensors = dict[str, torch.Tensor]
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Apply every edit of `plan` to `model` in place, and return it.
+
+    Each tensor's edits act in order in float64 on the CPU, whatever the model's device, and are rounded once to the
+    parameter's dtype: the weights are those of the streamed conversion, bit for bit. Parameters keep their identity
+    where the structure allows it, and `requires_grad`. Extra memory: one tensor in float64, and the parameters of norms
+    that are replaced, until the end.
+
+    Raises:
+        PlanError: the plan does not fit; the model is unchanged.
+    """
+    offloaded = [name for name in plan.tensor_edits() if getattr(model.state_dict().get(name), "is_meta", False)]
+    if offloaded:
+        raise PlanError(
+            f"{offloaded[0]} is to be edited, but it has no values here (meta device, or offloaded). "
+            "Load the model without offloading, or use apply_structure for the structure alone."
+        )
+    _apply(without_storage(model), plan)
+    _apply(model, plan)
+    return model
+
+
+def apply_structure(model: nn.Module, plan: Plan) -> None:
+    """Do the module edits, unties and config edits of `plan` on `model` in place; values stay as they are.
+
+    Works on a freshly built model on any device, the meta device included.
+
+    Raises:
+        PlanError: a module is missing or is not what the plan was made for; the model is unchanged.
+    """
+    if type(model).__name__ != plan.architecture:
+        raise PlanError(
+            f"the plan was made for {plan.architecture}, but the model is a {type(model).__name__}; "
+            "make a plan for this model, or load the one it was made for."
+        )
+    unties = [edit for edit in plan.edits if isinstance(edit, Untie)]
+    dropped = {edit.tensor for edit in plan.edits if isinstance(edit, TensorEdit) and edit.edit == "drop"}
+    new_norms = {}
+    for edit in plan.module_edits():
+        module = _module(model, edit.module)
+        if isinstance(edit, SwapNorm):
+            new_norms[edit.module] = _rms_norm(module, edit, dropped)
+        elif isinstance(edit, GrowBias):
+            _check_grows(module, edit)
+        elif not isinstance(edit, CentreOutput):
+            raise PlanError(f"the edit {edit.edit!r} of {edit.module} is not known here; update normswap.")
+    config_changes = [(_config(model, edit.key), edit.value) for edit in plan.config_edits()]
+    owners = _tying_submodels(model, unties)
+
+    for edit in plan.module_edits():
+        _edit_module(model, edit, new_norms)
+    for edit in unties:
+        _untie(model, edit)
+    for owner in owners:
+        owner.config.tie_word_embeddings = False
+    for (config, key), value in config_changes:
+        setattr(config, key, value)
+
+
+def _edit_module(model: nn.Module, edit: ModuleEdit, new_norms: dict[str, nn.Module]) -> None:
+    if isinstance(edit, SwapNorm):
+        model.set_submodule(edit.module, new_norms[edit.module])
+    elif isinstance(edit, CentreOutput):
+        centre_output(model.get_submodule(edit.module))
+    elif isinstance(edit, GrowBias):
+        module = model.get_submodule(edit.module)
+        # the weight says where and in which precision; a layer of another kind takes the model's
+        like = next(module.parameters(recurse=False), next(model.parameters()))
+        module.bias = nn.Parameter(torch.zeros(edit.size, dtype=like.dtype, device=like.device))
+
+
+def _rms_norm(old: nn.Module, edit: SwapNorm, dropped: set[str]) -> RMSNorm:
+    """What `edit` makes of `old`: parameters that stay are the same objects, others start neutral."""
+    theirs = dict(old.named_parameters())
+    like = next(iter(theirs.values()), None)
+    with torch.device(like.device if like is not None else "cpu"):
+        new = RMSNorm(edit.width, edit.eps, edit.gain, edit.bias, edit.casting)
+    if like is not None:
+        new.to(like.dtype)
+    for name in dict(new.named_parameters()):
+        if name not in theirs:
+            continue
+        if theirs[name].shape != (edit.width,):
+            raise PlanError(
+                f"{edit.module}.{name}: expected shape ({edit.width},), found {tuple(theirs[name].shape)}; "
+                "the plan was made for a model of another size."
+            )
+        setattr(new, name, theirs.pop(name))
+    lost = [f"{edit.module}.{name}" for name in theirs if f"{edit.module}.{name}" not in dropped]
+    if lost:
+        raise PlanError(
+            f"swapping {edit.module} ({type(old).__name__}) would lose {', '.join(lost)}: "
+            "the plan neither keeps nor drops it. Make a plan for this model."
+        )
+    return new.train(old.training)
+
+
+def _check_grows(module: nn.Module, edit: GrowBias) -> None:
+    if "bias" not in module._parameters:
+        raise PlanError(f"{edit.module} ({type(module).__name__}) has no place for a bias; expected one that is None.")
+    if module.bias is not None:
+        raise PlanError(f"{edit.module} was to be given a bias of size {edit.size}, but has one already.")
+
+
+def _tying_submodels(model: nn.Module, unties: list[Untie]) -> list[PreTrainedModel]:
+    """The (sub)models whose configuration ties what `unties` takes apart: that flag has to go, or a reload ties again.
+
+    Raises PlanError where a tensor does not exist, or where the flag also ties tensors that the plan leaves tied.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    for edit in unties:
+        for name in (edit.tensor, edit.source):
+            if name not in tensors:
+                raise PlanError(f"cannot untie {edit.tensor} from {edit.source}: the model has no tensor {name}.")
+    untied = {edit.tensor for edit in unties}
+    owners = []
+    for path, submodel in _submodels(model):
+        tied = {_join(path, name) for name in submodel.get_expanded_tied_weights_keys(all_submodels=False)}
+        if not tied & untied:
+            continue
+        if tied - untied:
+            raise PlanError(
+                f"the plan unties {', '.join(sorted(tied & untied))} but leaves {', '.join(sorted(tied - untied))} "
+                f"tied: one flag (tie_word_embeddings of {path or 'the model'}) ties them all. Untie all or none."
+            )
+        owners.append(submodel)
+    return owners
+
+
+def _untie(model: nn.Module, edit: Untie) -> None:
+    tensors = model.state_dict(keep_vars=True)
+    alias, source = tensors[edit.tensor], tensors[edit.source]
+    if alias is source:
+        path, _, name = edit.tensor.rpartition(".")
+        own = nn.Parameter(source.detach().clone(), requires_grad=source.requires_grad)
+        model.get_submodule(path).register_parameter(name, own)
+    # every submodel keeps its own list of what is tied below it, made when it was built
+    for path, submodel in _submodels(model):
+        for name in list(submodel.all_tied_weights_keys):
+            if _join(path, name) == edit.tensor:
+                del submodel.all_tied_weights_keys[name]
+
+
+def _apply(model: nn.Module, plan: Plan) -> None:
+    """Structure, then values. Originals are never copied: a tensor is written only after all that read it."""
+    before: Tensors = model.state_dict(keep_vars=True)
+    apply_structure(model, plan)
+    after: Tensors = model.state_dict(keep_vars=True)
+    edits = plan.tensor_edits()
+    _check_names(edits, before, after)
+
+    def read(name: str) -> torch.Tensor:
+        return _float64(before[name])
+
+    for name in _readers_first(edits):
+        value = read(name) if name in before else None
+        for edit in edits[name]:
+            value = _run(edit, value, read)
+        _write(model, name, value, after.get(name))
+
+
+def _check_names(edits: dict[str, list[TensorEdit]], before: Tensors, after: Tensors) -> None:
+    owner: dict[int, str] = {}
+    for name, steps in edits.items():
+        if name not in before and name not in after:
+            raise PlanError(f"{steps[0].edit} of {name}: the model has no such tensor. Make a plan for this model.")
+        for step in steps:
+            for other in step.reads():
+                if other not in before:
+                    raise PlanError(f"{step.edit} of {name} reads {other}, which the model does not have.")
+        if name in after and (other := owner.setdefault(id(after[name]), name)) != name:
+            raise PlanError(f"{name} and {other} are one tied tensor, and the plan edits both; untie them first.")
+
+
+def _run(edit: TensorEdit, value: torch.Tensor | None, read) -> torch.Tensor | None:
+    try:
+        return edit.apply(value, read)
+    except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+        found = "no value yet" if value is None else f"shape {tuple(value.shape)}"
+        raise PlanError(f"{edit.edit} does not fit {edit.tensor}, found with {found}: {error}") from error
+
+
+def _write(model: nn.Module, name: str, value: torch.Tensor | None, target: torch.Tensor | None) -> None:
+    path, _, leaf = name.rpartition(".")
+    if value is None:
+        if target is not None:
+            # the name stays registered as None, which norms and linear layers read as "without"
+            setattr(model.get_submodule(path), leaf, None)
+    elif target is None:
+        raise PlanError(f"{name} is given a value, but the new structure has no such tensor.")
+    elif value.shape != target.shape:
+        raise PlanError(f"{name}: the edits give shape {tuple(value.shape)}, the model has {tuple(target.shape)}.")
+    else:
+        target.data.copy_(value)
+
+
+def _readers_first(edits: dict[str, list[TensorEdit]]) -> Iterable[str]:
+    """The edited tensors, each before those it reads, so that they still have their original values then."""
+    order = TopologicalSorter({name: () for name in edits})
+    for name, steps in edits.items():
+        for other in {other for step in steps for other in step.reads()} & edits.keys() - {name}:
+            order.add(other, name)
+    try:
+        return list(order.static_order())
+    except CycleError as error:
+        raise PlanError(f"edits read each other's tensors in a circle: {' -> '.join(error.args[1])}") from error
+
+
+def _float64(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in float64, on the CPU so that every device gives the same bits (some have no float64 at all)."""
+    return tensor.detach().to("meta" if tensor.is_meta else "cpu", torch.float64, copy=True)
+
+
+def without_storage(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose tensors have shape and dtype but no values; ties are kept."""
+    memo: dict[int, torch.Tensor] = {}
+    for tensor in model.state_dict(keep_vars=True).values():
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise PlanError(f"the plan edits the module {path}, which the model does not have: {error}") from error
+
+
+def _config(model: nn.Module, key: str) -> tuple[object, str]:
+    """The configuration object that holds `key` (dots lead into nested ones), and its name there."""
+    *parents, name = key.split(".")
+    config = model.config
+    for parent in parents:
+        if not hasattr(config, parent):
+            raise PlanError(f"the plan sets {key}, but {type(config).__name__} has no {parent}.")
+        config = getattr(config, parent)
+    return config, name
+
+
+def _submodels(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

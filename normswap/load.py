@@ -1,0 +1,132 @@
+"""A converted folder opened without running its code: the stock class, with the plan's structure replayed on it."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from normswap.apply.live import apply_structure
+from normswap.errors import NormswapError, SourceError
+from normswap.plan import Plan
+
+RECORD = "normswap.json"
+
+
+def load(folder: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """Open the converted checkpoint in `folder`.
+
+    Needs no `trust_remote_code`: the modelling file in the folder is not read. The class is a subclass of the stock
+    one, and transformers' own loader reads the weights (shards, dtypes, device maps, conversions of keys).
+
+    Args:
+        folder: what `normswap convert` wrote.
+        from_pretrained_kwargs: handed to transformers' `from_pretrained`: `dtype`, `device_map`,
+            `attn_implementation`, ...
+
+    Raises:
+        SourceError: the folder has no sound `normswap.json`, or its weights are not those of the plan.
+    """
+    folder = Path(folder)
+    plan, source_config = _read_record(folder)
+    stock, config = _stock(plan, source_config, folder)
+    with torch.device("meta"):
+        source = stock(copy.deepcopy(config))
+        # built once beforehand, because the plan changes the configuration that loading has to start from
+        config = converted_class(stock, plan)(config).config
+    model, report = converted_class(stock, plan).from_pretrained(
+        folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained_kwargs
+    )
+    _check(report, plan, set(source.state_dict()), folder)
+    return model
+
+
+def converted_class(stock: type[PreTrainedModel], plan: Plan) -> type[PreTrainedModel]:
+    """A subclass of `stock`, under its name, that is built with the structure of `plan`.
+
+    Name and module are those of `stock`: transformers decides by them how a checkpoint's keys are converted.
+    """
+
+    def __init__(self, config, *args, **kwargs):
+        super(converted, self).__init__(config, *args, **kwargs)
+        apply_structure(self, plan)
+
+    def save_pretrained(self, *args, **kwargs):
+        # the stock configuration would be saved, and whoever loads it would get the stock norms
+        raise NormswapError(
+            "a model opened by normswap.load has modules that the stock class it would be saved for does not have; "
+            "to save it, load it by the folder's own code: transformers' Auto classes with trust_remote_code=True."
+        )
+
+    members = {"__init__": __init__, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    if plan.module_edits():
+        members["save_pretrained"] = save_pretrained
+    converted = type(stock.__name__, (stock,), members)
+    return converted
+
+
+def _read_record(folder: Path) -> tuple[Plan, dict[str, Any]]:
+    """The plan and the source's configuration, from `normswap.json`."""
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text())
+        plan, source_config = Plan.model_validate(record["plan"]), record["source_config"]
+    except OSError as error:
+        raise SourceError(
+            f"{folder} is not a folder that normswap wrote: cannot read {path}: {error.strerror}. "
+            "Other checkpoints are opened with transformers itself."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        why = f"it has no key {error}" if isinstance(error, KeyError) else str(error)
+        raise SourceError(f"{path} is damaged: {why}. Convert the source again.") from error
+    if not isinstance(source_config, dict) or "model_type" not in source_config:
+        raise SourceError(f"{path} is damaged: source_config is no model configuration. Convert the source again.")
+    return plan, source_config
+
+
+def _stock(plan: Plan, source_config: dict[str, Any], folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The stock class and the source's configuration, as transformers has them."""
+    model_type = source_config["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise SourceError(
+            f"{folder} was converted from a {model_type}, which transformers {transformers.__version__} does not have; "
+            "install the version it was converted with."
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    # classes that transformers does not export at the top live in the module beside their configuration's
+    beside = importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
+    stock = getattr(transformers, plan.architecture, None) or getattr(beside, plan.architecture, None)
+    if stock is None:
+        raise SourceError(
+            f"{folder} was converted from a {plan.architecture}, which transformers {transformers.__version__} does "
+            "not have; install the version it was converted with."
+        )
+    return stock, config_class.from_dict(copy.deepcopy(source_config))
+
+
+def _check(report: dict[str, Any], plan: Plan, source_names: set[str], folder: Path) -> None:
+    """Refuse a model in which anything is left at its initial value, or whose file holds what the plan removed.
+
+    Tensors in the file that neither the source's class nor the plan knows (`mtp.*`) were idle in the source as well.
+    """
+    ours = source_names | set(plan.tensor_edits())
+    wrong = {
+        "missing": sorted(report["missing_keys"]),
+        "of another shape": [
+            f"{key} {tuple(found)}, expected {tuple(want)}" for key, found, want in report["mismatched_keys"]
+        ],
+        "not expected": sorted(key for key in report["unexpected_keys"] if key in ours),
+    }
+    found = "; ".join(f"{what}: {', '.join(keys[:5])} ({len(keys)} in all)" for what, keys in wrong.items() if keys)
+    if found or report["error_msgs"]:
+        raise SourceError(
+            f"the weights in {folder} are not those of its plan: {found or report['error_msgs']}. "
+            "Convert the source again."
+        )
