@@ -177,7 +177,6 @@ class Recorder(TorchFunctionMode):
         changed = [t for t, version in zip(tensors, versions, strict=True) if t._version != version]
         if not made and not changed:
             return returned  # nothing new: a number was read, or an input itself came back
-        known = known and all(self.trace.values[v].kind == "constant" for v in inputs)
         index = len(self.trace.operations)
         mutated = tuple(dict.fromkeys(self.ids[id(t)] for t in changed))
         written = {id(t): t for t in changed}.values()
@@ -216,7 +215,8 @@ class Recorder(TorchFunctionMode):
         """Call `function`, bringing real and meta tensors together. Also tells whether real results can be believed."""
         if not any(t.is_meta for t in tensors):
             args, kwargs = tree_map(_off_meta, (args, kwargs))
-            return function(*args, **kwargs), True
+            believed = all(self.trace.values[self.ids[id(t)]].kind == "constant" for t in tensors)
+            return function(*args, **kwargs), believed
         name = getattr(function, "__name__", "")
         if name in _LIKE_FACTORIES:  # their values depend on no input's values
             return function(*args, **{**kwargs, "device": "cpu"}), True

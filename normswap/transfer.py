@@ -97,7 +97,12 @@ class Prober:
         """`(p, q)` when the first output is `p * input[a] + q * input[b]` with constants p and q, else None."""
         return self._remember("sum", op, ((a, 0), (b, 0)), lambda trial: _sum(trial, a, b), None)
 
+    def factor(self, op: Operation, position: int) -> float:
+        """The constant by which an operation that passes scales of `input[position]` multiplies it."""
+        return self._remember("factor", op, ((position, 0),), lambda trial: _factor(trial, position), 1.0)
+
     def axes(self, shape: tuple[int, ...]) -> list[int]:
+        """Dimensions of `shape` that hold whole runs of `width`."""
         return [i for i, n in enumerate(shape) if n >= self.width and n % self.width == 0]
 
     def _remember(self, question: str, op: Operation, axes: tuple[Axis, ...], ask, unknown):
@@ -371,6 +376,13 @@ def _absorber(trial, parameter: Axis, parameters, shift, moved, position) -> Abs
         for a, b in zip(moved, trial.result, strict=True)
     )
     return Absorber(parameter, None, grows)
+
+
+def _factor(trial: Trial, position: int) -> float:
+    """For `y = a x`, rearranged: adding a constant to x adds `a` times that constant."""
+    moved = list(trial.base)
+    moved[position] = moved[position] + 1
+    return round(float((trial.run(moved)[0] - trial.result[0]).abs().max()), 9)
 
 
 # -- sums --------------------------------------------------------------------------------------------------------

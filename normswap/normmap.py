@@ -1,0 +1,221 @@
+"""Understand: from a trace to the NormMap, which says what the norms of a model are, where, and who writes and reads.
+
+The map is data (`NormMap.summary`); the analyses it rests on stay with it for the planner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.flow import Centring, Reader, Readings, Writer, centring, readings
+from normswap.norms.probe import find_norms
+from normswap.norms.spec import NormSpec
+from normswap.observe import observe
+from normswap.placement import Block, Streams, meets_activations
+from normswap.trace import Operation, Trace, collapse_norms
+from normswap.transfer import Prober
+
+ROLES = ("stream", "branch", "qk", "embedding", "final", "head")
+
+
+@dataclass
+class Site:
+    """One norm module in one place.
+
+    Attributes:
+        path: the module's path in the model.
+        spec: its behaviour.
+        role: `stream` (reads or closes a residual step), `branch` (inside one), `qk` (on queries or keys),
+            `embedding` (before the first block), `final` (after the last), `head` (in the task head).
+        stream: name of the stream it stands on, None for norms inside branches and heads.
+        readers: the parameters that consume its output.
+        other_consumers: what else does, in words.
+    """
+
+    path: str
+    spec: NormSpec
+    role: str
+    stream: str | None
+    readers: list[Reader]
+    other_consumers: list[str]
+
+
+@dataclass
+class StreamInfo:
+    """One residual stream: its name (the module all its blocks stand in), width, writers and blocks in order."""
+
+    name: str
+    width: int
+    writers: list[Writer]
+    blocks: list[Block]
+
+
+@dataclass
+class NormMap:
+    """The norms of one model.
+
+    Attributes:
+        architecture: class name of the model.
+        sites: in execution order.
+        streams: in order of their first block.
+        parameters: shape of each parameter and buffer by its first name.
+        aliases: further names of tied parameters -> the first name.
+        centrings, readings: per width, the analyses behind the map.
+        notes: where the observed run depended on values that were not there.
+    """
+
+    architecture: str
+    sites: dict[str, Site]
+    streams: list[StreamInfo]
+    parameters: dict[str, tuple[int, ...]]
+    aliases: dict[str, str]
+    trace: Trace
+    centrings: dict[int, Centring] = field(default_factory=dict)
+    readings: dict[int, Readings] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Mapping[str, Any]) -> NormMap:
+        """Observe `model` once on `inputs` and understand it. Raises ObserveError where it cannot be run."""
+        trace = observe(model, inputs)
+        norms = find_norms(model, trace)
+        trace = collapse_norms(trace, set(norms))
+        widths = {spec.width for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")}
+        probers = {width: Prober(trace, width) for width in sorted(widths)}
+        names = dict(model.named_parameters()) | dict(model.named_buffers())
+        first = {id(t): name for name, t in reversed(names.items())}
+        aliases = {
+            name: first[id(p)]
+            for name, p in model.named_parameters(remove_duplicate=False)
+            if first[id(p)] != name
+        }
+        result = cls(
+            architecture=type(model).__name__,
+            sites={},
+            streams=[],
+            parameters={name: tuple(t.shape) for name, t in names.items()},
+            aliases=aliases,
+            trace=trace,
+            centrings={width: centring(trace, norms, prober) for width, prober in probers.items()},
+            readings={width: readings(trace, norms, prober) for width, prober in probers.items()},
+            notes=list(dict.fromkeys(trace.notes)),
+        )
+        found = {width: Streams(trace, norms, prober) for width, prober in probers.items()}
+        result._place(norms, found)
+        return result
+
+    def _place(self, norms: dict[str, NormSpec], found: dict[int, Streams]) -> None:
+        roles: dict[str, tuple[str, str | None]] = {}
+        inside: set[str] = set()
+        order = sorted(
+            (stream for streams in found.values() for stream in streams.streams),
+            key=lambda stream: stream.blocks[0].add,
+        )
+        taken: dict[str, int] = {}
+        for stream in order:
+            name = _common_path([block.module for block in stream.blocks])
+            taken[name] = taken.get(name, 0) + 1
+            name = name if taken[name] == 1 else f"{name}#{taken[name]}"
+            self.streams.append(StreamInfo(name, stream.width, self._writers(stream), stream.blocks))
+            for block in stream.blocks:
+                inside |= block.inside
+                roles.update({path: ("branch", name) for path in block.n_branch})
+                roles.update({path: ("stream", name) for path in (*block.n_in, *block.n_out)})
+            roles.update({path: ("embedding", name) for path in stream.embedding})
+            roles.update({path: ("final", name) for path in stream.final})
+        consumers = self.trace.consumers()
+        added = min((block.add for stream in self.streams for block in stream.blocks), default=0)
+        for op in self.trace.norm_operations():
+            if op.norm in self.sites:
+                continue
+            spec = norms[op.norm]
+            role, stream = roles.get(op.norm) or (self._role_off_stream(op, inside, added, consumers), None)
+            reads = self.readings.get(spec.width, Readings())
+            readers, others = reads.readers.get(op.norm, []), reads.others.get(op.norm, [])
+            self.sites[op.norm] = Site(op.norm, spec, role, stream, readers, others)
+
+    def _role_off_stream(self, op: Operation, inside: set[str], added: int, consumers) -> str:
+        if meets_activations(self.trace, op.outputs[0], consumers):
+            return "qk"
+        if op.norm in inside:
+            return "branch"
+        return "embedding" if op.index < added else "head"
+
+    def _writers(self, stream) -> list[Writer]:
+        """Everything that adds to the stream, in the order of the model's parameters."""
+        terms = self.centrings[stream.width].terms
+        rank = {name: i for i, name in enumerate(self.parameters)}
+        found = {
+            term
+            for v in stream.values
+            for (value, _), held in terms.items()
+            if value == v
+            for term in held
+            if isinstance(term, Writer) and term.groups == 1
+        }
+        return sorted(found, key=lambda w: (rank.get(w.name, -1), w.axis))
+
+    def summary(self) -> dict[str, Any]:
+        """All of the map as plain data, for JSON."""
+        return {
+            "architecture": self.architecture,
+            "streams": [
+                {
+                    "name": stream.name,
+                    "width": stream.width,
+                    "writers": [asdict(writer) for writer in stream.writers],
+                    "sites": [site.path for site in self.sites.values() if site.stream == stream.name],
+                    "blocks": [
+                        {
+                            "module": block.module,
+                            "placement": block.placement,
+                            "n_in": block.n_in,
+                            "n_branch": block.n_branch,
+                            "n_out": block.n_out,
+                            "skip": block.skip,
+                            "branch": block.branch,
+                        }
+                        for block in stream.blocks
+                    ],
+                }
+                for stream in self.streams
+            ],
+            "sites": [
+                {
+                    "path": site.path,
+                    **site.spec.model_dump(),
+                    "role": site.role,
+                    "stream": site.stream,
+                    "readers": [asdict(reader) for reader in site.readers],
+                    "other_consumers": site.other_consumers,
+                }
+                for site in self.sites.values()
+            ],
+            "tied": self.aliases,
+            "notes": self.notes,
+        }
+
+
+def _common_path(paths: list[str]) -> str:
+    """The module that holds all of `paths`, without a trailing layer number."""
+    split = [path.split(".") for path in paths]
+    common = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    while common and common[-1].isdigit():
+        common.pop()
+    return ".".join(common) or "model"
+
+
+def map_norms(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) -> NormMap:
+    """The NormMap of a live model. `inputs` default to small ones made from the model's own signature."""
+    from normswap.inputs import example_inputs
+
+    return NormMap.of(model, example_inputs(model) if inputs is None else inputs)
