@@ -200,6 +200,8 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
             for dim in prober.axes(trace.values[op.inputs[0]].shape):
                 if (norm := carried.get((op.inputs[0], dim))) is not None:
                     _add(result.others, norm, f"the norm {op.norm} follows it")
+            for name in made_of.get(op.inputs[0], ()):
+                result.uses.setdefault(name, set()).add("")
             spec = norms[op.norm]
             ndim = len(trace.values[op.outputs[0]].shape)
             if spec.width == prober.width and len(spec.axes) == 1:

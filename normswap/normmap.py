@@ -65,6 +65,8 @@ class NormMap:
         streams: in order of their first block.
         parameters: shape of each parameter and buffer by its first name.
         aliases: further names of tied parameters -> the first name.
+        stored: names of all parameters and buffers a checkpoint of this model holds, aliases included.
+        biasless: modules that were built without the bias their class can have.
         centrings, readings: per width, the analyses behind the map.
         notes: where the observed run depended on values that were not there.
     """
@@ -74,6 +76,8 @@ class NormMap:
     streams: list[StreamInfo]
     parameters: dict[str, tuple[int, ...]]
     aliases: dict[str, str]
+    stored: set[str]
+    biasless: set[str]
     trace: Trace
     centrings: dict[int, Centring] = field(default_factory=dict)
     readings: dict[int, Readings] = field(default_factory=dict)
@@ -100,6 +104,8 @@ class NormMap:
             streams=[],
             parameters={name: tuple(t.shape) for name, t in names.items()},
             aliases=aliases,
+            stored=set(model.state_dict()),
+            biasless={path for path, m in model.named_modules() if m._parameters.get("bias", m) is None},
             trace=trace,
             centrings={width: centring(trace, norms, prober) for width, prober in probers.items()},
             readings={width: readings(trace, norms, prober) for width, prober in probers.items()},
@@ -159,6 +165,19 @@ class NormMap:
             if isinstance(term, Writer) and term.groups == 1
         }
         return sorted(found, key=lambda w: (rank.get(w.name, -1), w.axis))
+
+    def names(self, parameter: str) -> list[str]:
+        """All names of a parameter, its first one first."""
+        return [parameter, *(alias for alias, first in self.aliases.items() if first == parameter)]
+
+    def name_in(self, module: str, parameter: str) -> str | None:
+        """The name by which `module` itself holds `parameter`, None when it reads a parameter of another module."""
+        return next((name for name in self.names(parameter) if name.rpartition(".")[0] == module), None)
+
+    def users(self, parameter: str) -> set[str]:
+        """Paths of the modules in which operations read `parameter`."""
+        value = next(v.index for v in self.trace.values if v.name == parameter)
+        return {op.module for op in self.trace.operations if value in op.inputs}
 
     def summary(self) -> dict[str, Any]:
         """All of the map as plain data, for JSON."""

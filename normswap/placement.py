@@ -205,7 +205,10 @@ class Streams:
         values = {v for stream in self.streams for v in stream.values}
         order = {op.norm: op.index for op in self.trace.norm_operations()}
         trunk_norms: set[str] = set()
+        own: dict[int, set[int]] = {}  # per stream its values, and what norms on its trunk make of them
+        outputs = {op.norm: v for v, op in self.norm_of.items()}
         for stream in self.streams:
+            own[stream.start] = stream.values | {outputs[path] for path in self._trunk_norms(stream)}
             for block in stream.blocks:
                 root, passed = self.trunk(self.operands[block.add][0])
                 target = by_result[root].n_out if root in by_result else stream.embedding
@@ -217,7 +220,7 @@ class Streams:
             branch = self.operands[block.add][1]
             touched = self._cone(block, branch, stops)
             # what reads another stream (cross-attention to an encoder's final norm) is no norm of this block
-            block.n_in = [path for path in block.n_in if self._reads(path, order) in self._own_values(stream)]
+            block.n_in = [path for path in block.n_in if self._reads(path, order) in own[stream.start]]
             block.n_in.sort(key=order.get)
             end = self.norm_of.get(self.base(branch))
             if end is not None and end.norm not in trunk_norms:
@@ -225,7 +228,7 @@ class Streams:
             block.inside -= set(block.n_in) | set(block.n_branch)
             claimed |= block.inside | set(block.n_in) | set(block.n_branch)
             earlier = by_result.get(self.base(self.operands[block.add][0]))
-            if earlier is not None and touched & self._own_values(stream) and earlier.result not in touched:
+            if earlier is not None and touched & own[stream.start] and earlier.result not in touched:
                 block.parallel = earlier.parallel = True  # it read what the sum before it read
             elif self._two_branches(branch):
                 block.parallel = True
@@ -238,11 +241,6 @@ class Streams:
                 block.n_out.append(op.norm)  # the last block of a post-norm stream
             else:
                 next(s for s in self.streams if base in s.values).final.append(op.norm)
-
-    def _own_values(self, stream: Stream) -> set[int]:
-        """The stream's values, and what norms on its trunk make of them."""
-        trunk = {op.outputs[0] for op in self.norm_of.values() if op.norm in self._trunk_norms(stream)}
-        return stream.values | trunk
 
     def _reads(self, path: str, order: dict[str, int]) -> int:
         return self.base(self.trace.operations[order[path]].inputs[0])

@@ -43,6 +43,7 @@ class Plan(BaseModel):
         reasons: why the claim holds, one sentence each.
         converted: paths of the sites the plan changes.
         refused: sites that were asked for and stay (only with `partial`).
+        base_output_unchanged: whether the headless model computes the same as before too.
         edits: in order; for one tensor, edits act one after another.
     """
 
@@ -56,6 +57,7 @@ class Plan(BaseModel):
     reasons: tuple[str, ...]
     converted: tuple[str, ...]
     refused: tuple[Refusal, ...] = ()
+    base_output_unchanged: bool = True
     edits: tuple[AnyEdit, ...]
 
     def tensor_edits(self) -> dict[str, list[TensorEdit]]:

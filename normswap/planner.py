@@ -1,0 +1,176 @@
+"""Plan: a request and a NormMap give the ordered edits, the claim, and its reasons, or a refusal that says why."""
+
+from __future__ import annotations
+
+import re
+
+from normswap.edits import AnyEdit, CentreOutput, ModuleEdit, SwapNorm, TensorEdit
+from normswap.errors import RefusedError
+from normswap.normmap import NormMap, Site
+from normswap.plan import Plan, Refusal, Request
+from normswap.rewrites import centre as centring
+from normswap.rewrites.centre import centre
+from normswap.rewrites.fold import fold
+from normswap.rewrites.untie import Ties
+
+TARGETS = (centring.TARGET,)
+
+
+def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_prefix: str = "") -> Plan:
+    """The plan that meets `request` on the model `normmap` describes.
+
+    Args:
+        model_type: of the source's configuration, kept in the plan.
+        base_prefix: where the headless model stands inside the model, to tell whether its output changes.
+
+    Raises:
+        RefusedError: nothing to do, or sites that cannot be converted and no `partial`.
+    """
+    if request.norm is None and not request.fold:
+        raise RefusedError("nothing is asked for: give a target norm (--norm rmsnorm), or --fold, or both.")
+    if request.norm is not None and request.norm not in TARGETS:
+        raise RefusedError(f"norm '{request.norm}' is not offered: expected one of {', '.join(TARGETS)}.")
+    ties = Ties(normmap)
+    swaps = _sites_to_swap(normmap, request)
+    centred = centre(normmap, swaps, ties, request.tied)
+    swapped = {site.path for site in centred.sites}
+    wanted = _sites_to_fold(normmap, request)
+    folded = fold(normmap, wanted, ties, request.tied, swapped)
+    refused = centred.refused | {path: why for path, why in folded.refused.items() if path not in centred.refused}
+
+    converted = tuple(path for path in normmap.sites if path in swapped | {site.path for site in folded.sites})
+    if refused and not request.partial:
+        _refuse(normmap, request, refused, converted)
+    if not converted and refused:
+        _refuse(normmap, request, refused, converted)
+    if not converted:
+        raise RefusedError(f"{normmap.architecture} has no norm with a gain or bias to fold: nothing to do.")
+    bare = {site.path for site in folded.sites}
+    edits: list[AnyEdit] = [*ties.edits()]
+    # gains and biases move on original values; what writes to a stream is centred last
+    edits += [edit for edit in folded.edits if isinstance(edit, TensorEdit)]
+    edits += [edit for edit in centred.edits if isinstance(edit, TensorEdit)]
+    edits += [_swap(site, bare) for site in centred.sites]
+    edits += [edit for edit in (*folded.edits, *centred.edits) if isinstance(edit, ModuleEdit)]
+    _check_all_ran(normmap, edits)
+    return Plan(
+        architecture=normmap.architecture,
+        model_type=model_type,
+        request=request,
+        claim="exact",
+        reasons=_reasons(centred, folded, edits),
+        converted=converted,
+        refused=tuple(Refusal(site=path, reason=why) for path, why in refused.items()),
+        base_output_unchanged=_base_unchanged(base_prefix, folded.outside),
+        edits=tuple(edits),
+    )
+
+
+def _sites_to_swap(normmap: NormMap, request: Request) -> list[Site]:
+    if request.norm is None:
+        return []
+    sites = [site for site in normmap.sites.values() if site.spec.kind == centring.SOURCE]
+    if not sites:
+        kinds = sorted({site.spec.kind for site in normmap.sites.values()})
+        have = f"its {len(normmap.sites)} norms are {' and '.join(kinds)}" if kinds else "no norm was found in it"
+        raise RefusedError(
+            f"{normmap.architecture} has no {centring.SOURCE} to turn into {request.norm}: {have}. "
+            f"Nothing to convert; `normswap inspect` shows the norms, and --fold alone makes them weightless."
+        )
+    return sites
+
+
+def _sites_to_fold(normmap: NormMap, request: Request) -> list[Site]:
+    if not request.fold:
+        return []
+    return [site for site in normmap.sites.values() if site.spec.kind in ("layernorm", "rmsnorm")]
+
+
+def _swap(site: Site, bare: set[str]) -> SwapNorm:
+    spec, keeps = site.spec, site.path not in bare
+    # a LayerNorm that casts does so once, at the end; the swapped norm keeps the site's own casting
+    return SwapNorm(
+        module=site.path,
+        kind="rmsnorm",
+        width=spec.width,
+        eps=spec.eps,
+        gain=spec.gain if keeps else None,
+        bias=spec.bias is not None and keeps,
+        casting=spec.casting,
+    )
+
+
+def _refuse(normmap: NormMap, request: Request, refused: dict[str, str], converted: tuple[str, ...]) -> None:
+    asked = " and ".join(filter(None, [request.norm and f"--norm {request.norm}", "--fold" if request.fold else None]))
+    lines = [f"  {path}: {why}" for path, why in fold_paths(refused).items()]
+    way_out = (
+        f"--partial does the {len(converted)} sites that can be done and leaves these as they are."
+        if converted
+        else "No site of this model can be converted so."
+    )
+    raise RefusedError(
+        f"{normmap.architecture}: {asked} cannot be met at {len(refused)} of "
+        f"{len(set(refused) | set(converted))} sites.\n" + "\n".join(lines) + f"\n{way_out}",
+        tuple(refused.items()),
+    )
+
+
+def fold_paths(named: dict[str, str]) -> dict[str, str]:
+    """Entries whose paths and texts differ in layer numbers only, folded into one (`layers.0-3.norm`)."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for path, text in named.items():
+        groups.setdefault((re.sub(r"\d+", "*", path), re.sub(r"\d+", "*", text)), []).append(path)
+    result = {}
+    for (pattern, _), paths in groups.items():
+        shown = paths[0]
+        if len(paths) > 1:
+            numbers = [re.findall(r"\d+", path) for path in paths]
+            ranges = iter([_range([int(n[i]) for n in numbers]) for i in range(len(numbers[0]))])
+            shown = re.sub(r"\*", lambda _: next(ranges), pattern)  # noqa: B023
+        result[shown] = named[paths[0]]
+    return result
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _reasons(centred: centring.Centring, folded, edits: list[AnyEdit]) -> tuple[str, ...]:
+    reasons = []
+    if centred.sites:
+        tensors = len([edit for edit in centred.edits if isinstance(edit, TensorEdit)])
+        reasons.append(
+            f"LayerNorm to RMSNorm at {len(centred.sites)} sites: {tensors} writers of the stream are centred, and "
+            f"everything that reads it is invariant to its mean; the variance of a zero-mean vector is its mean square."
+        )
+    outputs = [edit.module for edit in edits if isinstance(edit, CentreOutput)]
+    if outputs:
+        reasons.append(f"The outputs of {', '.join(outputs)} are centred as they come out, in the module.")
+    if folded.sites:
+        reasons.append(f"Gain and bias of {len(folded.sites)} norms are moved into the linear maps that read them.")
+    return tuple(reasons)
+
+
+def _base_unchanged(prefix: str, readers: list[str]) -> bool:
+    """A norm folded into the head leaves the headless model without its gain."""
+    return all(module == prefix or module.startswith(f"{prefix}.") for module in readers) if prefix else True
+
+
+def _check_all_ran(normmap: NormMap, edits: list[AnyEdit]) -> None:
+    """Refuse when a parameter like an edited one did not run: nobody knows what it does (an idle expert, say)."""
+    ran = {normmap.trace.values[v].name for op in normmap.trace.operations for v in op.inputs}
+    ran |= {f"{path}.{name}" for path, site in normmap.sites.items() for name in (site.spec.weight, site.spec.bias)}
+    edited = {re.sub(r"\d+", "*", edit.tensor) for edit in edits if isinstance(edit, TensorEdit)}
+    idle = {
+        name: "did not take part in the observed pass, while others like it are edited"
+        for name in normmap.parameters
+        if name not in ran and re.sub(r"\d+", "*", name) in edited
+    }
+    if idle:
+        lines = [f"  {name}: {why}" for name, why in fold_paths(idle).items()]
+        raise RefusedError(
+            f"{normmap.architecture}: {len(idle)} parameters cannot be understood.\n" + "\n".join(lines) + "\n"
+            "Pass `inputs` that reach them to the library call.",
+            tuple(idle.items()),
+        )
