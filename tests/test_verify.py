@@ -1,0 +1,383 @@
+"""Comparing two models: what is measured, where a difference is found, and what is refused."""
+
+import copy
+import io
+import json
+import math
+
+import pytest
+import torch
+from models import randomise, tiny
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from normswap.compare import TokenComparison, compare_logits
+from normswap.compare_models import compare_models
+from normswap.errors import ObserveError, SourceError, VerificationError
+from normswap.inputs import example_inputs
+from normswap.norms.probe import find_norms
+from normswap.norms.rms_norm import RMSNorm
+from normswap.observe import observe
+from normswap.report import comparison_table, verdict
+from normswap.verify import Report, verify
+
+IDS = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(0))
+SMALL = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=99,
+    max_position_embeddings=64,
+)  # fmt: skip
+
+
+def find_sites(model):
+    return list(find_norms(model, observe(model, example_inputs(model))).items())
+
+
+def compare(a, b, batches=(IDS,), **options):
+    return compare_models(a, b, list(batches), find_sites(a), find_sites(b), **options)
+
+
+def centre_gpt2(model):
+    """Every writer of the stream centred by hand, and every LayerNorm replaced by an RMSNorm with its parameters."""
+    body = model.transformer
+    with torch.no_grad():
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+        for table in (body.wte, body.wpe):
+            table.weight -= table.weight.mean(-1, keepdim=True)
+        for block in body.h:
+            for writer in (block.attn.c_proj, block.mlp.c_proj):
+                writer.weight -= writer.weight.mean(-1, keepdim=True)
+                writer.bias -= writer.bias.mean()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            norm = RMSNorm(module.normalized_shape[0], module.eps, bias=True).to(module.weight.dtype)
+            norm.load_state_dict(module.state_dict())
+            model.set_submodule(path, norm)
+    return model.eval()
+
+
+# -- logits --------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_equal_an_independent_computation():
+    generator = torch.Generator().manual_seed(1)
+    a, b = (3 * torch.randn(2, 7, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.randint(11, (2, 7), generator=generator)
+    found = compare_logits(a, b, targets)
+
+    def softmax(row):
+        top = max(row)
+        powers = [math.exp(v - top) for v in row]
+        return [p / sum(powers) for p in powers]
+
+    kl, error, same, entropy = [], [], [], []
+    for row_a, row_b, target in zip(a.view(-1, 11).tolist(), b.view(-1, 11).tolist(), targets.view(-1), strict=True):
+        p, q = softmax(row_a), softmax(row_b)
+        kl.append(sum(x * math.log(x / y) for x, y in zip(p, q, strict=True)))
+        error.append(math.dist(row_a, row_b) / math.hypot(*row_a))
+        same.append(row_a.index(max(row_a)) == row_b.index(max(row_b)))
+        entropy.append(-math.log(q[target]))
+    assert found.rows == 14
+    assert found.kl.mean == pytest.approx(sum(kl) / 14, rel=1e-12)
+    assert found.kl.max == pytest.approx(max(kl), rel=1e-12)
+    assert (found.kl.worst.sequence, found.kl.worst.position) == divmod(kl.index(max(kl)), 7)
+    assert found.error.median == pytest.approx(sorted(error)[6], rel=1e-12)
+    assert found.top1 == pytest.approx(sum(same) / 14)
+    assert found.cross_entropy_b.mean == pytest.approx(sum(entropy) / 14, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6, 1e-9])
+def test_small_kl_is_not_lost_in_rounding(size):
+    """To second order, KL is half the variance of the change of the logits under p."""
+    a, change = torch.randn(2, 1, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    found = compare_logits(a, a + size * change).kl.mean
+    p = a.softmax(-1)
+    variance = (p * change**2).sum() - (p * change).sum() ** 2
+    assert found == pytest.approx(size**2 * variance.item() / 2, rel=max(2 * size, 1e-6))
+
+
+def test_kl_of_certain_predictions_is_finite():
+    a = torch.tensor([[0.0, -1e9, -2000.0]], dtype=torch.float64)
+    b = torch.tensor([[0.0, -1e9, -1.0]], dtype=torch.float64)
+    assert compare_logits(a, b).kl.mean == pytest.approx(math.log(1 + math.exp(-1)), rel=1e-9)
+
+
+def test_one_blown_up_token_shows_in_the_tail_and_nowhere_else():
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(4, 500, 20, generator=generator)
+    b = a + 1e-6 * torch.randn(a.shape, generator=generator)
+    b[2, 123:126] += 50 * torch.randn(20, generator=generator)
+    gathered = TokenComparison(decode=lambda ids: " ".join(map(str, ids)))
+    gathered.add(a, b, ids=torch.arange(2000).view(4, 500))
+    found = gathered.metrics()
+    for stat in (found.error, found.kl):
+        assert stat.median < 1e-5
+        assert stat.max > 1 and stat.p999 > 1  # 3 of 2000 tokens
+        assert stat.worst.sequence == 2 and 123 <= stat.worst.position < 126
+        assert stat.worst.token == str(1000 + stat.worst.position)
+        assert stat.worst.before.split()[-1] == str(1000 + stat.worst.position - 1)
+
+
+def test_batches_add_up():
+    a, b = torch.randn(2, 6, 5, 9, generator=torch.Generator().manual_seed(4))
+    gathered = TokenComparison()
+    for part in range(0, 6, 2):
+        gathered.add(a[part : part + 2], b[part : part + 2])
+    assert gathered.metrics() == compare_logits(a, b)
+
+
+def test_a_tie_decides_nothing():
+    a = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]])
+    b = torch.tensor([[1.0, 1.1, 0.0], [0.5, 1.0, 0.0]])
+    assert compare_logits(a, b).top1 == 0.5
+
+
+def test_not_finite_in_one_is_counted_and_left_out():
+    a = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(5))
+    b = a.clone()
+    b[0, 3, 2] = torch.nan
+    b[0, 1, 0] = torch.inf
+    found = compare_logits(a, b)
+    assert (found.mismatched, found.rows, found.error.max) == (2, 3, 0)
+
+
+def test_a_masked_vocabulary_compares_and_shared_nan_rows_do_not():
+    a = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(6))
+    a[..., 6:] = -torch.inf
+    a[0, 0] = torch.nan
+    found = compare_logits(a, a.clone())
+    assert (found.mismatched, found.not_finite, found.rows) == (0, 1, 4)
+    assert found.error.max == found.kl.max == 0
+
+
+# -- models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "bloom", "cohere"])
+def test_a_model_equals_itself(model_type):
+    model = tiny(model_type).double()
+    found = compare(model, copy.deepcopy(model))
+    assert found.output.error.max == found.output.kl.max == 0 and found.output.top1 == 1
+    assert len(found.sites) >= 3 and all(site.error_max == 0 for site in found.sites)
+    assert found.first_divergence is None and found.unmatched == found.not_run == ()
+
+
+def test_cross_entropy_is_the_models_own_loss():
+    model = tiny("gpt2").double()
+    with torch.no_grad():
+        loss = model(input_ids=IDS, labels=IDS).loss.item()
+    assert compare(model, model).output.cross_entropy_a.mean == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_first_divergence_is_the_site_after_the_change(layer):
+    model = tiny("gpt2").double()
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.transformer.h[layer].attn.c_proj.weight[3, 5] += 1e-3
+    found = compare(model, changed)
+    assert found.first_divergence == f"transformer.h.{layer}.ln_2"
+    before = [site for site in found.sites if site.site < f"transformer.h.{layer}.ln_2"]
+    assert before and all(site.error_max == 0 for site in before)
+
+
+def test_a_change_behind_the_last_norm_is_found_at_the_output():
+    model = tiny("llama").double()
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.lm_head.weight[7, 7] += 1e-3
+    assert compare(model, changed).first_divergence == "output"
+
+
+def test_a_site_the_output_is_blind_to_is_found():
+    """The MLP of a layer does nothing, so what its norm receives shows in no logit."""
+    model = tiny("gpt_neox", use_parallel_residual=True).double()
+    with torch.no_grad():
+        model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight.zero_()
+    changed = copy.deepcopy(model)
+    changed.gpt_neox.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda m, args: (args[0] * -1,))
+    found = compare(model, changed)
+    assert found.output.error.max == 0
+    assert found.first_divergence == "gpt_neox.layers.1.post_attention_layernorm"
+
+
+def test_exact_conversion_agrees_at_every_site_and_folding_does_not_matter():
+    model = tiny("gpt2").double()
+    converted = centre_gpt2(copy.deepcopy(model))
+    with torch.no_grad():  # a gain folded into its reader: y = W (g n + b) + c
+        norm, reader = converted.transformer.ln_f, converted.lm_head
+        bias = reader.weight @ norm.bias
+        reader.weight *= norm.weight
+        norm.weight.fill_(1), norm.bias.zero_()
+        reader.bias = nn.Parameter(bias)
+    found = compare(model, converted)
+    assert len(found.sites) == 5
+    assert max(site.error_max for site in found.sites) <= 1e-12  # measured 3e-15
+    assert found.output.error.max <= 1e-12
+    assert found.first_divergence is None
+    assert min(site.mean_a for site in found.sites) > 0.1 and max(site.mean_b for site in found.sites) < 1e-12
+
+
+def test_a_forgotten_centring_is_found():
+    model = tiny("gpt2").double()
+    converted = centre_gpt2(copy.deepcopy(model))
+    with torch.no_grad():
+        converted.transformer.wpe.weight.copy_(model.transformer.wpe.weight)
+    found = compare(model, converted)
+    assert found.first_divergence == "transformer.h.0.ln_1"
+    assert found.output.error.max > 1e-3
+
+
+def test_lifting_sees_below_float32():
+    """A weight moved by parts in 1e11 moves the output in proportion, unless norms round to float32 inside."""
+    model = tiny("llama").double()
+
+    def error(size, lift):
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            changed.model.layers[0].mlp.down_proj.weight *= 1 + size
+        return compare(model, changed, lift=lift).output.error.mean
+
+    assert 1e-13 < error(1e-11, lift=True) < 1e-9
+    assert error(4e-11, lift=True) == pytest.approx(4 * error(1e-11, lift=True), rel=1e-3)
+    assert error(4e-11, lift=False) != pytest.approx(4 * error(1e-11, lift=False), rel=1e-1)
+
+
+def test_nan_in_one_model_is_reported_at_its_first_site():
+    model = tiny("gpt2").double()
+    broken = copy.deepcopy(model)
+    broken.transformer.h[0].mlp.register_forward_hook(
+        lambda m, args, out: out.index_fill(1, torch.tensor([5]), math.nan)
+    )
+    found = compare(model, broken)
+    assert found.first_divergence == "transformer.h.1.ln_1"
+    assert found.output.mismatched > 0
+    with pytest.raises(VerificationError, match="no row.*finite"):
+        dead = copy.deepcopy(model)
+        dead.lm_head.register_forward_hook(lambda m, args, out: out * math.nan)
+        compare(dead, dead)
+
+
+def test_sites_of_one_model_only_are_named():
+    model = tiny("gpt2").double()
+    other = copy.deepcopy(model)
+    other.transformer.ln_f = nn.Identity()
+    found = compare(model, other)
+    assert found.unmatched == ("transformer.ln_f",)
+    assert found.first_divergence == "output"
+
+
+def test_models_that_are_no_causal_language_models():
+    bert = randomise(BertForMaskedLM(BertConfig(**SMALL))).double().eval()
+    body = randomise(BertModel(BertConfig(**SMALL))).double().eval()
+    vit = randomise(ViTForImageClassification(ViTConfig(**SMALL, image_size=16, patch_size=8))).double().eval()
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8))
+    t5 = randomise(t5).double().eval()
+
+    masked = compare(bert, bert).output
+    assert masked.kl.max == 0 and masked.top1 == 1 and masked.cross_entropy_a is None  # nothing is predicted next
+    hidden = compare(body, body)
+    assert hidden.output_name == "last_hidden_state" and hidden.output.kl is None and hidden.output.error.max == 0
+    pixels = {"pixel_values": torch.randn(3, 3, 16, 16)}
+    assert compare(vit, vit, [pixels]).output.rows == 3
+    both = compare(t5, t5, [{"input_ids": IDS, "decoder_input_ids": IDS[:, :9]}])
+    assert both.output.rows == 4 * 9 and both.output.cross_entropy_a is not None and len(both.sites) == 12
+
+
+def test_models_that_cannot_be_compared():
+    model = tiny("gpt2").double()
+    with pytest.raises(VerificationError, match="training mode"):
+        compare_models(copy.deepcopy(model).train(), model, [IDS])
+    with pytest.raises(VerificationError, match="float64 and torch.float32"):
+        compare_models(model, tiny("gpt2"), [IDS])
+    with pytest.raises(VerificationError, match="one shape"):
+        compare_models(model, tiny("gpt2", vocab_size=98).double(), [IDS])
+    with pytest.raises(ObserveError, match="model A.*fewer tokens"):
+        compare_models(model, model, [torch.ones(1, 65, dtype=torch.long)])
+    with pytest.raises(VerificationError, match="nothing to compare"):
+        compare_models(model, model, [])
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rounded(checkpoints, tmp_path_factory):
+    """The trained GPT-2, every weight moved by a few parts in 1e8."""
+    folder = tmp_path_factory.mktemp("rounded")
+    for file in (checkpoints / "gpt2-shakespeare").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    for name, value in weights.items():
+        weights[name] = (value.double() * (1 + 4e-8)).float()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_verify_trained_checkpoints(checkpoints, rounded):
+    steps = []
+    report = verify(
+        checkpoints / "gpt2-shakespeare", rounded, find_sites=find_sites, tokens=1024,
+        progress=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
+    found = report.comparison
+    assert report.inputs == (4, 256) and "Shakespeare" in report.text and report.stored == ("float32", "float32")
+    assert found.dtype == "float64" and len(found.sites) == 13
+    assert 0 < found.output.error.max < 1e-5 and found.first_divergence is None
+    assert found.output.error.worst.token is not None
+    assert steps == [(1, 1)]
+    assert Report.model_validate(json.loads(report.model_dump_json())) == report
+    shown = Console(width=120, file=io.StringIO())
+    shown.print(comparison_table(report))
+    text = shown.file.getvalue()
+    assert "transformer.h.*.ln_1" in text and verdict(report) in text and "No difference" in text
+    assert found.output.error.worst.token.replace("\n", "\u21b5") in text
+
+
+def test_verify_tells_different_models_apart(checkpoints):
+    report = verify(
+        checkpoints / "gpt_neox-shakespeare", checkpoints / "llama-shakespeare", find_sites=find_sites, tokens=256
+    )
+    found = report.comparison
+    assert found.first_divergence == "output" and found.output.kl.mean > 0.1
+    assert len(found.unmatched) == 26  # 13 norms each, none at the same path
+    assert "differ" in verdict(report)
+    assert found.output.cross_entropy_a.mean == pytest.approx(4.15, abs=0.5)
+
+
+def test_half_precision_checkpoints_run_in_float32(tmp_path):
+    tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    report = verify(tmp_path / "half", tmp_path / "half", find_sites=find_sites, tokens=40)
+    assert report.comparison.dtype == "float32" and report.stored == ("bfloat16", "bfloat16")
+    assert report.comparison.output.error.max == 0
+    assert "random ids" in report.text  # there is no tokenizer
+    assert report.comparison.output.error.worst.token is None
+
+
+def test_refusals_of_verify(checkpoints, tmp_path):
+    gpt2 = checkpoints / "gpt2-shakespeare"
+    tiny("gpt2").save_pretrained(tmp_path / "other")
+    with pytest.raises(VerificationError, match="1024 tokens.*99"):
+        verify(gpt2, tmp_path / "other", find_sites=find_sites)
+    with pytest.raises(VerificationError, match="float8"):
+        verify(gpt2, gpt2, find_sites=find_sites, dtype="float8")
+    with pytest.raises(SourceError, match="nowhere"):
+        verify(gpt2, tmp_path / "nowhere", find_sites=find_sites)
+
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights.pop("transformer.h.1.ln_2.weight")
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="h.1.ln_2.weight.*random"):
+        verify(tmp_path / "other", tmp_path / "other", find_sites=find_sites)
+    (tmp_path / "other" / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match="cannot be loaded"):
+        verify(tmp_path / "other", tmp_path / "other", find_sites=find_sites)
