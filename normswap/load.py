@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from normswap.apply.live import apply_structure
 from normswap.errors import NormswapError, SourceError
@@ -93,22 +93,27 @@ def _read_record(folder: Path) -> tuple[Plan, dict[str, Any]]:
 
 def _stock(plan: Plan, source_config: dict[str, Any], folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     """The stock class and the source's configuration, as transformers has them."""
-    model_type = source_config["model_type"]
-    if model_type not in CONFIG_MAPPING:
-        raise SourceError(
-            f"{folder} was converted from a {model_type}, which transformers {transformers.__version__} does not have; "
-            "install the version it was converted with."
-        )
-    config_class = CONFIG_MAPPING[model_type]
-    # classes that transformers does not export at the top live in the module beside their configuration's
-    beside = importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
-    stock = getattr(transformers, plan.architecture, None) or getattr(beside, plan.architecture, None)
+    with tempfile.TemporaryDirectory() as alone:
+        # read as a file of its own: transformers fills in and decodes more than a dict shows
+        (Path(alone) / "config.json").write_text(json.dumps(source_config))
+        try:
+            config = AutoConfig.from_pretrained(alone, trust_remote_code=False)
+        except ValueError as error:
+            raise SourceError(
+                f"{folder} was converted from a {source_config['model_type']}, which transformers "
+                f"{transformers.__version__} does not have; install the version it was converted with."
+            ) from error
+    stock = getattr(transformers, plan.architecture, None)
+    if stock is None:
+        # what transformers does not export at the top lives in the module beside its configuration's
+        beside = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+        stock = getattr(beside, plan.architecture, None)
     if stock is None:
         raise SourceError(
             f"{folder} was converted from a {plan.architecture}, which transformers {transformers.__version__} does "
             "not have; install the version it was converted with."
         )
-    return stock, config_class.from_dict(copy.deepcopy(source_config))
+    return stock, config
 
 
 def _check(report: dict[str, Any], plan: Plan, source_names: set[str], folder: Path) -> None:

@@ -147,17 +147,23 @@ def _offers(
     base_output_unchanged: bool,
 ) -> list[Offer]:
     """The classes to offer: base model, checkpoint's own, then the other task classes in transformers' order."""
-    autos: dict[type[PreTrainedModel], list[str]] = {type(model.base_model): [], model_class: []}
+    # some Auto classes know several classes for one configuration, and choose by this
+    config = copy.deepcopy(config)
+    config.architectures = [model_class.__name__]
+    base_class = type(model.base_model)
+    autos: dict[type[PreTrainedModel], list[str]] = {base_class: [], model_class: []}
     for auto in _auto_classes():
-        if type(config) not in auto._model_mapping:
-            continue
-        stock = _get_model_class(config, auto._model_mapping)
-        wanted = base_output_unchanged or auto is transformers.AutoModel or stock is model_class
-        if wanted and (stock in autos or _fits(stock, config, model.base_model, base)):
-            autos.setdefault(stock, []).append(auto.__name__)
-    if not any("AutoModel" in names for names in autos.values()):
-        autos[type(model.base_model)].append("AutoModel")
-    return [Offer(stock, tuple(names)) for stock, names in autos.items()]
+        if type(config) in auto._model_mapping:
+            stock = _get_model_class(config, auto._model_mapping)
+            if base_output_unchanged or auto is transformers.AutoModel or stock is model_class:
+                autos.setdefault(stock, []).append(auto.__name__)
+    if not any(transformers.AutoModel.__name__ in names for names in autos.values()):
+        autos[base_class].append(transformers.AutoModel.__name__)
+    return [
+        Offer(stock, tuple(names))
+        for stock, names in autos.items()
+        if stock is model_class or (names and _fits(stock, config, model.base_model, base))
+    ]
 
 
 def _auto_classes() -> list[type[_BaseAutoModelClass]]:

@@ -108,7 +108,7 @@ def render(
     config_name = PREFIX + config_class.__name__
     definitions = [
         *(inspect.getsource(item) for item in copied),
-        f'class {config_name}({config_class.__name__}):\n    model_type = "{model_type}"',
+        f"class {config_name}({config_class.__name__}):\n    model_type = {_literal(model_type)}",
         _converted(config_name, base),
         *(_model(offer, head if offer.stock.__name__ == plan.architecture else Tables()) for offer in offers),
     ]
@@ -132,13 +132,10 @@ def _literal(value: object) -> str:
 def _docstring(plan: Plan) -> str:
     about = (
         "Each class is transformers' own with some modules exchanged as it is built: those that the tables below "
-        f"name. The weights beside this file were changed to go with them. Claim: {plan.claim}."
+        f"name. The weights beside this file were changed to go with them. Claim: {plan.claim}. Loading needs torch "
+        "and transformers alone."
     )
-    lines = [
-        f"{plan.architecture} with other norms, written by normswap; it needs torch and transformers alone.",
-        "",
-        *textwrap.wrap(about, WIDTH),
-    ]
+    lines = [f"{plan.architecture} with other norms, written by normswap.", "", *textwrap.wrap(about, WIDTH)]
     if plan.reasons:
         lines.append("")
     for reason in plan.reasons:
@@ -226,6 +223,8 @@ class Converted:
 
 def _model(offer: Offer, head: Tables) -> str:
     text = f"class {offer.name}(Converted, {offer.stock.__name__}):"
+    if len(text) > WIDTH:
+        text = f"class {offer.name}(\n    Converted, {offer.stock.__name__}\n):"
     if not head.patterns():
         return text + "\n    pass"
     return text + INIT + "\n".join(f"        {call}" for call in _calls(head, "HEAD_", "self"))
