@@ -130,6 +130,26 @@ def test_bf16_is_rounded_once_from_float64(tmp_path):
     assert not same_bits(after[name], (twice - twice.mean(2, keepdim=True)).reshape(32, 96).bfloat16())
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_computing_some_rows_at_a_time_gives_the_same_bits(tmp_path, monkeypatch, rows):
+    source = tmp_path / "source"
+    tiny("gpt2", vocab_size=999, n_embd=36, n_head=3).save_pretrained(source)
+    edits = [
+        Untie(tensor=HEAD, source=WTE),
+        Centre(tensor=WTE, axis=1, groups=2),
+        FoldGain(tensor=WTE, axis=1, weight="transformer.ln_f.weight", form="1 + w"),
+        FoldGain(tensor=HEAD, axis=1, weight="transformer.ln_f.weight", form="w"),
+        Centre(tensor=PROJECTION, axis=0),
+    ]
+    _, whole = convert(source, GPT2LMHeadModel, tmp_path / "whole", *edits)
+    parts, split = [], torch.Tensor.split
+    monkeypatch.setattr("normswap.apply.values.AT_ONCE", rows * 36)
+    monkeypatch.setattr(torch.Tensor, "split", lambda t, size: parts.append(found := split(t, size)) or found)
+    _, after = convert(source, GPT2LMHeadModel, tmp_path / "parts", *edits)
+    assert [len(found) for found in parts] == [-(-999 // rows)] * 4
+    assert all(same_bits(after[key], whole[key]) for key in whole)
+
+
 def test_reads_are_original_values_whatever_happens_to_them(tmp_path):
     """The gain and bias are neutral afterwards, and the reader is scaled, yet each fold sees what was there before."""
     source, out = tmp_path / "source", tmp_path / "out"

@@ -1,14 +1,23 @@
-"""Values of a checkpoint's model tensors, before and after their edits: read from the files, computed in float64."""
+"""Values of a checkpoint's model tensors, before and after their edits: read from the files, computed in float64.
+
+An embedding of a large vocabulary is many times larger in float64 than anything else here, so tensors are computed some
+rows at a time wherever rows do not meet. The bits are the same: each row's result depends on that row alone.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from normswap.apply.layout import Job
 from normswap.checkpoint import Checkpoint
-from normswap.edits import TensorEdit
+from normswap.edits import Centre, FoldGain, TensorEdit, Untie
 from normswap.errors import PlanError
 from normswap.keymap import SAVE_MERGED, Group, KeyMap, Tensors
+
+# How many values are in float64 at once: 128 MiB.
+AT_ONCE = 2**24
 
 
 class Values:
@@ -20,9 +29,7 @@ class Values:
 
     def original(self, name: str) -> torch.Tensor:
         """A model tensor as the checkpoint has it, under `name` or an alias, in float64."""
-        group = self._keymap.stored_group(name)
-        made = self._keymap.to_model(group, self._read(group))
-        return next(made[alias] for alias in (name, *self._keymap.names_of(name)) if alias in made).to(torch.float64)
+        return self._stored(name).to(torch.float64)
 
     def edited(self, job: Job, dtype: torch.dtype) -> Tensors:
         """The job's tensors by checkpoint key, rounded once to `dtype`.
@@ -31,7 +38,7 @@ class Values:
             PlanError: a value does not fit `dtype`, or transformers does not undo the group's conversion exactly.
         """
         if job.group is None:
-            return {key: self._apply(name, None, edits, dtype) for key in job.keys for name, edits in job.edits.items()}
+            return {key: self._new(name, edits, dtype) for key in job.keys for name, edits in job.edits.items()}
         sources = self._read(job.group)
         made = self._keymap.to_model(job.group, sources)
         self._check_reversible(job.group, sources, made)
@@ -42,7 +49,7 @@ class Values:
 
     def cast(self, key: str, dtype: torch.dtype) -> torch.Tensor:
         """A stored tensor in another dtype. Raises PlanError when a value does not fit it."""
-        return _cast(key, self._source.read(key), dtype)
+        return self._apply(key, self._source.read(key), (), dtype)
 
     def check_copies(self, names: tuple[str, ...]) -> None:
         """Refuse a tied parameter that the files hold twice with different values: loading would not tie it."""
@@ -55,12 +62,38 @@ class Values:
                     "false in config.json, and make the plan again."
                 )
 
-    def _apply(
+    def _new(self, name: str, edits: tuple[TensorEdit, ...], dtype: torch.dtype) -> torch.Tensor:
+        if isinstance(edits[0], Untie):
+            # What it does to values, without a copy of them in float64.
+            return self._apply(name, self._stored(edits[0].source), edits[1:], dtype)
+        return self._compute(name, None, edits, dtype)
+
+    def _apply(self, name: str, value: torch.Tensor, edits: tuple[TensorEdit, ...], dtype: torch.dtype) -> torch.Tensor:
+        if value.ndim == 0 or not all(_keeps_rows_apart(edit) for edit in edits):
+            return self._compute(name, value, edits, dtype)
+        result = torch.empty(value.shape, dtype=dtype)
+        rows = max(1, AT_ONCE // max(1, math.prod(value.shape[1:])))
+        for part, place in zip(value.split(rows), result.split(rows), strict=True):
+            place.copy_(self._compute(name, part, edits, dtype))
+        return result
+
+    def _compute(
         self, name: str, value: torch.Tensor | None, edits: tuple[TensorEdit, ...], dtype: torch.dtype
     ) -> torch.Tensor:
         for edit in edits:
             value = edit.apply(None if value is None else value.to(torch.float64), self.original)
-        return _cast(name, value, dtype)
+        rounded = value.to(dtype)
+        if not rounded.isfinite().all() and value.isfinite().all():
+            raise PlanError(
+                f"{name}: expected all values to fit {dtype}, found {value.abs().max().item():.3g} against a largest "
+                f"of {torch.finfo(dtype).max:.3g}; store as bfloat16 or float32."
+            )
+        return rounded
+
+    def _stored(self, name: str) -> torch.Tensor:
+        group = self._keymap.stored_group(name)
+        made = self._keymap.to_model(group, self._read(group))
+        return next(made[alias] for alias in (name, *self._keymap.names_of(name)) if alias in made)
 
     def _read(self, group: Group) -> Tensors:
         return {key: self._source.read(key) for key in group.sources}
@@ -78,11 +111,6 @@ class Values:
                 )
 
 
-def _cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    rounded = value.to(dtype)
-    if not rounded.isfinite().all() and value.isfinite().all():
-        raise PlanError(
-            f"{name}: expected all values to fit {dtype}, found {value.abs().max().item():.3g} against a largest of "
-            f"{torch.finfo(dtype).max:.3g}; store as bfloat16 or float32."
-        )
-    return rounded
+def _keeps_rows_apart(edit: TensorEdit) -> bool:
+    """Whether each index of the first axis is changed by itself: then a part of the rows can be computed alone."""
+    return isinstance(edit, Centre | FoldGain) and edit.axis > 0
