@@ -1,0 +1,61 @@
+"""normswap: change the norms of trained models.
+
+    normswap.inspect("gpt2")                                  # what its norms are, and where
+    normswap.convert("gpt2", "gpt2-rms", norm="rmsnorm")      # checkpoint to checkpoint
+    normswap.convert_model(model, norm="rmsnorm")             # a live model, in place
+
+Names are imported when they are used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from normswap.conversion import Conversion, convert, convert_model, plan
+    from normswap.errors import (
+        DestinationError,
+        NormswapError,
+        ObserveError,
+        PlanError,
+        RefusedError,
+        SourceError,
+        VerificationError,
+    )
+    from normswap.loading import load
+    from normswap.normmap import NormMap, inspect
+    from normswap.norms.spec import NormSpec
+    from normswap.plans import Plan, Request
+    from normswap.verification import Report, verify
+
+_HOME = {
+    "conversion": ("Conversion", "convert", "convert_model", "plan"),
+    "errors": (
+        "DestinationError",
+        "NormswapError",
+        "ObserveError",
+        "PlanError",
+        "RefusedError",
+        "SourceError",
+        "VerificationError",
+    ),
+    "loading": ("load",),
+    "normmap": ("NormMap", "inspect"),
+    "norms.spec": ("NormSpec",),
+    "plans": ("Plan", "Request"),
+    "verification": ("Report", "verify"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'normswap' has no attribute '{name}'; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"normswap.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -175,13 +175,13 @@ class Readings:
         readers: per norm path, the parameters that consume its output.
         others: per norm path, what else consumes it (reasons why its gain cannot move into readers).
         translates: per norm path, whether a translation of its output reaches the readers unchanged.
-        uses: per parameter axis, paths of all norms it reads and "" for anything else it is used with.
+        uses: per (parameter, module using it), paths of all norms it reads there, and "" for anything else.
     """
 
     readers: dict[str, list[Reader]] = field(default_factory=dict)
     others: dict[str, list[str]] = field(default_factory=dict)
     translates: dict[str, bool] = field(default_factory=dict)
-    uses: dict[str, set[str]] = field(default_factory=dict)
+    uses: dict[tuple[str, str], set[str]] = field(default_factory=dict)
 
 
 def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readings:
@@ -201,7 +201,7 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
                 if (norm := carried.get((op.inputs[0], dim))) is not None:
                     _add(result.others, norm, f"the norm {op.norm} follows it")
             for name in made_of.get(op.inputs[0], ()):
-                result.uses.setdefault(name, set()).add("")
+                result.uses.setdefault((name, op.module), set()).add("")
             spec = norms[op.norm]
             ndim = len(trace.values[op.outputs[0]].shape)
             if spec.width == prober.width and len(spec.axes) == 1:
@@ -247,13 +247,13 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
                 reader = Reader(name, pdim, op.module, bias, absorber.grows)
                 if reader not in result.readers[norm]:
                     result.readers[norm].append(reader)
-                result.uses.setdefault(name, set()).add(norm)
+                result.uses.setdefault((name, op.module), set()).add(norm)
                 read.add(name)
                 if bias is not None:
-                    result.uses.setdefault(bias, set()).add(norm)
+                    result.uses.setdefault((bias, op.module), set()).add(norm)
                     read.add(bias)
         for name in names - read:
-            result.uses.setdefault(name, set()).add("")
+            result.uses.setdefault((name, op.module), set()).add("")
     return result
 
 

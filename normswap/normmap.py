@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from normswap.flow import Centring, Reader, Readings, Writer, centring, readings
+from normswap.inputs import example_inputs
 from normswap.norms.probe import find_norms
 from normswap.norms.spec import NormSpec
 from normswap.observe import observe
 from normswap.placement import Block, Streams, meets_activations
+from normswap.source import Source
 from normswap.trace import Operation, Trace, collapse_norms
 from normswap.transfer import Prober
 
@@ -69,6 +71,7 @@ class NormMap:
         biasless: modules that were built without the bias their class can have.
         centrings, readings: per width, the analyses behind the map.
         notes: where the observed run depended on values that were not there.
+        converted: for a folder that normswap wrote, what was done to it, in a sentence.
     """
 
     architecture: str
@@ -82,6 +85,7 @@ class NormMap:
     centrings: dict[int, Centring] = field(default_factory=dict)
     readings: dict[int, Readings] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    converted: str | None = None
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Mapping[str, Any]) -> NormMap:
@@ -183,6 +187,7 @@ class NormMap:
         """All of the map as plain data, for JSON."""
         return {
             "architecture": self.architecture,
+            "converted": self.converted,
             "streams": [
                 {
                     "name": stream.name,
@@ -233,8 +238,35 @@ def _common_path(paths: list[str]) -> str:
     return ".".join(common) or "model"
 
 
-def map_norms(model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) -> NormMap:
-    """The NormMap of a live model. `inputs` default to small ones made from the model's own signature."""
-    from normswap.inputs import example_inputs
+def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list[tuple[str, NormSpec]]:
+    """`(path, behaviour)` of every norm that runs in a live model, in execution order; nothing else is analysed."""
+    trace = observe(model, example_inputs(model) if inputs is None else inputs)
+    return list(find_norms(model, trace).items())
 
-    return NormMap.of(model, example_inputs(model) if inputs is None else inputs)
+
+def inspect(
+    model: str | Path | nn.Module,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> NormMap:
+    """What the norms of a model are, and where.
+
+    Args:
+        model: a folder with a config.json, a Hub id, or a live model (which is not changed). No weights are read.
+        inputs: keyword arguments for one forward pass; by default small ones made from what the model says it takes.
+        revision: branch, tag or commit of a Hub id.
+        trust_remote_code: whether code that comes with a checkpoint may run.
+
+    Raises:
+        SourceError: no such checkpoint, or its class cannot be built.
+        ObserveError: the model could not be run once.
+    """
+    if isinstance(model, nn.Module):
+        return NormMap.of(model, example_inputs(model) if inputs is None else inputs)
+    source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    built = source.build()
+    normmap = NormMap.of(built, example_inputs(built) if inputs is None else inputs)
+    normmap.converted = source.history()
+    return normmap

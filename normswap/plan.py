@@ -23,6 +23,12 @@ class Request(BaseModel):
     tied: Literal["keep", "untie"] = "keep"
     partial: bool = False
 
+    def words(self) -> str:
+        """The request as options of the command line."""
+        options = [f"--norm {self.norm}" if self.norm else "", "--fold" if self.fold else ""]
+        options += ["--tied untie" if self.tied == "untie" else "", "--partial" if self.partial else ""]
+        return " ".join(filter(None, options))
+
 
 class Refusal(BaseModel):
     """A site that stays as it is, and why."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from normswap.edits import AnyEdit, CentreOutput, ModuleEdit, SwapNorm, TensorEdit
 from normswap.errors import RefusedError
 from normswap.normmap import NormMap, Site
+from normswap.paths import blurred, folded
 from normswap.plan import Plan, Refusal, Request
 from normswap.rewrites import centre as centring
 from normswap.rewrites.centre import centre
@@ -30,12 +29,14 @@ def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_pre
         raise RefusedError("nothing is asked for: give a target norm (--norm rmsnorm), or --fold, or both.")
     if request.norm is not None and request.norm not in TARGETS:
         raise RefusedError(f"norm '{request.norm}' is not offered: expected one of {', '.join(TARGETS)}.")
-    ties = Ties(normmap)
-    swaps = _sites_to_swap(normmap, request)
-    centred = centre(normmap, swaps, ties, request.tied)
-    swapped = {site.path for site in centred.sites}
-    wanted = _sites_to_fold(normmap, request)
-    folded = fold(normmap, wanted, ties, request.tied, swapped)
+    swaps, wanted = _sites_to_swap(normmap, request), _sites_to_fold(normmap, request)
+    for untied in (False, True):
+        ties = Ties(normmap, untied)
+        centred = centre(normmap, swaps, ties, request.tied)
+        swapped = {site.path for site in centred.sites}
+        folded = fold(normmap, wanted, ties, request.tied, swapped)
+        if request.tied == "keep" or not ties.wanted:
+            break  # nothing is gained by untying
     refused = centred.refused | {path: why for path, why in folded.refused.items() if path not in centred.refused}
 
     converted = tuple(path for path in normmap.sites if path in swapped | {site.path for site in folded.sites})
@@ -101,39 +102,22 @@ def _swap(site: Site, bare: set[str]) -> SwapNorm:
 
 
 def _refuse(normmap: NormMap, request: Request, refused: dict[str, str], converted: tuple[str, ...]) -> None:
-    asked = " and ".join(filter(None, [request.norm and f"--norm {request.norm}", "--fold" if request.fold else None]))
-    lines = [f"  {path}: {why}" for path, why in fold_paths(refused).items()]
     way_out = (
         f"--partial does the {len(converted)} sites that can be done and leaves these as they are."
         if converted
         else "No site of this model can be converted so."
     )
     raise RefusedError(
-        f"{normmap.architecture}: {asked} cannot be met at {len(refused)} of "
-        f"{len(set(refused) | set(converted))} sites.\n" + "\n".join(lines) + f"\n{way_out}",
+        f"{normmap.architecture}: {request.words()} cannot be met at {len(refused)} of "
+        f"{len(set(refused) | set(converted))} sites.\n{_listed(refused)}\n{way_out}",
         tuple(refused.items()),
     )
 
 
-def fold_paths(named: dict[str, str]) -> dict[str, str]:
-    """Entries whose paths and texts differ in layer numbers only, folded into one (`layers.0-3.norm`)."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for path, text in named.items():
-        groups.setdefault((re.sub(r"\d+", "*", path), re.sub(r"\d+", "*", text)), []).append(path)
-    result = {}
-    for (pattern, _), paths in groups.items():
-        shown = paths[0]
-        if len(paths) > 1:
-            numbers = [re.findall(r"\d+", path) for path in paths]
-            ranges = iter([_range([int(n[i]) for n in numbers]) for i in range(len(numbers[0]))])
-            shown = re.sub(r"\*", lambda _: next(ranges), pattern)  # noqa: B023
-        result[shown] = named[paths[0]]
-    return result
-
-
-def _range(numbers: list[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low}-{high}"
+def _listed(reasons: dict[str, str]) -> str:
+    """One line per reason, layers that differ in number only folded together."""
+    shown = folded([(path, blurred(why)) for path, why in reasons.items()])
+    return "\n".join(f"  {path}: {reasons[paths[0]]}" for path, paths in shown)
 
 
 def _reasons(centred: centring.Centring, folded, edits: list[AnyEdit]) -> tuple[str, ...]:
@@ -161,16 +145,15 @@ def _check_all_ran(normmap: NormMap, edits: list[AnyEdit]) -> None:
     """Refuse when a parameter like an edited one did not run: nobody knows what it does (an idle expert, say)."""
     ran = {normmap.trace.values[v].name for op in normmap.trace.operations for v in op.inputs}
     ran |= {f"{path}.{name}" for path, site in normmap.sites.items() for name in (site.spec.weight, site.spec.bias)}
-    edited = {re.sub(r"\d+", "*", edit.tensor) for edit in edits if isinstance(edit, TensorEdit)}
+    edited = {blurred(edit.tensor) for edit in edits if isinstance(edit, TensorEdit)}
     idle = {
         name: "did not take part in the observed pass, while others like it are edited"
         for name in normmap.parameters
-        if name not in ran and re.sub(r"\d+", "*", name) in edited
+        if name not in ran and blurred(name) in edited
     }
     if idle:
-        lines = [f"  {name}: {why}" for name, why in fold_paths(idle).items()]
         raise RefusedError(
-            f"{normmap.architecture}: {len(idle)} parameters cannot be understood.\n" + "\n".join(lines) + "\n"
+            f"{normmap.architecture}: {len(idle)} parameters cannot be understood.\n{_listed(idle)}\n"
             "Pass `inputs` that reach them to the library call.",
             tuple(idle.items()),
         )

@@ -81,6 +81,19 @@ class Source:
         return model.eval()
 
 
+    def history(self) -> str | None:
+        """For a folder that normswap wrote: what was done, in a sentence."""
+        if self.record is None:
+            return None
+        from normswap.plan import Plan
+
+        plan = Plan.model_validate(self.record["plan"])
+        return (
+            f"converted by normswap {self.record.get('normswap', '')}: {plan.request.words()} at "
+            f"{len(plan.converted)} sites ({plan.claim})"
+        )
+
+
 def _locate(name: str, revision: str | None, weights: bool) -> Path:
     path = Path(name).expanduser()
     if path.is_file() and path.name == "config.json":

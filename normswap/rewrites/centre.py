@@ -86,23 +86,18 @@ def _edit(normmap: NormMap, writer: Writer, width: int, ties: Ties, tied: str) -
     if writer.kind == "buffer" and writer.name not in normmap.stored:
         return _at_output(normmap, writer, width) or f"{writer.name} is a buffer that checkpoints do not store"
     blocked = normmap.centrings[width].blocked
-    same = {w.module for w in blocked if (w.name, w.axis, w.groups) == (writer.name, writer.axis, writer.groups) and not blocked[w]}
-    others = normmap.users(writer.name) - same
+    alike = (writer.name, writer.axis, writer.groups)
+    unnoticed = {w.module for w in blocked if (w.name, w.axis, w.groups) == alike and not blocked[w]}
+    others = ties.users(writer.name, writer.module) - unnoticed
     if not others:
-        return Centre(tensor=writer.name, axis=writer.axis, groups=writer.groups)
-    if tied == "keep":
-        edit = _at_output(normmap, writer, width)
-        way_out = "--tied untie"
-    else:
-        own = ties.separate(writer.name, writer.module)
-        edit = None if own is None else Centre(tensor=own, axis=writer.axis, groups=writer.groups)
-        way_out = "--tied keep"
-    if edit is None:
-        return (
-            f"{writer.name} writes to its input in {writer.module} and is used otherwise in {', '.join(sorted(others))}; "
-            f"it cannot be centred for the one without changing the other (try {way_out})"
-        )
-    return edit
+        return Centre(tensor=ties.name(writer.name, writer.module), axis=writer.axis, groups=writer.groups)
+    ties.want(writer.name)
+    edit = _at_output(normmap, writer, width) if tied == "keep" else None
+    return edit or (
+        f"{writer.name} writes to its input in {writer.module} and is used otherwise in {', '.join(sorted(others))}; "
+        f"it cannot be centred for the one without changing the other (try --tied "
+        f"{'untie' if tied == 'keep' else 'keep'})"
+    )
 
 
 def _at_output(normmap: NormMap, writer: Writer, width: int) -> CentreOutput | None:

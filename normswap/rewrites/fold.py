@@ -67,46 +67,44 @@ def _site_edits(normmap: NormMap, site: Site, ties: Ties, tied: str) -> list[Any
         return "its bias does not reach its readers unchanged (a mask or a router stands between)"
     edits: list[AnyEdit] = []
     for reader in site.readers:
-        name = _own_name(normmap, reader, site, ties, tied)
-        if isinstance(name, tuple):
-            return name[0]
+        if (reason := _obstacle(normmap, reader.name, reader.module, site, ties, tied)) is not None:
+            return reason
+        name = ties.name(reader.name, reader.module)
         if spec.bias is not None:
-            into = _bias_edits(normmap, reader, name, site)
+            into = _bias_edits(normmap, reader, name, site, ties, tied)
             if isinstance(into, str):
                 return into
             edits += into
         if spec.weight is not None:
             gain = f"{site.path}.{spec.weight}"
             edits.append(FoldGain(tensor=name, axis=reader.axis, weight=gain, form=spec.gain))
-    return edits
+    return list(dict.fromkeys(edits))  # a module called twice reads twice and is changed once
 
 
-def _own_name(normmap: NormMap, reader: Reader, site: Site, ties: Ties, tied: str) -> str | tuple[str]:
-    """The name of the reader's parameter that this site alone reads; a one-tuple holds a refusal."""
+def _obstacle(normmap: NormMap, parameter: str, module: str, site: Site, ties: Ties, tied: str) -> str | None:
+    """Why the tensor that `module` reads as `parameter` cannot be changed for this site alone, None if it can."""
     uses = normmap.readings[site.spec.width].uses
-    users = normmap.users(reader.name)
-    if uses[reader.name] == {site.path}:
-        return reader.name
-    if users == {reader.module}:
-        return (f"{reader.name} in {reader.module} reads other values too",)
-    if tied == "keep":
-        return (
-            f"its reader {reader.name} in {reader.module} is tied to {', '.join(sorted(users - {reader.module}))}: "
-            f"untie it (--tied untie) to fold into it",
-        )
-    own = ties.separate(reader.name, reader.module)
-    if own is None:
-        return (f"{reader.name} is shared by {', '.join(sorted(users))} under one name and cannot be untied",)
-    return own
+    users = ties.users(parameter, module)
+    if set().union(*(uses.get((parameter, user), {""}) for user in users)) == {site.path}:
+        return None
+    others = ", ".join(sorted(users - {module}))
+    if not others:
+        return f"{parameter} in {module} reads other values too"
+    ties.want(parameter)
+    way_out = "untie them with --tied untie" if tied == "keep" else "they hold it under one name and cannot be untied"
+    return f"its reader {parameter} in {module} is used in {others} as well; {way_out}"
 
 
-def _bias_edits(normmap: NormMap, reader: Reader, name: str, site: Site) -> list[AnyEdit] | str:
+def _bias_edits(
+    normmap: NormMap, reader: Reader, name: str, site: Site, ties: Ties, tied: str
+) -> list[AnyEdit] | str:
     bias = f"{site.path}.{site.spec.bias}"
     if reader.bias is not None:
-        if normmap.readings[site.spec.width].uses[reader.bias] != {site.path}:
-            return f"{reader.bias} takes part in more than {reader.module}"
-        return [FoldBias(tensor=reader.bias, reader=name, axis=reader.axis, bias=bias)]
-    if not reader.grows or reader.module not in normmap.biasless or name.rpartition(".")[0] != reader.module:
+        if (reason := _obstacle(normmap, reader.bias, reader.module, site, ties, tied)) is not None:
+            return reason
+        own = ties.name(reader.bias, reader.module)
+        return [FoldBias(tensor=own, reader=name, axis=reader.axis, bias=bias)]
+    if not reader.grows or reader.module not in normmap.biasless:
         return f"its reader {reader.name} has no bias to take the norm's and cannot grow one"
     shape = normmap.parameters[reader.name]
     grown = f"{reader.module}.bias"

@@ -1,7 +1,7 @@
 """Tied parameters: one tensor under several names, of which an edit may want to change only some.
 
-What is edited is what one module uses, under the name that module holds it by. When another module uses the same
-tensor in a way the edit would break, the names are separated (the tensor is stored once more) or the edit refused.
+While tied, an edit of the tensor reaches every module that reads it. Untied, each name is a tensor of its own (the
+configuration has one flag for all of them), and an edit reaches the modules that hold it by that name.
 """
 
 from __future__ import annotations
@@ -11,24 +11,31 @@ from normswap.normmap import NormMap
 
 
 class Ties:
-    """Collects which names must be separated, so that each is separated once."""
+    """By which name a module reads a parameter, and who else reads it by that name.
 
-    def __init__(self, normmap: NormMap):
-        self.normmap = normmap
-        self.separated: dict[str, str] = {}  # alias -> first name
+    Attributes:
+        untied: whether tied names are separated in this plan.
+        wanted: set by a rewrite that could go on if they were.
+    """
 
-    def separate(self, parameter: str, module: str) -> str | None:
-        """The name under which `module` alone holds `parameter` once it is untied; None if it holds no own name."""
+    def __init__(self, normmap: NormMap, untied: bool):
+        self.normmap, self.untied, self.wanted = normmap, untied, False
+
+    def name(self, parameter: str, module: str) -> str:
         own = self.normmap.name_in(module, parameter)
-        others = [name for name in self.normmap.names(parameter) if name != own]
-        if own is None or not others:
-            return None
-        # one flag of the configuration ties everything: untying one means storing them all
-        self.separated = dict(self.normmap.aliases)
-        return own
+        return own if self.untied and own is not None else parameter
+
+    def users(self, parameter: str, module: str) -> set[str]:
+        """Modules that read the tensor which `module` reads as `parameter`, itself included."""
+        name = self.name(parameter, module)
+        return {user for user in self.normmap.users(parameter) if self.name(parameter, user) == name}
+
+    def want(self, parameter: str) -> None:
+        if len(self.normmap.names(parameter)) > 1:
+            self.wanted = True
 
     def edits(self) -> list[AnyEdit]:
-        if not self.separated:
+        if not self.untied:
             return []
-        untied = [Untie(tensor=alias, source=source) for alias, source in self.separated.items()]
+        untied = [Untie(tensor=alias, source=source) for alias, source in self.normmap.aliases.items()]
         return [*untied, SetConfig(key="tie_word_embeddings", value=False)]

@@ -1,0 +1,78 @@
+"""`normswap convert`"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from normswap.cli.options import err, json_option, out, progress_bars, request_options, source_options
+
+
+@click.command("convert")
+@click.argument("model")
+@click.argument("destination", metavar="OUT", type=click.Path(path_type=Path))
+@request_options
+@click.option("--plan", "plan_file", metavar="FILE", type=click.Path(path_type=Path), help="Run a plan saved by `plan -o`.")
+@click.option("--dtype", metavar="DTYPE", help="Store all floating tensors so: float32, bfloat16, float16 or float64.")
+@click.option(
+    "--verify",
+    type=click.Choice(["full", "fast", "none"]),
+    default="full",
+    show_default=True,
+    help="full: in float64 and as stored; fast: in float64 on few tokens; none.",
+)
+@click.option("--text", metavar="FILE", type=click.Path(path_type=Path), help="UTF-8 text to verify on.")
+@click.option("--overwrite", is_flag=True, help="Replace a model folder at OUT, once the new one is complete.")
+@source_options
+@json_option
+def command(
+    model, destination, norm, fold, tied, partial, plan_file, dtype, verify, text, overwrite, revision, trust_remote_code, as_json
+) -> None:
+    """Convert the checkpoint MODEL into the folder OUT: plan, apply, verify, publish.
+
+    OUT appears whole, after verification, or not at all. MODEL is never written to.
+
+    \b
+    normswap convert ./my-gpt2 ./my-gpt2-rms --norm rmsnorm
+    normswap convert ./my-llama ./weightless --fold
+    """
+    import normswap
+    from normswap.report import proof_view
+    from normswap.report_plan import disk_facts, plan_view
+
+    with progress_bars(enabled=not as_json) as progress:
+        done = normswap.convert(
+            model,
+            destination,
+            norm=norm,
+            fold=fold,
+            tied=tied,
+            partial=partial,
+            plan=plan_file,
+            dtype=dtype,
+            verify=verify,
+            text=text,
+            overwrite=overwrite,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        result = {
+            "folder": str(done.folder),
+            "plan": done.plan.model_dump(mode="json"),
+            "disk": disk_facts(done.written),
+            "report": done.report.model_dump(mode="json"),
+            "skipped": list(done.skipped),
+        }
+        click.echo(json.dumps(result, indent=2))
+    else:
+        out().print(plan_view(done.plan, done.written))
+        out().print(proof_view(done.report))
+    if done.skipped:
+        err().print(f"left behind (other formats hold the unconverted weights): {', '.join(done.skipped)}")
+    if verify == "none":
+        err().print("[bold red]NOT VERIFIED[/]: the result was published without being measured (--verify none).")
+    err().print(f"published [bold]{done.folder}[/]")

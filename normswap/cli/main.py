@@ -1,0 +1,63 @@
+"""`normswap`: the group of commands, and what happens to errors."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from normswap.errors import NormswapError, RefusedError, VerificationError
+
+#: command -> the first line of its help; the file of that name is imported when the command is used
+COMMANDS = {
+    "inspect": "Show what the norms of a model are, and where.",
+    "plan": "Show what a conversion would do, without doing it.",
+    "convert": "Convert a checkpoint, verify the result and publish it.",
+    "verify": "Measure how far two checkpoints are apart.",
+}
+
+
+class Commands(click.Group):
+    """Commands in files of their own, so that `normswap --help` does not import torch."""
+
+    def list_commands(self, context):
+        return list(COMMANDS)
+
+    def get_command(self, context, name):
+        if name not in COMMANDS:
+            return None
+        return getattr(importlib.import_module(f"normswap.cli.{name}"), "command")
+
+    def format_commands(self, context, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except NormswapError as error:
+            _print_error(error)
+            sys.exit(2)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="normswap")
+def main() -> None:
+    """Change the norms of trained Hugging Face checkpoints.
+
+    \b
+    normswap inspect MODEL
+    normswap plan MODEL --norm rmsnorm
+    normswap convert MODEL OUT --norm rmsnorm
+    normswap verify MODEL OUT
+
+    MODEL is a folder with config.json and *.safetensors, or a Hub id. Results go to stdout, messages to stderr.
+    """
+
+
+def _print_error(error: NormswapError) -> None:
+    kind = {RefusedError: "Refused", VerificationError: "Verification failed"}.get(type(error), "Error")
+    # text from checkpoints may hold control characters
+    text = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
+    click.echo(f"{click.style(kind, fg='red', bold=True)}: {text}", err=True)

@@ -1,0 +1,71 @@
+"""Options that several commands share, and the consoles they print to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import reduce
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def out() -> Console:
+    """For results. Wide when piped, so that no table is cut."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def err() -> Console:
+    """For messages and progress."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+def _together(*options: Callable) -> Callable:
+    return lambda command: reduce(lambda c, option: option(c), reversed(options), command)
+
+
+source_options = _together(
+    click.option("--revision", metavar="REV", help="Branch, tag or commit, when the model is a Hub id."),
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Run model code that comes with the checkpoint. Off by default."
+    ),
+)
+
+request_options = _together(
+    click.option("--norm", metavar="KIND", help="Norm to convert to: rmsnorm."),
+    click.option("--fold", is_flag=True, help="Move gains and biases into the linear maps that read them."),
+    click.option(
+        "--tied",
+        type=click.Choice(["keep", "untie"]),
+        default="keep",
+        show_default=True,
+        help="Tied embeddings: keep the tie, centring the embedding's output instead of its weights; or store both.",
+    ),
+    click.option("--partial", is_flag=True, help="Convert the sites that can be, and list the rest."),
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+
+@contextmanager
+def progress_bars(enabled: bool = True):
+    """A callback `(what, done, total)` that draws one bar per `what` on stderr while the block runs."""
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    console = err()
+    with Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bars:
+        tasks: dict[str, int] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report

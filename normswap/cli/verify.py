@@ -1,0 +1,42 @@
+"""`normswap verify`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from normswap.cli.options import json_option, out, progress_bars
+
+
+@click.command("verify")
+@click.argument("a")
+@click.argument("b")
+@click.option("--text", metavar="FILE", type=click.Path(path_type=Path), help="UTF-8 text to compare on.")
+@click.option("--tokens", type=click.IntRange(min=2), default=4096, show_default=True, help="How many tokens to run.")
+@click.option("--dtype", metavar="DTYPE", help="What both compute in; float64 or, for half-precision weights, float32.")
+@click.option("--device", metavar="DEVICE", help="Where to run: cpu, cuda ...")
+@click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with the checkpoints. Off by default.")
+@json_option
+def command(a, b, text, tokens, dtype, device, trust_remote_code, as_json) -> None:
+    """Measure how far the checkpoints A and B, of one vocabulary, are apart, and where they part first.
+
+    \b
+    normswap verify ./my-gpt2 ./my-gpt2-rms
+    normswap verify ./my-gpt2 ./my-gpt2-rms --text held-out.txt --json
+    """
+    import normswap
+    from normswap.report import comparison_table
+
+    with progress_bars(enabled=not as_json) as bars:
+        report = normswap.verify(
+            a,
+            b,
+            text=text,
+            tokens=tokens,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=lambda done, total: bars("comparing", done, total),
+        )
+    click.echo(report.model_dump_json(indent=2)) if as_json else out().print(comparison_table(report))

@@ -1,0 +1,280 @@
+"""Checkpoint to checkpoint, and live models: plan, apply, verify, publish."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from normswap.apply.layout import WriteSummary
+from normswap.apply.live import apply_plan
+from normswap.apply.modelling import write_modelling
+from normswap.apply.stream import preview, write_tensors
+from normswap.card import write_card
+from normswap.checkpoint import Checkpoint
+from normswap.errors import PlanError, RefusedError, SourceError
+from normswap.keymap import KeyMap
+from normswap.normmap import inspect
+from normswap.plan import Plan, Request
+from normswap.planner import make_plan
+from normswap.proof import Proof, prove, prove_live
+from normswap.publish import Staging, check_space, copy_side_files
+from normswap.source import RECORD, Source
+
+#: called with (what is being done, how much of it is done, how much there is)
+Progress = Callable[[str, int, int], None]
+VerifyMode = Literal["full", "fast", "none"]
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion.
+
+    Attributes:
+        folder: the published checkpoint.
+        plan: what was done.
+        written: what happened to each tensor.
+        report: what was measured before publishing.
+        skipped: files of the source that were left behind (weights in other formats).
+    """
+
+    folder: Path
+    plan: Plan
+    written: WriteSummary
+    report: Proof
+    skipped: tuple[str, ...]
+
+
+def plan(
+    model: str | Path | nn.Module,
+    *,
+    norm: str | None = None,
+    fold: bool = False,
+    tied: Literal["keep", "untie"] = "keep",
+    partial: bool = False,
+    inputs: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """The plan that `convert` or `convert_model` would carry out.
+
+    Args:
+        model: a folder, a Hub id, or a live model.
+        norm: the kind of norm to convert to, `rmsnorm`; None leaves kinds as they are.
+        fold: move gains and biases into the linear maps that read them.
+        tied: `keep` tied embeddings, centring the embedding's output where its weights cannot be; `untie` stores both.
+        partial: convert the sites that can be converted and leave the rest.
+        inputs, revision, trust_remote_code: as for `inspect`.
+
+    Raises:
+        RefusedError: the request cannot be met (everywhere, unless `partial`).
+        SourceError, ObserveError: as for `inspect`.
+    """
+    request = Request(norm=norm, fold=fold, tied=tied, partial=partial)
+    if isinstance(model, nn.Module):
+        return _plan_for(model, request, inputs)
+    source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    return _plan_source(source, source.build(), request, inputs)
+
+
+def _plan_source(source: Source, model: PreTrainedModel, request: Request, inputs=None) -> Plan:
+    try:
+        made = _plan_for(model, request, inputs)
+    except RefusedError as error:
+        if source.record is None:
+            raise
+        raise RefusedError(f"{source.name} was {source.history()}. {error}", error.refusals) from error
+    if source.record is not None and Plan.model_validate(source.record["plan"]).module_edits():
+        raise RefusedError(
+            f"{source.name} was {source.history()}; it is not converted twice. Convert the checkpoint it was made from, "
+            f"asking for everything at once."
+        )
+    return made
+
+
+def _plan_for(model: nn.Module, request: Request, inputs: Mapping[str, Any] | None) -> Plan:
+    prefix = getattr(model, "base_model_prefix", "")
+    prefix = prefix if prefix and hasattr(model, prefix) else ""
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    return make_plan(inspect(model, inputs=inputs), request, model_type, prefix)
+
+
+def preview_on_disk(
+    model: str | Path,
+    made: Plan,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> WriteSummary | None:
+    """What a plan changes in the files of a checkpoint, from headers alone; None if there are no weights."""
+    source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    if not any(source.folder.glob("*.safetensors")):
+        return None
+    with Checkpoint.open(source.folder) as checkpoint:
+        return preview(checkpoint, KeyMap.build(source.build(), checkpoint), made, _dtype(dtype))
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    norm: str | None = None,
+    fold: bool = False,
+    tied: Literal["keep", "untie"] = "keep",
+    partial: bool = False,
+    plan: Plan | str | Path | None = None,
+    dtype: str | None = None,
+    verify: VerifyMode = "full",
+    text: str | Path | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert the checkpoint `model` into the folder `out`.
+
+    The source is read only. `out` appears whole, after verification, or not at all.
+
+    Args:
+        model: a folder, or a Hub id.
+        out: the folder to make; its parents are made too.
+        norm, fold, tied, partial: what to do, see `plan`; not together with `plan`.
+        plan: a plan made before, or the file it was saved in.
+        dtype: `float32`, `bfloat16`, ... for all floating tensors of the result; None keeps each one's own.
+        verify: `full`, `fast` (fewer tokens, no comparison in the stored precision) or `none`.
+        text: a UTF-8 file to verify on; by default the text that ships with normswap.
+        overwrite: replace a model folder at `out`.
+        progress: called with (what, done, total) while long work runs.
+
+    Raises:
+        RefusedError, SourceError, ObserveError: before anything is written.
+        PlanError: the given plan does not fit this checkpoint.
+        VerificationError: the result measures otherwise than claimed; nothing is published.
+        DestinationError: `out` cannot be written.
+    """
+    if plan is not None and (norm is not None or fold or partial or tied != "keep"):
+        raise PlanError("a saved plan already says what to do: give either a plan or norm, fold, tied and partial.")
+    progress = progress or (lambda what, done, total: None)
+    stored_dtype = _dtype(dtype)
+    source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code)
+    structure = source.build()
+    if plan is None:
+        plan = _plan_source(source, structure, Request(norm=norm, fold=fold, tied=tied, partial=partial))
+    elif not isinstance(plan, Plan):
+        plan = Plan.load(plan)
+    if plan.architecture != source.model_class.__name__:
+        raise PlanError(f"the plan is for a {plan.architecture}, {model} is a {source.model_class.__name__}.")
+    with Checkpoint.open(source.folder) as checkpoint:
+        keymap = KeyMap.build(structure, checkpoint)
+        expected = preview(checkpoint, keymap, plan, stored_dtype)
+        with Staging(out, source.folder, overwrite) as folder:
+            check_space(folder, expected.bytes_after)
+            written = write_tensors(
+                checkpoint, keymap, plan, folder, stored_dtype, lambda done, total: progress("writing", done, total)
+            )
+            skipped = copy_side_files(checkpoint, folder)
+            raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+            config = _configure(raw, source, structure, plan, folder, dtype)
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            record = {
+                "normswap": _version(),
+                "source": {
+                    "name": source.name,
+                    "revision": revision,
+                    "headers": checkpoint.fingerprint(),
+                    "files": checkpoint.hash_files(),
+                },
+                "source_config": raw,
+                "plan": plan.model_dump(mode="json"),
+                "files": written.hashes,
+            }
+            _write_record(folder, record)
+            report = prove(source, plan, folder, verify, text, progress)
+            _write_record(folder, record | {"report": report.model_dump(mode="json")})
+            command = _command(source.name, out, plan, dtype, revision)
+            write_card(folder, source, plan, written, report, command)
+    return Conversion(Path(out), plan, written, report, tuple(skipped))
+
+
+def convert_model(
+    model: nn.Module,
+    *,
+    norm: str | None = None,
+    fold: bool = False,
+    tied: Literal["keep", "untie"] = "keep",
+    partial: bool = False,
+    plan: Plan | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    verify: bool = True,
+) -> Plan:
+    """Convert a live model in place.
+
+    Args:
+        model: any module; one of transformers needs no `inputs`.
+        norm, fold, tied, partial: what to do, see `plan` the function; or `plan`, one made before.
+        inputs: keyword arguments of `forward` for one small batch.
+        verify: measure a converted float64 copy against the original first (costs that copy's memory).
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        RefusedError, ObserveError, PlanError: the model is unchanged.
+        VerificationError: the copy measures otherwise than claimed; the model is unchanged.
+    """
+    if plan is None:
+        plan = _plan_for(model, Request(norm=norm, fold=fold, tied=tied, partial=partial), inputs)
+    if verify:
+        prove_live(model, plan, inputs)
+    apply_plan(model, plan)
+    return plan
+
+
+def _configure(
+    raw: dict, source: Source, structure: PreTrainedModel, plan: Plan, folder: Path, dtype: str | None
+) -> dict[str, object]:
+    """The result's `config.json`: the source's, with what the plan and the modelling file change."""
+    config = dict(raw)
+    if plan.module_edits():
+        config |= write_modelling(
+            folder, source.model_class, source.config, plan, structure, plan.base_output_unchanged
+        )
+    else:
+        config |= {edit.key: edit.value for edit in plan.config_edits()}
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    return config
+
+
+def _command(name: str, out: str | Path, plan: Plan, dtype: str | None, revision: str | None) -> str:
+    words = ["normswap", "convert", name, str(out), *plan.request.words().split()]
+    words += ["--dtype", dtype] if dtype else []
+    words += ["--revision", revision] if revision else []
+    return shlex.join(words)
+
+
+def _write_record(folder: Path, record: dict) -> None:
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise SourceError(f"dtype '{name}' is not offered: expected one of {', '.join(DTYPES)}.")
+    return DTYPES[name] if name else None
+
+
+def _version() -> str:
+    from normswap import __version__
+
+    return __version__

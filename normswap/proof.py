@@ -1,0 +1,209 @@
+"""The measurements that stand between a conversion and its publication.
+
+1. The mathematics: original and converted model in float64, inner casts lifted, on text. An exact plan must agree to
+   rounding in the output and in what reaches every norm.
+2. The files: the published folder, loaded as a user's process would load it, must hold bit for bit the float64 result
+   rounded once to the stored dtype.
+3. The cost: the published model against the original, both as stored, which is what rounding does to a half-precision
+   checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from normswap.apply.live import apply_plan
+from normswap.apply.modelling import load_generated
+from normswap.compare import Record
+from normswap.compare_models import TOLERANCES, compare_models
+from normswap.edits import SwapNorm
+from normswap.errors import ObserveError, SourceError, VerificationError
+from normswap.inputs import example_inputs
+from normswap.normmap import find_sites
+from normswap.plan import Plan
+from normswap.source import Source
+from normswap.verify import Report, evaluation_inputs, open_model, report_on, tokenizer_of
+
+Progress = Callable[[str, int, int], None]
+TOKENS = {"full": 4096, "fast": 512}
+
+
+class Proof(Record):
+    """What was measured of a conversion.
+
+    Attributes:
+        mode: how much was asked for; with `none` everything else is empty.
+        claim: what the plan promises.
+        mathematics: original and plan in float64 (float32 if the model cannot run in float64).
+        stored: original and published folder as stored.
+        tensors_checked: tensors of the folder that are the plan's results bit for bit.
+    """
+
+    mode: Literal["full", "fast", "none"]
+    claim: str
+    mathematics: Report | None = None
+    stored: Report | None = None
+    tensors_checked: int = 0
+
+    def markdown(self) -> list[str]:
+        """Lines of a Markdown table."""
+        if self.mathematics is None:
+            return ["**Not verified** (`--verify none`)."]
+        rows = ["| | mean | median | p99.9 | worst |", "|---|---|---|---|---|"]
+        for report, what in ((self.mathematics, "mathematics"), (self.stored, "as stored")):
+            if report is None:
+                continue
+            found = report.comparison
+            where = f"{what}, {found.dtype}"
+            for name, stat in (("relative error", found.output.error), ("KL, nats", found.output.kl)):
+                if stat is not None:
+                    row = f"| {name} ({where}) | {stat.mean:.1e} | {stat.median:.1e} | {stat.p999:.1e} | {stat.max:.1e} |"
+                    rows.append(row)
+        rows += ["", f"On {self.mathematics.text}; {self.tensors_checked} tensors checked bit for bit."]
+        return rows
+
+
+def prove(
+    source: Source,
+    plan: Plan,
+    folder: Path,
+    mode: Literal["full", "fast", "none"],
+    text: str | Path | None,
+    progress: Progress,
+) -> Proof:
+    """Measure the unpublished `folder` against its source.
+
+    Raises:
+        VerificationError: an exact claim that is not met, or files that are not what the plan makes.
+    """
+    if mode == "none":
+        return Proof(mode="none", claim=plan.claim)
+    original, result = open_model(source), open_published(folder, plan)
+    tokenizer = tokenizer_of(source)
+    batches, shape, described = evaluation_inputs(original, tokenizer, text, TOKENS[mode])
+    names = source.name, str(folder)
+
+    def measure(what: str, a: nn.Module, b: nn.Module, dtypes: Sequence[torch.dtype]) -> Report:
+        return report_on(
+            names,
+            (a, b),
+            (find_sites(a), find_sites(b)),
+            batches,
+            shape=shape,
+            text=described,
+            stored=dtypes,
+            decode=None if tokenizer is None else tokenizer.decode,
+            progress=lambda done, total: progress(what, done, total),
+        )
+
+    dtypes = [_coarsest(model) for model in (original, result)]
+    stored = None
+    if mode == "full" and dtypes[0] == dtypes[1]:
+        stored = measure("comparing as stored", original, result, dtypes)
+    mathematics, converted = _mathematics(original, plan, measure)
+    _check_swapped(converted, plan)
+    if plan.claim == "exact":
+        _check_exact(mathematics)
+    checked = _check_files(converted, result)
+    return Proof(mode=mode, claim=plan.claim, mathematics=mathematics, stored=stored, tensors_checked=checked)
+
+
+def _mathematics(original: PreTrainedModel, plan: Plan, measure) -> tuple[Report, PreTrainedModel]:
+    """Original and plan in float64, or in float32 where the model's code does not run in float64."""
+    for dtype in (torch.float64, torch.float32):
+        original = original.to(dtype)
+        converted = apply_plan(copy.deepcopy(original), plan)
+        try:
+            return measure("proving", original, converted, (dtype, dtype)), converted
+        except ObserveError:
+            if dtype == torch.float32:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _check_exact(report: Report) -> None:
+    found = report.comparison
+    if found.first_divergence is not None:
+        error = found.output.error
+        raise VerificationError(
+            f"the plan claims to be exact and is not: original and converted part at {found.first_divergence} "
+            f"(tolerance {found.tolerance:.0e} in {found.dtype}; worst relative error of the output "
+            f"{error.max if error else float('nan'):.1e}). Nothing was published. Please report the model: this is a "
+            f"fault of normswap."
+        )
+
+
+def _check_swapped(model: nn.Module, plan: Plan) -> None:
+    """Every swapped norm behaves as the kind it was swapped for."""
+    kinds = {path: spec.kind for path, spec in find_sites(model)}
+    for edit in plan.module_edits():
+        if isinstance(edit, SwapNorm) and kinds.get(edit.module) != edit.kind:
+            raise VerificationError(
+                f"{edit.module} should be a {edit.kind} now and behaves as {kinds.get(edit.module, 'no norm')}. "
+                f"Nothing was published."
+            )
+
+
+def _check_files(expected: nn.Module, result: nn.Module) -> int:
+    """The loaded folder holds the plan's results, rounded once. Returns how many tensors were compared."""
+    want, have = expected.state_dict(), result.state_dict()
+    if want.keys() != have.keys():
+        odd = sorted(want.keys() ^ have.keys())
+        raise VerificationError(f"the folder holds other tensors than the plan makes: {', '.join(odd[:5])}.")
+    wrong = [name for name in want if not torch.equal(want[name].to(have[name].dtype), have[name])]
+    if wrong:
+        raise VerificationError(
+            f"{len(wrong)} tensors of the folder are not what the plan makes of the source, {wrong[0]} among them. "
+            f"Nothing was published. Please report the checkpoint: this is a fault of normswap."
+        )
+    return len(want)
+
+
+def open_published(folder: Path, plan: Plan) -> PreTrainedModel:
+    """The folder's model by the class that a user's process would take, weights as stored."""
+    import transformers
+
+    cls = load_generated(folder) if plan.module_edits() else getattr(transformers, plan.architecture)
+    model, info = cls.from_pretrained(folder, dtype="auto", attn_implementation="eager", output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise SourceError(f"the converted folder lacks {len(missing)} tensors its class needs: {', '.join(missing[:3])}.")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.eval()
+
+
+def _coarsest(model: nn.Module) -> torch.dtype:
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return min(found, key=lambda dtype: torch.finfo(dtype).bits)
+
+
+def prove_live(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None) -> None:
+    """Measure the plan on a float64 copy of a live model, on one small batch of random inputs.
+
+    Raises:
+        VerificationError: an exact claim that is not met. The model is unchanged in any case.
+    """
+    original = copy.deepcopy(model).double().eval()
+    converted = apply_plan(copy.deepcopy(original), plan)
+    if inputs is None:
+        inputs = example_inputs(model)
+        vocabulary = getattr(getattr(model, "config", None), "vocab_size", 2)
+        generator = torch.Generator().manual_seed(0)
+        for name in ("input_ids", "decoder_input_ids"):
+            if name in inputs:
+                inputs[name] = torch.randint(0, vocabulary, inputs[name].shape, generator=generator)
+    sites = find_sites(original, inputs), find_sites(converted, inputs)
+    comparison = compare_models(original, converted, [inputs], *sites, tolerance=TOLERANCES[torch.float64])
+    if plan.claim == "exact" and comparison.first_divergence is not None:
+        raise VerificationError(
+            f"the plan claims to be exact and is not: original and converted part at {comparison.first_divergence}. "
+            f"The model is unchanged. Please report it: this is a fault of normswap."
+        )
