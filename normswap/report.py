@@ -13,7 +13,7 @@ from rich.text import Text
 from normswap.compare import Stat, Worst
 from normswap.compare_models import Comparison
 from normswap.sites import SiteMetrics
-from normswap.verify import Report
+from normswap.verification import Report
 
 
 def comparison_table(report: Report) -> RenderableType:

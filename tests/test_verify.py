@@ -24,12 +24,9 @@ from transformers import (
 from normswap.compare import TokenComparison, compare_logits
 from normswap.compare_models import compare_models
 from normswap.errors import ObserveError, SourceError, VerificationError
-from normswap.inputs import example_inputs
-from normswap.norms.probe import find_norms
 from normswap.norms.rms_norm import RMSNorm
-from normswap.observe import observe
 from normswap.report import comparison_table, verdict
-from normswap.verify import Report, verify
+from normswap.verification import Report, norms_that_run, verify
 
 IDS = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(0))
 SMALL = dict(
@@ -38,12 +35,8 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def find_sites(model):
-    return list(find_norms(model, observe(model, example_inputs(model))).items())
-
-
 def compare(a, b, batches=(IDS,), **options):
-    return compare_models(a, b, list(batches), find_sites(a), find_sites(b), **options)
+    return compare_models(a, b, list(batches), norms_that_run(a), norms_that_run(b), **options)
 
 
 def centre_gpt2(model):
@@ -326,7 +319,7 @@ def rounded(checkpoints, tmp_path_factory):
 def test_verify_trained_checkpoints(checkpoints, rounded):
     steps = []
     report = verify(
-        checkpoints / "gpt2-shakespeare", rounded, find_sites=find_sites, tokens=1024,
+        checkpoints / "gpt2-shakespeare", rounded, tokens=1024,
         progress=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
     found = report.comparison
@@ -344,9 +337,7 @@ def test_verify_trained_checkpoints(checkpoints, rounded):
 
 
 def test_verify_tells_different_models_apart(checkpoints):
-    report = verify(
-        checkpoints / "gpt_neox-shakespeare", checkpoints / "llama-shakespeare", find_sites=find_sites, tokens=256
-    )
+    report = verify(checkpoints / "gpt_neox-shakespeare", checkpoints / "llama-shakespeare", tokens=256)
     found = report.comparison
     assert found.first_divergence == "output" and found.output.kl.mean > 0.1
     assert len(found.unmatched) == 26  # 13 norms each, none at the same path
@@ -356,7 +347,7 @@ def test_verify_tells_different_models_apart(checkpoints):
 
 def test_half_precision_checkpoints_run_in_float32(tmp_path):
     tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    report = verify(tmp_path / "half", tmp_path / "half", find_sites=find_sites, tokens=40)
+    report = verify(tmp_path / "half", tmp_path / "half", tokens=40)
     assert report.comparison.dtype == "float32" and report.stored == ("bfloat16", "bfloat16")
     assert report.comparison.output.error.max == 0
     assert "random ids" in report.text  # there is no tokenizer
@@ -367,17 +358,19 @@ def test_refusals_of_verify(checkpoints, tmp_path):
     gpt2 = checkpoints / "gpt2-shakespeare"
     tiny("gpt2").save_pretrained(tmp_path / "other")
     with pytest.raises(VerificationError, match="1024 tokens.*99"):
-        verify(gpt2, tmp_path / "other", find_sites=find_sites)
+        verify(gpt2, tmp_path / "other")
     with pytest.raises(VerificationError, match="float8"):
-        verify(gpt2, gpt2, find_sites=find_sites, dtype="float8")
+        verify(gpt2, gpt2, dtype="float8")
+    with pytest.raises(VerificationError, match="cannot be put on abacus"):
+        verify(gpt2, gpt2, device="abacus")
     with pytest.raises(SourceError, match="nowhere"):
-        verify(gpt2, tmp_path / "nowhere", find_sites=find_sites)
+        verify(gpt2, tmp_path / "nowhere")
 
     weights = load_file(tmp_path / "other" / "model.safetensors")
     weights.pop("transformer.h.1.ln_2.weight")
     save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SourceError, match="h.1.ln_2.weight.*random"):
-        verify(tmp_path / "other", tmp_path / "other", find_sites=find_sites)
+        verify(tmp_path / "other", tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").unlink()
     with pytest.raises(SourceError, match="cannot be loaded"):
-        verify(tmp_path / "other", tmp_path / "other", find_sites=find_sites)
+        verify(tmp_path / "other", tmp_path / "other")

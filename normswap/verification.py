@@ -15,12 +15,15 @@ from normswap.compare import Record
 from normswap.compare_models import TOLERANCES, Comparison, Inputs, Progress, compare_models
 from normswap.errors import SourceError, VerificationError
 from normswap.inputs import example_inputs
+from normswap.norms.probe import find_norms
+from normswap.observe import observe
 from normswap.sites import SiteSpec
 from normswap.source import Source
 
 FindSites = Callable[[nn.Module], Sequence[SiteSpec]]
 
-_LENGTH = 256
+# Long enough to reach every row of most position tables, short enough for eager attention in float64.
+_LENGTH = 1024
 
 
 class Report(Record):
@@ -50,26 +53,26 @@ def verify(
     a: str | Path,
     b: str | Path,
     *,
-    find_sites: FindSites,
     text: str | Path | None = None,
     tokens: int = 4096,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    find_sites: FindSites | None = None,
 ) -> Report:
     """Compare checkpoint `b` with checkpoint `a`.
 
     Args:
         a, b: folders or Hub ids, of one vocabulary; folders that normswap wrote, or stock ones.
-        find_sites: gives a model's norms.
         text: a UTF-8 file to compare on; by default the text that comes with normswap.
-        tokens: how many to run, in windows of up to 256.
+        tokens: how many to run, in windows of up to 1024, or as many as the model has positions.
         dtype: what both compute in. Default: float64, or float32 when weights are stored in half precision (whose
             rounding is then the larger by far).
         device: default: a GPU if there is one.
         trust_remote_code: whether code that comes with the checkpoints may run.
         progress: called with (batches done, batches).
+        find_sites: gives the norms of a model whose inputs are compared; by default all that a forward pass runs.
 
     Raises:
         SourceError: a checkpoint or the text cannot be read, or the vocabularies differ.
@@ -78,18 +81,17 @@ def verify(
     """
     sources = [Source.open(name, trust_remote_code=trust_remote_code) for name in (a, b)]
     _check_vocabularies(*sources)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     models = [open_model(source) for source in sources]
     stored = [_dtype(model) for model in models]
     halves = any(torch.finfo(found).bits < 32 for found in stored)
     run = _parse_dtype(dtype) or (torch.float32 if halves else torch.float64)
-    models = [model.to(device, run) for model in models]
+    device = _place(models, device or ("cuda" if torch.cuda.is_available() else "cpu"), run)
     tokenizer = _tokenizer(sources[0])
     batches, shape, described = _inputs(models[0], tokenizer, text, tokens)
     comparison = compare_models(
         *models,
         batches,
-        *[find_sites(model) for model in models],
+        *[(find_sites or norms_that_run)(model) for model in models],
         tolerance=max(TOLERANCES[found] for found in (*stored, run)),
         decode=None if tokenizer is None else tokenizer.decode,
         progress=progress,
@@ -129,6 +131,11 @@ def open_model(source: Source) -> PreTrainedModel:
     return model.eval()
 
 
+def norms_that_run(model: PreTrainedModel) -> list[SiteSpec]:
+    """Every norm module of `model` that a forward pass on example inputs runs, as `(path, NormSpec)`."""
+    return list(find_norms(model, observe(model, example_inputs(model))).items())
+
+
 def _from_pretrained(source: Source) -> tuple[PreTrainedModel, dict]:
     try:
         return source.model_class.from_pretrained(
@@ -143,6 +150,19 @@ def _from_pretrained(source: Source) -> tuple[PreTrainedModel, dict]:
             f"the weights of {source.name} cannot be loaded into {source.model_class.__name__}: {error}. "
             f"Expected *.safetensors that fit its config.json."
         ) from error
+
+
+def _place(models: list[PreTrainedModel], device: str | torch.device, dtype: torch.dtype) -> torch.device:
+    """Move the models, in place."""
+    try:
+        device = torch.device(device)
+        for model in models:
+            model.to(device, dtype)
+    except (RuntimeError, AssertionError, TypeError) as error:  # no such device, no memory left, no float64 there
+        raise VerificationError(
+            f"the models cannot be put on {device} in {dtype}: {error}. Name another device, or a smaller dtype."
+        ) from error
+    return device
 
 
 def _check_vocabularies(a: Source, b: Source) -> None:
