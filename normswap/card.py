@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from normswap.apply.layout import WriteSummary
-from normswap.plan import Plan
+from normswap.plans import Plan
 from normswap.proof import Proof
 from normswap.source import Source
 

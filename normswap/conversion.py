@@ -22,8 +22,8 @@ from normswap.checkpoint import Checkpoint
 from normswap.errors import PlanError, RefusedError, SourceError
 from normswap.keymap import KeyMap
 from normswap.normmap import inspect
-from normswap.plan import Plan, Request
 from normswap.planner import make_plan
+from normswap.plans import Plan, Request
 from normswap.proof import Proof, prove, prove_live
 from normswap.publish import Staging, check_space, copy_side_files
 from normswap.source import RECORD, Source

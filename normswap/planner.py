@@ -6,7 +6,7 @@ from normswap.edits import AnyEdit, CentreOutput, ModuleEdit, SwapNorm, TensorEd
 from normswap.errors import RefusedError
 from normswap.normmap import NormMap, Site
 from normswap.paths import blurred, folded
-from normswap.plan import Plan, Refusal, Request
+from normswap.plans import Plan, Refusal, Request
 from normswap.rewrites import centre as centring
 from normswap.rewrites.centre import centre
 from normswap.rewrites.fold import fold

@@ -27,9 +27,9 @@ from normswap.edits import SwapNorm
 from normswap.errors import ObserveError, SourceError, VerificationError
 from normswap.inputs import example_inputs
 from normswap.normmap import find_sites
-from normswap.plan import Plan
+from normswap.plans import Plan
 from normswap.source import Source
-from normswap.verify import Report, evaluation_inputs, open_model, report_on, tokenizer_of
+from normswap.verification import Report, coarsest_dtype, evaluation_inputs, open_model, report_on, tokenizer_of
 
 Progress = Callable[[str, int, int], None]
 TOKENS = {"full": 4096, "fast": 512}
@@ -103,7 +103,7 @@ def prove(
             progress=lambda done, total: progress(what, done, total),
         )
 
-    dtypes = [_coarsest(model) for model in (original, result)]
+    dtypes = [coarsest_dtype(model) for model in (original, result)]
     stored = None
     if mode == "full" and dtypes[0] == dtypes[1]:
         stored = measure("comparing as stored", original, result, dtypes)
@@ -178,11 +178,6 @@ def open_published(folder: Path, plan: Plan) -> PreTrainedModel:
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.eval()
-
-
-def _coarsest(model: nn.Module) -> torch.dtype:
-    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return min(found, key=lambda dtype: torch.finfo(dtype).bits)
 
 
 def prove_live(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 from normswap.apply.layout import WriteSummary
 from normswap.edits import AnyEdit, ModuleEdit, SetConfig, TensorEdit
 from normswap.paths import blurred, folded
-from normswap.plan import Plan
+from normswap.plans import Plan
 
 
 def plan_view(plan: Plan, disk: WriteSummary | None) -> RenderableType:

@@ -149,6 +149,7 @@ class SiteComparison:
 
 
 def _accumulate(totals: _Totals, a: Seen, b: Seen) -> None:
+    b = Seen(b.normalised.to(a.normalised.device), b.off_centre.to(a.normalised.device))
     finite_a, finite_b = a.normalised.isfinite().all(-1), b.normalised.isfinite().all(-1)
     totals.mismatched += int((finite_a != finite_b).sum())
     good = finite_a & finite_b

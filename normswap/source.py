@@ -75,7 +75,7 @@ class Source:
             ) from error
         if self.record is not None:
             from normswap.apply.live import apply_structure
-            from normswap.plan import Plan
+            from normswap.plans import Plan
 
             apply_structure(model, Plan.model_validate(self.record["plan"]))
         return model.eval()
@@ -85,7 +85,7 @@ class Source:
         """For a folder that normswap wrote: what was done, in a sentence."""
         if self.record is None:
             return None
-        from normswap.plan import Plan
+        from normswap.plans import Plan
 
         plan = Plan.model_validate(self.record["plan"])
         return (
@@ -165,7 +165,7 @@ def _find_class(name, folder: Path, config: PretrainedConfig, raw: dict, trust_r
 
 
 def _stock_form(name: str | Path, record: dict) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
-    from normswap.plan import Plan
+    from normswap.plans import Plan
 
     try:
         plan = Plan.model_validate(record["plan"])

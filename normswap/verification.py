@@ -15,12 +15,9 @@ from normswap.compare import Record
 from normswap.compare_models import TOLERANCES, Comparison, Inputs, Progress, compare_models
 from normswap.errors import SourceError, VerificationError
 from normswap.inputs import example_inputs
-from normswap.norms.probe import find_norms
-from normswap.observe import observe
+from normswap.normmap import find_sites
 from normswap.sites import SiteSpec
 from normswap.source import Source
-
-FindSites = Callable[[nn.Module], Sequence[SiteSpec]]
 
 # Long enough to reach every row of most position tables, short enough for eager attention in float64.
 _LENGTH = 1024
@@ -59,7 +56,6 @@ def verify(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-    find_sites: FindSites | None = None,
 ) -> Report:
     """Compare checkpoint `b` with checkpoint `a`.
 
@@ -72,7 +68,6 @@ def verify(
         device: default: a GPU if there is one.
         trust_remote_code: whether code that comes with the checkpoints may run.
         progress: called with (batches done, batches).
-        find_sites: gives the norms of a model whose inputs are compared; by default all that a forward pass runs.
 
     Raises:
         SourceError: a checkpoint or the text cannot be read, or the vocabularies differ.
@@ -82,27 +77,62 @@ def verify(
     sources = [Source.open(name, trust_remote_code=trust_remote_code) for name in (a, b)]
     _check_vocabularies(*sources)
     models = [open_model(source) for source in sources]
-    stored = [_dtype(model) for model in models]
+    stored = [coarsest_dtype(model) for model in models]
     halves = any(torch.finfo(found).bits < 32 for found in stored)
     run = _parse_dtype(dtype) or (torch.float32 if halves else torch.float64)
-    device = _place(models, device or ("cuda" if torch.cuda.is_available() else "cpu"), run)
-    tokenizer = _tokenizer(sources[0])
-    batches, shape, described = _inputs(models[0], tokenizer, text, tokens)
-    comparison = compare_models(
-        *models,
+    _place(models, device or ("cuda" if torch.cuda.is_available() else "cpu"), run)
+    tokenizer = tokenizer_of(sources[0])
+    batches, shape, described = evaluation_inputs(models[0], tokenizer, text, tokens)
+    return report_on(
+        (str(a), str(b)),
+        models,
+        [find_sites(model) for model in models],
         batches,
-        *[(find_sites or norms_that_run)(model) for model in models],
-        tolerance=max(TOLERANCES[found] for found in (*stored, run)),
+        shape=shape,
+        text=described,
+        stored=stored,
         decode=None if tokenizer is None else tokenizer.decode,
         progress=progress,
     )
+
+
+def report_on(
+    names: tuple[str, str],
+    models: Sequence[nn.Module],
+    sites: Sequence[Sequence[SiteSpec]],
+    batches: Sequence[Inputs],
+    *,
+    shape: tuple[int, ...],
+    text: str,
+    stored: Sequence[torch.dtype],
+    decode: Callable[[list[int]], str] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare two models, each in eval mode, as `compare_models` does, and note the conditions beside the result.
+
+    Args:
+        names, models, sites: of A and of B.
+        batches, shape, text: as `evaluation_inputs` gives them.
+        stored: the coarsest dtype among the stored weights of each; what counts as rounding follows from it and from
+            the dtype the models compute in.
+        decode, progress: as for `compare_models`.
+    """
+    run = coarsest_dtype(models[0])
+    comparison = compare_models(
+        *models,
+        batches,
+        *sites,
+        tolerance=max(TOLERANCES[found] for found in (*stored, run)),
+        decode=decode,
+        progress=progress,
+    )
     return Report(
-        a=str(a),
-        b=str(b),
-        text=described,
+        a=names[0],
+        b=names[1],
+        text=text,
         inputs=shape,
         stored=tuple(str(found).removeprefix("torch.") for found in stored),
-        device=str(device),
+        device=str(next(models[0].parameters()).device),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         comparison=comparison,
     )
@@ -115,7 +145,7 @@ def open_model(source: Source) -> PreTrainedModel:
         SourceError: weights are missing or do not fit, so that the model would be partly random.
     """
     if source.record is not None:
-        from normswap.load import load
+        from normswap.loading import load
 
         model = load(source.folder, dtype="auto", attn_implementation="eager")
     else:
@@ -129,11 +159,6 @@ def open_model(source: Source) -> PreTrainedModel:
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.eval()
-
-
-def norms_that_run(model: PreTrainedModel) -> list[SiteSpec]:
-    """Every norm module of `model` that a forward pass on example inputs runs, as `(path, NormSpec)`."""
-    return list(find_norms(model, observe(model, example_inputs(model))).items())
 
 
 def _from_pretrained(source: Source) -> tuple[PreTrainedModel, dict]:
@@ -152,7 +177,7 @@ def _from_pretrained(source: Source) -> tuple[PreTrainedModel, dict]:
         ) from error
 
 
-def _place(models: list[PreTrainedModel], device: str | torch.device, dtype: torch.dtype) -> torch.device:
+def _place(models: list[PreTrainedModel], device: str | torch.device, dtype: torch.dtype) -> None:
     """Move the models, in place."""
     try:
         device = torch.device(device)
@@ -162,7 +187,6 @@ def _place(models: list[PreTrainedModel], device: str | torch.device, dtype: tor
         raise VerificationError(
             f"the models cannot be put on {device} in {dtype}: {error}. Name another device, or a smaller dtype."
         ) from error
-    return device
 
 
 def _check_vocabularies(a: Source, b: Source) -> None:
@@ -178,7 +202,7 @@ def _vocabulary(source: Source) -> int | None:
     return getattr(source.config.get_text_config(), "vocab_size", None)
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
+def coarsest_dtype(model: nn.Module) -> torch.dtype:
     """The coarsest floating dtype among the parameters."""
     found = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return min(found, key=lambda dtype: torch.finfo(dtype).bits)
@@ -192,7 +216,7 @@ def _parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def _tokenizer(source: Source):
+def tokenizer_of(source: Source):
     """The checkpoint's tokenizer, None if it has none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
@@ -202,10 +226,17 @@ def _tokenizer(source: Source):
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
 
-def _inputs(
+def evaluation_inputs(
     model: PreTrainedModel, tokenizer, text: str | Path | None, tokens: int
 ) -> tuple[list[Inputs], tuple[int, ...], str]:
-    """Batches of keyword arguments, the shape of their main input together, and where they are from."""
+    """Batches of keyword arguments, the shape of their main input together, and where they are from.
+
+    Args:
+        model: whose `forward` takes them.
+        tokenizer: of the model, None: random ids.
+        text: a UTF-8 file, None: the text that comes with normswap.
+        tokens: how many in all, about.
+    """
     example = example_inputs(model)
     if "input_ids" not in example:
         generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ from normswap.edits import GrowBias, TensorEdit, Untie
 from normswap.errors import PlanError
 from normswap.header import TensorInfo, nbytes_of
 from normswap.keymap import SAVE_MERGED, Group, KeyMap
-from normswap.plan import Plan
+from normswap.plans import Plan
 
 What = Literal["copied", "cast", "edited", "added", "removed"]
 

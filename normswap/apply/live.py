@@ -18,7 +18,7 @@ from normswap.edits import CentreOutput, GrowBias, ModuleEdit, SwapNorm, TensorE
 from normswap.errors import PlanError
 from normswap.norms.centred import centre_output
 from normswap.norms.rms_norm import RMSNorm
-from normswap.plan import Plan
+from normswap.plans import Plan
 
 Tensors = dict[str, torch.Tensor]
 

@@ -25,7 +25,7 @@ from normswap.apply.live import apply_structure, without_storage
 from normswap.apply.modelling_text import PREFIX, Offer, Tables, render
 from normswap.edits import ModuleEdit
 from normswap.errors import PlanError, SourceError
-from normswap.plan import Plan
+from normswap.plans import Plan
 
 FILE = "modeling_normswap.py"
 

@@ -23,7 +23,7 @@ from normswap.apply.folding import fold
 from normswap.edits import CentreOutput, GrowBias, ModuleEdit, SwapNorm
 from normswap.norms.centred import Centred, centre_output
 from normswap.norms.rms_norm import RMSNorm
-from normswap.plan import Plan
+from normswap.plans import Plan
 
 PREFIX = "Normswap"
 WIDTH = 120

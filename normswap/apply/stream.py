@@ -27,7 +27,7 @@ from normswap.checkpoint import INDEX, Checkpoint, Shard
 from normswap.errors import DestinationError, PlanError
 from normswap.header import CODES, render_header
 from normswap.keymap import KeyMap
-from normswap.plan import Plan
+from normswap.plans import Plan
 
 Progress = Callable[[int, int], None]
 

@@ -27,7 +27,7 @@ class Commands(click.Group):
     def get_command(self, context, name):
         if name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(f"normswap.cli.{name}"), "command")
+        return importlib.import_module(f"normswap.cli.{name}").command
 
     def format_commands(self, context, formatter):
         with formatter.section("Commands"):

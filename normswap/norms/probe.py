@@ -11,6 +11,7 @@ the module's output; a module that resembles a norm but is none of these is not 
 from __future__ import annotations
 
 import copy
+
 import torch
 from torch import nn
 

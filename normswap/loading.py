@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from normswap.apply.live import apply_structure
 from normswap.errors import NormswapError, SourceError
-from normswap.plan import Plan
+from normswap.plans import Plan
 
 RECORD = "normswap.json"
 
