@@ -24,9 +24,10 @@ from transformers import (
 from normswap.compare import TokenComparison, compare_logits
 from normswap.compare_models import compare_models
 from normswap.errors import ObserveError, SourceError, VerificationError
+from normswap.normmap import find_sites
 from normswap.norms.rms_norm import RMSNorm
 from normswap.report import comparison_table, verdict
-from normswap.verification import Report, norms_that_run, verify
+from normswap.verification import Report, verify
 
 IDS = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(0))
 SMALL = dict(
@@ -36,7 +37,7 @@ SMALL = dict(
 
 
 def compare(a, b, batches=(IDS,), **options):
-    return compare_models(a, b, list(batches), norms_that_run(a), norms_that_run(b), **options)
+    return compare_models(a, b, list(batches), find_sites(a), find_sites(b), **options)
 
 
 def centre_gpt2(model):
