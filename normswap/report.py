@@ -19,7 +19,7 @@ from normswap.verification import Report
 def comparison_table(report: Report) -> RenderableType:
     """Everything in a report, for a terminal."""
     found = report.comparison
-    parts: list[RenderableType] = [Text(_conditions(report), style="dim"), _output_table(found)]
+    parts: list[RenderableType] = [Text(_conditions(report), style="dim"), output_table(found)]
     if found.sites:
         parts.append(_sites_table(found.sites))
     parts.extend(Text(note, style="yellow") for note in _notes(found))
@@ -55,7 +55,8 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
-def _output_table(found: Comparison) -> Table:
+def output_table(found: Comparison) -> Table:
+    """The output's numbers alone."""
     table = _table(f"output ({found.output_name}), {found.output.rows} rows")
     table.add_column("")
     for name in ("mean", "median", "p99.9", "worst"):
@@ -95,14 +96,10 @@ def _visible(text: str | None) -> str:
 
 def _sites_table(sites: tuple[SiteMetrics, ...]) -> Table:
     """One row for the sites that differ in layer numbers only."""
-    table = _table("what reaches each norm")
+    table = _table("what reaches each norm: relative error, and |mean| / rms in A and in B")
     table.add_column("norm", overflow="fold")
-    table.add_column("sites", justify="right")
-    for name in ("mean error", "worst error"):
+    for name in ("sites", "mean", "worst", "at", "A", "B"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("worst at", overflow="fold")
-    table.add_column("|mean|/rms A", justify="right")
-    table.add_column("B", justify="right", no_wrap=True)
     folded: dict[str, list[SiteMetrics]] = {}
     for site in sites:
         folded.setdefault(re.sub(r"\b\d+\b", "*", site.site), []).append(site)

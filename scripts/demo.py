@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 import normswap
 from normswap.errors import NormswapError
-from normswap.report import comparison_table
+from normswap.report_proof import proof_view
 
 SOURCE = Path(__file__).parent.parent / "tests" / "checkpoints" / "gpt2-shakespeare"
 PROMPT = "ROMEO:\n"
@@ -42,7 +42,7 @@ def main(out: Path | None, tokens: int) -> None:
                 result = normswap.convert(SOURCE, destination, norm="rmsnorm")
         except NormswapError as error:
             raise click.ClickException(str(error)) from error
-        console.print(comparison_table(result.report))
+        console.print(proof_view(result.report))
         # stock transformers, running the modelling file that convert wrote a moment ago
         original = AutoModelForCausalLM.from_pretrained(SOURCE).eval()
         converted = AutoModelForCausalLM.from_pretrained(result.folder, trust_remote_code=True).eval()
