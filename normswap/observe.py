@@ -38,7 +38,20 @@ def observe(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Trace:
         ObserveError: the forward pass failed; the message names the module and the error.
     """
     twin = meta_twin(model)
-    recorder = Recorder(twin)
+    trace = _record(twin, inputs, every_hit=False)
+    if trace.notes and _idle_parameters(twin, trace):
+        # what was not reached may hide behind a choice that depends on values: take every branch of it
+        trace = _record(meta_twin(model), inputs, every_hit=True)
+    return trace
+
+
+def _idle_parameters(model: nn.Module, trace: Trace) -> bool:
+    used = {trace.values[v].name for op in trace.operations for v in op.inputs}
+    return any(name not in used for name, _ in model.named_parameters())
+
+
+def _record(twin: nn.Module, inputs: Mapping[str, torch.Tensor], every_hit: bool) -> Trace:
+    recorder = Recorder(twin, every_hit)
     try:
         with torch.no_grad(), recorder.module_hooks(), recorder:
             output = twin(**inputs)
@@ -93,8 +106,9 @@ def _tensors(tree: object) -> list[torch.Tensor]:
 class Recorder(TorchFunctionMode):
     """Notes every torch call: function, arguments, results, module and source span."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, every_hit: bool):
         super().__init__()
+        self.every_hit = every_hit
         self.trace = Trace()
         self.stack: list[str] = []
         self.modules = list(model.modules())
@@ -220,7 +234,12 @@ class Recorder(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name in _LIKE_FACTORIES:  # their values depend on no input's values
             return function(*args, **{**kwargs, "device": "cpu"}), True
-        if name in _PLACEHOLDERS and (result := _PLACEHOLDERS[name](*args, **kwargs)) is not NotImplemented:
+        result = NotImplemented
+        if name in _PLACEHOLDERS:
+            result = _PLACEHOLDERS[name](*args, **kwargs)
+        elif name in _HITS:
+            result = _HITS[name](self.every_hit, *args, **kwargs)
+        if result is not NotImplemented:
             self.trace.notes.append(f"{self.stack[-1] if self.stack else 'model'} reads the value of a result ({name})")
             return result, False
         if name in _INDEXING:
@@ -262,21 +281,25 @@ def _to_meta(leaf):
 def _known_index(leaf):
     """An index that meta tensors can be indexed by."""
     if isinstance(leaf, torch.Tensor) and leaf.is_meta and leaf.dtype == torch.bool and leaf.ndim == 1:
-        return torch.zeros(1, dtype=torch.long)  # an unknown mask selects an unknown number: let it select one
+        return torch.tensor(sorted({0, len(leaf) - 1}))  # the two ends, as with `nonzero`
     if isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.ndim == 0 and not leaf.is_floating_point():
         return leaf.item()
     return leaf
 
 
-def _first_position(mask, *_, as_tuple=False, **__):
-    """`nonzero` of an unknown mask: one hit, at the origin, so that code for hits runs."""
-    if as_tuple:
-        return tuple(torch.zeros(1, dtype=torch.long) for _ in range(mask.ndim))
-    return torch.zeros(1, mask.ndim, dtype=torch.long)
+def _hits(every: bool, mask: torch.Tensor, as_tuple: bool = False) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """`nonzero` of an unknown mask: its two ends, so that code for hits runs, first and last of a kind; or all of it.
+
+    The ends are enough for experts that share a tensor; experts with parameters of their own must run one by one.
+    """
+    ends = sorted({0, mask.numel() - 1})
+    flat = torch.arange(mask.numel()) if every and mask.ndim == 1 else torch.tensor(ends)
+    columns = torch.unravel_index(flat, mask.shape) if mask.ndim else (flat,)
+    return columns if as_tuple else torch.stack(columns, 1)
 
 
-def _where(condition, *rest, **kwargs):
-    return NotImplemented if rest or kwargs else _first_position(condition, as_tuple=True)
+def _where(every: bool, condition, *rest, **kwargs):
+    return NotImplemented if rest or kwargs else _hits(every, condition, as_tuple=True)
 
 
 def _zero(tensor, *_, **__):
@@ -294,6 +317,5 @@ _PLACEHOLDERS = {
     "allclose": lambda a, b, **_: False,
     "cpu": lambda tensor, **_: tensor,
     "tolist": lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype).tolist(),
-    "nonzero": _first_position,
-    "where": _where,
 }
+_HITS = {"nonzero": _hits, "where": _where}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from normswap.edits import AnyEdit, CentreOutput, ModuleEdit, SwapNorm, TensorEdit
 from normswap.errors import RefusedError
 from normswap.normmap import NormMap, Site
@@ -12,6 +14,7 @@ from normswap.rewrites.centre import centre
 from normswap.rewrites.fold import fold
 from normswap.rewrites.untie import Ties
 
+_NUMBER = re.compile(r"\d+")
 TARGETS = (centring.TARGET,)
 
 
@@ -145,11 +148,11 @@ def _check_all_ran(normmap: NormMap, edits: list[AnyEdit]) -> None:
     """Refuse when a parameter like an edited one did not run: nobody knows what it does (an idle expert, say)."""
     ran = {normmap.trace.values[v].name for op in normmap.trace.operations for v in op.inputs}
     ran |= {f"{path}.{name}" for path, site in normmap.sites.items() for name in (site.spec.weight, site.spec.bias)}
-    edited = {blurred(edit.tensor) for edit in edits if isinstance(edit, TensorEdit)}
+    edited = {_NUMBER.sub("*", edit.tensor) for edit in edits if isinstance(edit, TensorEdit)}
     idle = {
         name: "did not take part in the observed pass, while others like it are edited"
         for name in normmap.parameters
-        if name not in ran and blurred(name) in edited
+        if name not in ran and _NUMBER.sub("*", name) in edited
     }
     if idle:
         raise RefusedError(

@@ -141,8 +141,12 @@ class Trace:
         return found
 
     def live(self) -> set[int]:
-        """Values that the model's outputs depend on; others were made for their shape or thrown away."""
-        alive = set(self.outputs)
+        """Values that some module's output depends on; others were made for their shape or thrown away.
+
+        What a module gives out counts even where this model ignores it (a pooler under another head): the same module
+        may serve a model that does not.
+        """
+        alive = {*self.outputs, *(v for call in self.calls for v in call.outputs)}
         for op in reversed(self.operations):
             if any(v in alive for v in op.outputs):
                 alive.update(op.inputs)

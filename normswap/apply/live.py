@@ -137,7 +137,8 @@ def _tying_submodels(model: nn.Module, unties: list[Untie]) -> list[PreTrainedMo
         for name in (edit.tensor, edit.source):
             if name not in tensors:
                 raise PlanError(f"cannot untie {edit.tensor} from {edit.source}: the model has no tensor {name}.")
-    untied = {edit.tensor for edit in unties}
+    # either name of a pair may be the one that transformers calls tied to the other
+    untied = {name for edit in unties for name in (edit.tensor, edit.source)}
     owners = []
     for path, submodel in _submodels(model):
         tied = {_join(path, name) for name in submodel.get_expanded_tied_weights_keys(all_submodels=False)}
@@ -162,7 +163,7 @@ def _untie(model: nn.Module, edit: Untie) -> None:
     # every submodel keeps its own list of what is tied below it, made when it was built
     for path, submodel in _submodels(model):
         for name in list(submodel.all_tied_weights_keys):
-            if _join(path, name) == edit.tensor:
+            if _join(path, name) in (edit.tensor, edit.source):
                 del submodel.all_tied_weights_keys[name]
 
 

@@ -39,7 +39,7 @@ def command(
     normswap convert ./my-llama ./weightless --fold
     """
     import normswap
-    from normswap.report import proof_view
+    from normswap.report_proof import proof_view
     from normswap.report_plan import disk_facts, plan_view
 
     with progress_bars(enabled=not as_json) as progress:

@@ -60,7 +60,7 @@ def centre(normmap: NormMap, sites: Iterable[Site], ties: Ties, tied: str) -> Ce
 
 
 def _terms(normmap: NormMap, site: Site):
-    return normmap.centrings[site.spec.width].inputs[site.path]
+    return normmap.centrings[site.spec.width].inputs.get(site.path)
 
 
 def _obstacle(normmap: NormMap, site: Site) -> str | None:
@@ -68,6 +68,8 @@ def _obstacle(normmap: NormMap, site: Site) -> str | None:
     if site.spec.axes != (-1,):
         return f"it normalises axis {site.spec.axes} of its input; only norms over the last axis can be swapped yet"
     terms = _terms(normmap, site)
+    if site.path not in normmap.centrings[site.spec.width].inputs:
+        return "nothing that the model gives out depends on it"
     if terms is None:
         return "its input is not a sum of writers: what comes before it leaves nothing to centre"
     for term in sorted((t for t in terms if isinstance(t, Uncentred)), key=lambda t: t.reason):
