@@ -15,7 +15,10 @@ _LICENSE = re.compile(r"^license(_name|_link)?:.*$", re.MULTILINE)
 
 def write_card(folder: Path, source: Source, plan: Plan, written: WriteSummary, report: Proof, command: str) -> None:
     """Write `README.md` into `folder`, in the Hub's metadata format, with the source's licence carried over."""
-    loader = next((name for name in ("AutoModelForCausalLM",) if plan.architecture.endswith(("CausalLM", "LMHeadModel"))), "AutoModel")
+    loader = next(
+        (name for name in ("AutoModelForCausalLM",) if plan.architecture.endswith(("CausalLM", "LMHeadModel"))),
+        "AutoModel",
+    )
     trusted = ", trust_remote_code=True" if plan.module_edits() else ""
     lines = [
         *_metadata(source),

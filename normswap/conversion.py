@@ -26,7 +26,9 @@ from normswap.planner import make_plan
 from normswap.plans import Plan, Request
 from normswap.proof import Proof, prove, prove_live
 from normswap.publish import Staging, check_space, copy_side_files
-from normswap.source import RECORD, Source
+from normswap.record import RECORD
+from normswap.rewrites.untie import check_untying
+from normswap.source import Source
 
 #: called with (what is being done, how much of it is done, how much there is)
 Progress = Callable[[str, int, int], None]
@@ -92,11 +94,11 @@ def _plan_source(source: Source, model: PreTrainedModel, request: Request, input
     except RefusedError as error:
         if source.record is None:
             raise
-        raise RefusedError(f"{source.name} was {source.history()}. {error}", error.refusals) from error
-    if source.record is not None and Plan.model_validate(source.record["plan"]).module_edits():
+        raise RefusedError(f"{source.name} was {source.record.history()}. {error}", error.refusals) from error
+    if source.record is not None and source.record.plan.module_edits():
         raise RefusedError(
-            f"{source.name} was {source.history()}; it is not converted twice. Convert the checkpoint it was made from, "
-            f"asking for everything at once."
+            f"{source.name} was {source.record.history()}; it is not converted twice. Convert the checkpoint it "
+            f"was made from, asking for everything at once."
         )
     return made
 
@@ -105,7 +107,9 @@ def _plan_for(model: nn.Module, request: Request, inputs: Mapping[str, Any] | No
     prefix = getattr(model, "base_model_prefix", "")
     prefix = prefix if prefix and hasattr(model, prefix) else ""
     model_type = getattr(getattr(model, "config", None), "model_type", "")
-    return make_plan(inspect(model, inputs=inputs), request, model_type, prefix)
+    made = make_plan(inspect(model, inputs=inputs), request, model_type, prefix)
+    check_untying(model, made, inputs)
+    return made
 
 
 def preview_on_disk(

@@ -31,6 +31,10 @@ class TensorEdit(Edit):
         """Names of the other tensors whose original values `apply` needs."""
         return ()
 
+    def keeps_rows_apart(self) -> bool:
+        """Whether each index of the first axis is changed by itself, so that some rows can be computed alone."""
+        return False
+
     def apply(self, value: torch.Tensor | None, read: Read) -> torch.Tensor | None:
         """The new value, from the value so far (None: the tensor does not exist yet; returning None removes it)."""
         raise NotImplementedError
@@ -47,6 +51,9 @@ class Centre(TensorEdit):
     edit: Literal["centre"] = "centre"
     axis: int
     groups: int = 1
+
+    def keeps_rows_apart(self):
+        return self.axis > 0
 
     def apply(self, value, read):
         split = value.unflatten(self.axis, (self.groups, -1))
@@ -76,6 +83,9 @@ class FoldGain(TensorEdit):
 
     def reads(self):
         return (self.weight,)
+
+    def keeps_rows_apart(self):
+        return self.axis > 0
 
     def apply(self, value, read):
         weight = read(self.weight)

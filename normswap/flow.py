@@ -40,10 +40,8 @@ class Writer:
 
 @dataclass(frozen=True)
 class Uncentred:
-    """A term of a value that nothing controls: the operation that adds it, and where that stands."""
+    """A term of a value that nothing controls: which operation adds it, where, in words."""
 
-    operation: str
-    module: str
     reason: str
 
 
@@ -85,7 +83,9 @@ def centring(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Centri
         transfer = prober.shift(op, tuple(tracked))
         for axis, outputs in transfer.blocked.items():
             if any(op.outputs[o] in live for o in outputs):
-                _block(result, tracked[axis], f"{op.name} in {op.module or 'the model'} would notice a shift of its input")
+                _block(
+                    result, tracked[axis], f"{op.name} in {op.module or 'the model'} would notice a shift of its input"
+                )
         for (o, dim), joint in transfer.joint.items():
             terms = frozenset().union(*(tracked[axis] for axis in joint.passers))
             terms |= {_uncentred(trace, op, culprit) for culprit in joint.culprits}
@@ -117,15 +117,18 @@ def _block(result: Centring, terms: frozenset[Term], reason: str) -> None:
 
 
 def _uncentred(trace: Trace, op: Operation, culprit: int) -> Uncentred:
+    """The term that input `culprit` of `op` adds, or the operation itself (-1)."""
+    where = op.module or "the model"
     if culprit < 0:
-        return Uncentred(op.name, op.module, f"{op.name} in {op.module or 'the model'} gives its output a mean")
+        return Uncentred(f"{op.name} in {where} gives its output a mean")
     value = trace.values[op.inputs[culprit]]
     if value.producer is None:
-        what = value.name or "an input of the model"
-        return Uncentred(op.name, op.module, f"{op.name} in {op.module or 'the model'} adds {what}, which has a mean")
+        return Uncentred(f"{op.name} in {where} adds {value.name or 'an input of the model'}, which has a mean")
     source = trace.operations[value.producer]
-    where = source.module or "the model"
-    return Uncentred(source.name, source.module, f"the result of {source.name} in {where}, which nothing here can centre, enters the stream in {op.module or 'the model'}")
+    return Uncentred(
+        f"the result of {source.name} in {source.module or 'the model'} enters the stream in {where}, "
+        f"and nothing here can centre it"
+    )
 
 
 def _through_norm(trace: Trace, op: Operation, spec: NormSpec, prober: Prober, result: Centring) -> None:

@@ -47,6 +47,8 @@ def _image_shape(model: PreTrainedModel) -> tuple[int, int, int]:
     config = getattr(model.config, "vision_config", model.config)
     size = getattr(config, "image_size", None)
     if size is None:
-        raise ObserveError(f"{type(config).__name__} states no image_size; pass `inputs` with pixel_values of your own.")
+        raise ObserveError(
+            f"{type(config).__name__} states no image_size; pass `inputs` with pixel_values of your own."
+        )
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return getattr(config, "num_channels", 3), height, width

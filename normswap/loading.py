@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from normswap.apply.live import apply_structure
 from normswap.errors import NormswapError, SourceError
 from normswap.plans import Plan
-
-RECORD = "normswap.json"
+from normswap.record import Record
 
 
 def load(folder: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
@@ -35,8 +30,8 @@ def load(folder: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
         SourceError: the folder has no sound `normswap.json`, or its weights are not those of the plan.
     """
     folder = Path(folder)
-    plan, source_config = _read_record(folder)
-    stock, config = _stock(plan, source_config, folder)
+    record = Record.read(folder)
+    plan, (stock, config) = record.plan, record.stock()
     with torch.device("meta"):
         source = stock(copy.deepcopy(config))
         # built once beforehand, because the plan changes the configuration that loading has to start from
@@ -70,50 +65,6 @@ def converted_class(stock: type[PreTrainedModel], plan: Plan) -> type[PreTrained
         members["save_pretrained"] = save_pretrained
     converted = type(stock.__name__, (stock,), members)
     return converted
-
-
-def _read_record(folder: Path) -> tuple[Plan, dict[str, Any]]:
-    """The plan and the source's configuration, from `normswap.json`."""
-    path = folder / RECORD
-    try:
-        record = json.loads(path.read_text())
-        plan, source_config = Plan.model_validate(record["plan"]), record["source_config"]
-    except OSError as error:
-        raise SourceError(
-            f"{folder} is not a folder that normswap wrote: cannot read {path}: {error.strerror}. "
-            "Other checkpoints are opened with transformers itself."
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        why = f"it has no key {error}" if isinstance(error, KeyError) else str(error)
-        raise SourceError(f"{path} is damaged: {why}. Convert the source again.") from error
-    if not isinstance(source_config, dict) or "model_type" not in source_config:
-        raise SourceError(f"{path} is damaged: source_config is no model configuration. Convert the source again.")
-    return plan, source_config
-
-
-def _stock(plan: Plan, source_config: dict[str, Any], folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """The stock class and the source's configuration, as transformers has them."""
-    with tempfile.TemporaryDirectory() as alone:
-        # read as a file of its own: transformers fills in and decodes more than a dict shows
-        (Path(alone) / "config.json").write_text(json.dumps(source_config))
-        try:
-            config = AutoConfig.from_pretrained(alone, trust_remote_code=False)
-        except ValueError as error:
-            raise SourceError(
-                f"{folder} was converted from a {source_config['model_type']}, which transformers "
-                f"{transformers.__version__} does not have; install the version it was converted with."
-            ) from error
-    stock = getattr(transformers, plan.architecture, None)
-    if stock is None:
-        # what transformers does not export at the top lives in the module beside its configuration's
-        beside = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-        stock = getattr(beside, plan.architecture, None)
-    if stock is None:
-        raise SourceError(
-            f"{folder} was converted from a {plan.architecture}, which transformers {transformers.__version__} does "
-            "not have; install the version it was converted with."
-        )
-    return stock, config
 
 
 def _check(report: dict[str, Any], plan: Plan, source_names: set[str], folder: Path) -> None:

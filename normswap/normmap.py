@@ -93,14 +93,14 @@ class NormMap:
         trace = observe(model, inputs)
         norms = find_norms(model, trace)
         trace = collapse_norms(trace, set(norms))
-        widths = {spec.width for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")}
+        widths = {
+            spec.width for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")
+        }
         probers = {width: Prober(trace, width) for width in sorted(widths)}
         names = dict(model.named_parameters()) | dict(model.named_buffers())
         first = {id(t): name for name, t in reversed(names.items())}
         aliases = {
-            name: first[id(p)]
-            for name, p in model.named_parameters(remove_duplicate=False)
-            if first[id(p)] != name
+            name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name
         }
         result = cls(
             architecture=type(model).__name__,
@@ -268,5 +268,5 @@ def inspect(
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     built = source.build()
     normmap = NormMap.of(built, example_inputs(built) if inputs is None else inputs)
-    normmap.converted = source.history()
+    normmap.converted = source.record and source.record.history()
     return normmap

@@ -107,7 +107,9 @@ class Streams:
 
     def _carried(self, op: Operation, v: int) -> int | None:
         """Position of the one computed input that `op` hands on as its output `v`, if there is one."""
-        computed = [i for i, u in enumerate(op.inputs) if self.trace.values[u].kind == "computed" and u in self.activations]
+        computed = [
+            i for i, u in enumerate(op.inputs) if self.trace.values[u].kind == "computed" and u in self.activations
+        ]
         if len(computed) != 1:
             return None
         position = computed[0]
@@ -156,7 +158,9 @@ class Streams:
             same = [
                 i
                 for i, v in enumerate(op.inputs)
-                if self.trace.values[v].kind == "computed" and v in self.activations and self.trace.values[v].shape == shape
+                if self.trace.values[v].kind == "computed"
+                and v in self.activations
+                and self.trace.values[v].shape == shape
             ]
             for a, b in [(a, b) for a in same for b in same if a != b]:
                 skip, branch = op.inputs[a], op.inputs[b]
@@ -216,7 +220,7 @@ class Streams:
                 trunk_norms.update(passed)
         stops = values | {v for v, op in self.norm_of.items() if op.norm in trunk_norms}
         claimed = set(trunk_norms)
-        for stream, block in [(stream, block) for stream in self.streams for block in stream.blocks]:
+        for stream, block in [(s, block) for s in self.streams for block in s.blocks]:
             branch = self.operands[block.add][1]
             touched = self._cone(block, branch, stops)
             # what reads another stream (cross-attention to an encoder's final norm) is no norm of this block
@@ -277,7 +281,9 @@ class Streams:
         if op is None or op.norm is not None:
             return False
         shape = self.trace.values[op.outputs[0]].shape
-        parts = [v for v in op.inputs if self.trace.values[v].kind == "computed" and self.trace.values[v].shape == shape]
+        parts = [
+            v for v in op.inputs if self.trace.values[v].kind == "computed" and self.trace.values[v].shape == shape
+        ]
         return len(parts) == 2 and self._mixes(parts[0]) != self._mixes(parts[1])
 
     def _mixes(self, v: int) -> bool:

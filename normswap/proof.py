@@ -64,7 +64,9 @@ class Proof(Record):
             where = f"{what}, {found.dtype}"
             for name, stat in (("relative error", found.output.error), ("KL, nats", found.output.kl)):
                 if stat is not None:
-                    row = f"| {name} ({where}) | {stat.mean:.1e} | {stat.median:.1e} | {stat.p999:.1e} | {stat.max:.1e} |"
+                    row = (
+                        f"| {name} ({where}) | {stat.mean:.1e} | {stat.median:.1e} | {stat.p999:.1e} | {stat.max:.1e} |"
+                    )
                     rows.append(row)
         rows += ["", f"On {self.mathematics.text}; {self.tensors_checked} tensors checked bit for bit."]
         return rows
@@ -174,7 +176,9 @@ def open_published(folder: Path, plan: Plan) -> PreTrainedModel:
     model, info = cls.from_pretrained(folder, dtype="auto", attn_implementation="eager", output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
-        raise SourceError(f"the converted folder lacks {len(missing)} tensors its class needs: {', '.join(missing[:3])}.")
+        raise SourceError(
+            f"the converted folder lacks {len(missing)} tensors its class needs: {', '.join(missing[:3])}."
+        )
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.eval()

@@ -49,7 +49,9 @@ def _stream_table(stream: StreamInfo) -> Table:
     for blocks in rows.values():
         first = blocks[0]
         module = folded([(block.module, None) for block in blocks])[0][0]
-        slots = [", ".join(_last(path, first.module) for path in s) or "-" for s in (first.n_in, first.n_branch, first.n_out)]
+        slots = [
+            ", ".join(_last(path, first.module) for path in s) or "-" for s in (first.n_in, first.n_branch, first.n_out)
+        ]
         scales = "1, 1" if first.skip == first.branch == 1 else f"{first.skip:g}, {first.branch:g}"
         table.add_row(module, first.placement, " / ".join(slots), scales)
     writers = folded([(f"{w.name}", (w.kind, w.axis)) for w in stream.writers])

@@ -41,10 +41,17 @@ def _edit_table(plan: Plan) -> Table:
     rows: dict[str, dict[str, AnyEdit]] = {}
     for edit in plan.edits:
         # several edits of one kind may act on one tensor; each counts
-        rows.setdefault(edit.edit, {})[_target(edit) + " " * sum(_target(edit) == t.strip() for t in rows[edit.edit])] = edit
+        rows.setdefault(edit.edit, {})[
+            _target(edit) + " " * sum(_target(edit) == t.strip() for t in rows[edit.edit])
+        ] = edit
     for kind, edits in rows.items():
         for shown, paths in folded([(path, blurred(_details(edit))) for path, edit in edits.items()]):
-            table.add_row(kind, shown.strip(), _details(edits[paths[0]]) if len(paths) == 1 else _general(edits, paths), str(len(paths)))
+            table.add_row(
+                kind,
+                shown.strip(),
+                _details(edits[paths[0]]) if len(paths) == 1 else _general(edits, paths),
+                str(len(paths)),
+            )
     return table
 
 

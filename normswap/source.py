@@ -10,10 +10,9 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from normswap.apply.live import apply_structure
 from normswap.errors import SourceError
-
-#: what a conversion writes beside the weights: the plan, the source's configuration, hashes and measurements
-RECORD = "normswap.json"
+from normswap.record import RECORD, Record
 
 
 @dataclass(frozen=True)
@@ -25,14 +24,14 @@ class Source:
         folder: where its files are.
         config: the configuration, of the stock class also for a folder that normswap converted.
         model_class: the class named by the configuration's `architectures`.
-        record: contents of `normswap.json` if normswap made this folder, else None.
+        record: of the conversion if normswap made this folder, else None.
     """
 
     name: str
     folder: Path
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
-    record: dict | None = None
+    record: Record | None = None
 
     @classmethod
     def open(
@@ -55,9 +54,9 @@ class Source:
                 f"{name} is quantised ({method}): its weights cannot be edited exactly. Convert the unquantised "
                 f"checkpoint it was made from, then quantise the result."
             )
-        record = _read_json(folder / RECORD) if (folder / RECORD).exists() else None
+        record = Record.read(folder) if (folder / RECORD).exists() else None
         if record is not None:
-            config, model_class = _stock_form(name, record)
+            model_class, config = record.stock()
         else:
             config = _load_config(name, folder, trust_remote_code)
             model_class = _find_class(name, folder, config, raw, trust_remote_code)
@@ -74,24 +73,8 @@ class Source:
                 f"{type(error).__name__}: {error}. Check config.json."
             ) from error
         if self.record is not None:
-            from normswap.apply.live import apply_structure
-            from normswap.plans import Plan
-
-            apply_structure(model, Plan.model_validate(self.record["plan"]))
+            apply_structure(model, self.record.plan)
         return model.eval()
-
-
-    def history(self) -> str | None:
-        """For a folder that normswap wrote: what was done, in a sentence."""
-        if self.record is None:
-            return None
-        from normswap.plans import Plan
-
-        plan = Plan.model_validate(self.record["plan"])
-        return (
-            f"converted by normswap {self.record.get('normswap', '')}: {plan.request.words()} at "
-            f"{len(plan.converted)} sites ({plan.claim})"
-        )
 
 
 def _locate(name: str, revision: str | None, weights: bool) -> Path:
@@ -145,7 +128,7 @@ def _find_class(name, folder: Path, config: PretrainedConfig, raw: dict, trust_r
     architectures = raw.get("architectures") or []
     if not architectures:
         raise SourceError(
-            f"{name}: config.json names no model class. Expected e.g. \"architectures\": [\"...ForCausalLM\"]; "
+            f'{name}: config.json names no model class. Expected e.g. "architectures": ["...ForCausalLM"]; '
             f"add the class the weights were saved from."
         )
     wanted = architectures[0]
@@ -162,16 +145,3 @@ def _find_class(name, folder: Path, config: PretrainedConfig, raw: dict, trust_r
         else f"transformers {transformers.__version__} has no such class: another version may."
     )
     raise SourceError(f"{name} is a {wanted}, which cannot be built. {way_out}")
-
-
-def _stock_form(name: str | Path, record: dict) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
-    from normswap.plans import Plan
-
-    try:
-        plan = Plan.model_validate(record["plan"])
-        config = AutoConfig.for_model(**record["source_config"])
-        for edit in plan.config_edits():
-            setattr(config, edit.key, edit.value)
-        return config, getattr(transformers, plan.architecture)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise SourceError(f"{name}/{RECORD} does not describe a conversion ({error}); convert the source again.") from error

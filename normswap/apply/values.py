@@ -12,7 +12,7 @@ import torch
 
 from normswap.apply.layout import Job
 from normswap.checkpoint import Checkpoint
-from normswap.edits import Centre, FoldGain, TensorEdit, Untie
+from normswap.edits import TensorEdit, Untie
 from normswap.errors import PlanError
 from normswap.keymap import SAVE_MERGED, Group, KeyMap, Tensors
 
@@ -69,7 +69,7 @@ class Values:
         return self._compute(name, None, edits, dtype)
 
     def _apply(self, name: str, value: torch.Tensor, edits: tuple[TensorEdit, ...], dtype: torch.dtype) -> torch.Tensor:
-        if value.ndim == 0 or not all(_keeps_rows_apart(edit) for edit in edits):
+        if value.ndim == 0 or not all(edit.keeps_rows_apart() for edit in edits):
             return self._compute(name, value, edits, dtype)
         result = torch.empty(value.shape, dtype=dtype)
         rows = max(1, AT_ONCE // max(1, math.prod(value.shape[1:])))
@@ -109,8 +109,3 @@ class Values:
                     f"{key}: expected to get it back unchanged from {', '.join(group.targets)}, found other values: "
                     f"transformers does not undo this conversion exactly. {SAVE_MERGED}"
                 )
-
-
-def _keeps_rows_apart(edit: TensorEdit) -> bool:
-    """Whether each index of the first axis is changed by itself: then a part of the rows can be computed alone."""
-    return isinstance(edit, Centre | FoldGain) and edit.axis > 0

@@ -14,7 +14,9 @@ from normswap.cli.options import err, json_option, out, progress_bars, request_o
 @click.argument("model")
 @click.argument("destination", metavar="OUT", type=click.Path(path_type=Path))
 @request_options
-@click.option("--plan", "plan_file", metavar="FILE", type=click.Path(path_type=Path), help="Run a plan saved by `plan -o`.")
+@click.option(
+    "--plan", "plan_file", metavar="FILE", type=click.Path(path_type=Path), help="Run a plan saved by `plan -o`."
+)
 @click.option("--dtype", metavar="DTYPE", help="Store all floating tensors so: float32, bfloat16, float16 or float64.")
 @click.option(
     "--verify",
@@ -28,7 +30,20 @@ from normswap.cli.options import err, json_option, out, progress_bars, request_o
 @source_options
 @json_option
 def command(
-    model, destination, norm, fold, tied, partial, plan_file, dtype, verify, text, overwrite, revision, trust_remote_code, as_json
+    model,
+    destination,
+    norm,
+    fold,
+    tied,
+    partial,
+    plan_file,
+    dtype,
+    verify,
+    text,
+    overwrite,
+    revision,
+    trust_remote_code,
+    as_json,
 ) -> None:
     """Convert the checkpoint MODEL into the folder OUT: plan, apply, verify, publish.
 
@@ -39,8 +54,8 @@ def command(
     normswap convert ./my-llama ./weightless --fold
     """
     import normswap
-    from normswap.report_proof import proof_view
     from normswap.report_plan import disk_facts, plan_view
+    from normswap.report_proof import proof_view
 
     with progress_bars(enabled=not as_json) as progress:
         done = normswap.convert(

@@ -16,7 +16,9 @@ from normswap.cli.options import json_option, out, progress_bars
 @click.option("--tokens", type=click.IntRange(min=2), default=4096, show_default=True, help="How many tokens to run.")
 @click.option("--dtype", metavar="DTYPE", help="What both compute in; float64 or, for half-precision weights, float32.")
 @click.option("--device", metavar="DEVICE", help="Where to run: cpu, cuda ...")
-@click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with the checkpoints. Off by default.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run model code that comes with the checkpoints. Off by default."
+)
 @json_option
 def command(a, b, text, tokens, dtype, device, trust_remote_code, as_json) -> None:
     """Measure how far the checkpoints A and B, of one vocabulary, are apart, and where they part first.

@@ -192,7 +192,10 @@ class _Probe:
         if y.dtype != torch.bfloat16:
             return "float32"
         forms = ("float32", "float32-before-gain", "input") if spec.gain else ("float32", "input")
-        agree = {c: float((formula(x, spec.model_copy(update={"casting": c}), parameters) == y).float().mean()) for c in forms}
+        agree = {
+            c: float((formula(x, spec.model_copy(update={"casting": c}), parameters) == y).float().mean())
+            for c in forms
+        }
         return max(agree, key=agree.get)
 
     def _batchnorm(self) -> NormSpec | None:
@@ -208,7 +211,12 @@ class _Probe:
             return None
         gain, weight, bias = self._affine()
         return NormSpec(
-            kind="batchnorm", axes=(axis - self.x.ndim,), width=1, gain=gain, weight=weight, bias=bias,
+            kind="batchnorm",
+            axes=(axis - self.x.ndim,),
+            width=1,
+            gain=gain,
+            weight=weight,
+            bias=bias,
             eps=self._running_eps(),
         )
 

@@ -95,9 +95,7 @@ def _obstacle(normmap: NormMap, parameter: str, module: str, site: Site, ties: T
     return f"its reader {parameter} in {module} is used in {others} as well; {way_out}"
 
 
-def _bias_edits(
-    normmap: NormMap, reader: Reader, name: str, site: Site, ties: Ties, tied: str
-) -> list[AnyEdit] | str:
+def _bias_edits(normmap: NormMap, reader: Reader, name: str, site: Site, ties: Ties, tied: str) -> list[AnyEdit] | str:
     bias = f"{site.path}.{site.spec.bias}"
     if reader.bias is not None:
         if (reason := _obstacle(normmap, reader.bias, reader.module, site, ties, tied)) is not None:
