@@ -2,39 +2,77 @@
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+WIDTH = 32  # of every stream; few other sizes are multiples of it: q, k, v side by side, MLPs of four widths
+_COMMON = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+_GROUPED = dict(**_COMMON, num_key_value_heads=2)
+_MOE = {**_GROUPED, "intermediate_size": 40, "num_local_experts": 3, "experts_implementation": "eager"}
 TINY = {
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    "gpt_neox": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48),
-    "llama": dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
+    "gpt2": dict(n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64),
+    "gpt_neox": _COMMON,
+    "opt": dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, ffn_dim=40, max_position_embeddings=50),
+    "olmo": _COMMON,
+    "phi": _COMMON,
+    "bloom": dict(hidden_size=WIDTH, n_layer=2, n_head=4),
+    "falcon": dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, ffn_hidden_size=40),
+    "mpt": dict(d_model=WIDTH, n_layers=2, n_heads=4, expansion_ratio=2, max_seq_len=64),
+    "stablelm": _GROUPED,
+    "starcoder2": _GROUPED,
+    "gptj": dict(n_embd=WIDTH, n_layer=2, n_head=4, n_positions=50, rotary_dim=4, n_inner=40),
+    "cohere": _GROUPED,
+    "nemotron": dict(**_GROUPED, head_dim=8),
+    "phimoe": _MOE,
+    "llama": _GROUPED,
+    "mistral": _GROUPED,
+    "gemma2": dict(**_GROUPED, head_dim=6),
+    "mixtral": _MOE,
+    "olmo2": _GROUPED,
+    "bert": dict(**_COMMON, max_position_embeddings=50),
+    "t5": dict(d_model=WIDTH, num_layers=2, num_decoder_layers=2, num_heads=4, d_ff=40, d_kv=6),
+    "bart": dict(
+        d_model=WIDTH,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=40,
+        decoder_ffn_dim=40,
+        max_position_embeddings=50,
     ),
-    "olmo": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48),
-    "cohere": dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
-    ),
-    "mpt": dict(d_model=32, n_layers=2, n_heads=4, expansion_ratio=2, max_seq_len=64),
-    "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
-    "falcon": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, new_decoder_architecture=False),
-    "gemma2": dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-    ),
+    "vit": dict(**_COMMON, image_size=12, patch_size=4, num_labels=7),
 }
+_CLASSES = {
+    "bert": AutoModelForMaskedLM,
+    "t5": AutoModelForSeq2SeqLM,
+    "bart": AutoModelForSeq2SeqLM,
+    "vit": AutoModelForImageClassification,
+}
+CAUSAL = [model_type for model_type in TINY if model_type not in _CLASSES]
+
+
+def tiny_config(model_type: str, **overrides) -> PretrainedConfig:
+    """Configuration of a two-layer model of width 32 with 99 tokens (images have no tokens)."""
+    special = dict(vocab_size=99, bos_token_id=1, eos_token_id=2, pad_token_id=0 if model_type == "bert" else None)
+    if model_type == "vit":
+        special = {}
+    elif model_type in ("t5", "bart"):
+        special |= dict(pad_token_id=0, decoder_start_token_id=2)
+    return CONFIG_MAPPING[model_type](**{**special, **TINY[model_type], **overrides})
 
 
 def tiny(model_type: str, seed: int = 0, **overrides) -> nn.Module:
-    """A two-layer causal model of width 32 with 99 tokens, randomised, in eval mode and eager attention."""
+    """The model of `tiny_config`, randomised, in eval mode and eager attention; causal where its type can be."""
     torch.manual_seed(seed)
-    special = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None)
-    config = CONFIG_MAPPING[model_type](**{"vocab_size": 99, **special, **TINY[model_type], **overrides})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    make = _CLASSES.get(model_type, AutoModelForCausalLM).from_config
+    model = make(tiny_config(model_type, **overrides), attn_implementation="eager")
     return randomise(model, seed).eval()
 
 

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from models import TINY, tiny
+from models import CAUSAL, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,7 +36,7 @@ def run(model, lift):
     return logits, dtypes
 
 
-@pytest.mark.parametrize("model_type", TINY)
+@pytest.mark.parametrize("model_type", CAUSAL)
 def test_every_intermediate_is_float64(model_type):
     logits, dtypes = run(tiny(model_type).double(), lift=True)
     assert dtypes.checked > 100
