@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from normswap.apply.layout import WriteSummary
+from huggingface_hub import ModelCardData, metadata_load
+from yaml import YAMLError
+
 from normswap.plans import Plan
 from normswap.proof import Proof
+from normswap.publish import README
 from normswap.source import Source
 
-_LICENSE = re.compile(r"^license(_name|_link)?:.*$", re.MULTILINE)
+#: what a source's card says that holds for the converted model as well
+_CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
 
 
-def write_card(folder: Path, source: Source, plan: Plan, written: WriteSummary, report: Proof, command: str) -> None:
+def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command: str) -> None:
     """Write `README.md` into `folder`, in the Hub's metadata format, with the source's licence carried over."""
-    loader = next(
-        (name for name in ("AutoModelForCausalLM",) if plan.architecture.endswith(("CausalLM", "LMHeadModel"))),
-        "AutoModel",
-    )
+    causal = plan.architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    loader = "AutoModelForCausalLM" if causal else "AutoModel"
     trusted = ", trust_remote_code=True" if plan.module_edits() else ""
+    unmeasured = ", **not verified**" if report.mode == "none" else ""
     lines = [
-        *_metadata(source),
-        f"# {folder_title(source)}, {plan.request.words()}",
+        f"# {source.title}{_with(plan)}",
         "",
-        f"Made from `{source.name}` by normswap. Claim: **{plan.claim}**.",
+        f"Made from `{source.title}` by normswap. Claim: **{plan.claim}**{unmeasured}.",
         "",
         *(f"- {reason}" for reason in plan.reasons),
+    ]
+    if not plan.base_output_unchanged:
+        lines.append("- The model without its head gives its output before the last norm's gain and bias.")
+    if plan.refused:
+        lines += ["", f"{len(plan.refused)} norms are as they were, or not all that was asked for was done:", ""]
+        lines += [f"- `{refusal.site}`: {refusal.reason}" for refusal in plan.refused]
+    lines += [
         "",
         "## Measured",
         "",
@@ -35,11 +43,11 @@ def write_card(folder: Path, source: Source, plan: Plan, written: WriteSummary, 
         "## Use",
         "",
         "```python",
-        f"from transformers import {loader}, AutoTokenizer",
+        f"from transformers import {loader}, AutoTokenizer" if causal else f"from transformers import {loader}",
         "",
         'folder = "path/to/this/folder"',
         f"model = {loader}.from_pretrained(folder{trusted})",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        *(["tokenizer = AutoTokenizer.from_pretrained(folder)"] if causal else []),
         "```",
         "",
     ]
@@ -50,21 +58,24 @@ def write_card(folder: Path, source: Source, plan: Plan, written: WriteSummary, 
             "",
         ]
     lines += ["## Made by", "", "```", command, "```", ""]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    text = f"---\n{_metadata(source)}\n---\n\n" + "\n".join(lines)
+    (folder / README).write_text(text, encoding="utf-8")
 
 
-def folder_title(source: Source) -> str:
-    return Path(source.name).name or source.name
+def _with(plan: Plan) -> str:
+    kind = {"rmsnorm": "RMSNorm", None: "norms"}.get(plan.request.norm, plan.request.norm)
+    return f" with {'weightless ' if plan.request.fold else ''}{kind}"
 
 
-def _metadata(source: Source) -> list[str]:
-    """The block between dashes at the top of a card."""
-    lines = ["---", "library_name: transformers", "tags:", "- normswap"]
-    if not Path(source.name).exists():
-        lines += ["base_model:", f"- {source.name}"]
-    card = source.folder / "README.md"
-    if card.is_file():
-        head = card.read_text(encoding="utf-8", errors="replace").split("---")
-        if len(head) > 2:
-            lines += [match.group(0) for match in _LICENSE.finditer(head[1])]
-    return [*lines, "---", ""]
+def _metadata(source: Source) -> str:
+    """YAML for the top of the card."""
+    known = {"library_name": "transformers", "tags": ["normswap"]}
+    if source.title == source.name:
+        known["base_model"] = source.name
+    card = source.folder / README
+    try:
+        found = (metadata_load(card) if card.is_file() else None) or {}
+    except (ValueError, YAMLError, OSError):  # a card that nobody can read says nothing
+        found = {}
+    known |= {key: found[key] for key in _CARRIED if key in found}
+    return ModelCardData(**known).to_yaml()

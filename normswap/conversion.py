@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+import normswap.text
 from normswap.apply.layout import WriteSummary
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
@@ -85,22 +86,16 @@ def plan(
     if isinstance(model, nn.Module):
         return _plan_for(model, request, inputs)
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    return _plan_source(source, source.build(), request, inputs)
+    _refuse_twice(source)
+    return _plan_for(source.build(), request, inputs)
 
 
-def _plan_source(source: Source, model: PreTrainedModel, request: Request, inputs=None) -> Plan:
-    try:
-        made = _plan_for(model, request, inputs)
-    except RefusedError as error:
-        if source.record is None:
-            raise
-        raise RefusedError(f"{source.name} was {source.record.history()}. {error}", error.refusals) from error
-    if source.record is not None and source.record.plan.module_edits():
+def _refuse_twice(source: Source) -> None:
+    if source.record is not None:
         raise RefusedError(
             f"{source.name} was {source.record.history()}; it is not converted twice. Convert the checkpoint it "
             f"was made from, asking for everything at once."
         )
-    return made
 
 
 def _plan_for(model: nn.Module, request: Request, inputs: Mapping[str, Any] | None) -> Plan:
@@ -170,12 +165,16 @@ def convert(
         raise PlanError("a saved plan already says what to do: give either a plan or norm, fold, tied and partial.")
     progress = progress or (lambda what, done, total: None)
     stored_dtype = _dtype(dtype)
+    if text is not None and verify != "none":
+        normswap.text.read(text)  # a wrong path is found out now, not after hours of writing
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code)
+    _refuse_twice(source)
     structure = source.build()
+    plan_file = None
     if plan is None:
-        plan = _plan_source(source, structure, Request(norm=norm, fold=fold, tied=tied, partial=partial))
+        plan = _plan_for(structure, Request(norm=norm, fold=fold, tied=tied, partial=partial), None)
     elif not isinstance(plan, Plan):
-        plan = Plan.load(plan)
+        plan, plan_file = Plan.load(plan), Path(plan).name
     if plan.architecture != source.model_class.__name__:
         raise PlanError(f"the plan is for a {plan.architecture}, {model} is a {source.model_class.__name__}.")
     with Checkpoint.open(source.folder) as checkpoint:
@@ -193,7 +192,7 @@ def convert(
             record = {
                 "normswap": _version(),
                 "source": {
-                    "name": source.name,
+                    "name": source.title,
                     "revision": revision,
                     "headers": checkpoint.fingerprint(),
                     "files": checkpoint.hash_files(),
@@ -205,8 +204,9 @@ def convert(
             _write_record(folder, record)
             report = prove(source, plan, folder, verify, text, progress)
             _write_record(folder, record | {"report": report.model_dump(mode="json")})
-            command = _command(source.name, out, plan, dtype, revision)
-            write_card(folder, source, plan, written, report, command)
+            options = {"--plan": plan_file, "--dtype": dtype, "--revision": revision}
+            command = _command(source.title, Path(out).resolve().name, plan, options)
+            write_card(folder, source, plan, report, command)
     return Conversion(Path(out), plan, written, report, tuple(skipped))
 
 
@@ -261,10 +261,11 @@ def _configure(
     return config
 
 
-def _command(name: str, out: str | Path, plan: Plan, dtype: str | None, revision: str | None) -> str:
-    words = ["normswap", "convert", name, str(out), *plan.request.words().split()]
-    words += ["--dtype", dtype] if dtype else []
-    words += ["--revision", revision] if revision else []
+def _command(source: str, out: str, plan: Plan, options: dict[str, str | None]) -> str:
+    """The command line that does the same, without what is private in paths."""
+    words = ["normswap", "convert", source, out]
+    words += [] if options["--plan"] else plan.request.words().split()
+    words += [word for name, value in options.items() if value for word in (name, value)]
     return shlex.join(words)
 
 

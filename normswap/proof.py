@@ -5,7 +5,7 @@
 2. The files: the published folder, loaded as a user's process would load it, must hold bit for bit the float64 result
    rounded once to the stored dtype.
 3. The cost: the published model against the original, both as stored, which is what rounding does to a half-precision
-   checkpoint.
+   checkpoint. Where the dtypes differ both compute in the wider one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Proof(Record):
         mode: how much was asked for; with `none` everything else is empty.
         claim: what the plan promises.
         mathematics: original and plan in float64 (float32 if the model cannot run in float64).
-        stored: original and published folder as stored.
+        stored: original and published folder as stored; with `full` only.
         tensors_checked: tensors of the folder that are the plan's results bit for bit.
     """
 
@@ -53,23 +53,34 @@ class Proof(Record):
     tensors_checked: int = 0
 
     def markdown(self) -> list[str]:
-        """Lines of a Markdown table."""
+        """Lines of Markdown: a table of what was measured, and on what."""
         if self.mathematics is None:
-            return ["**Not verified** (`--verify none`)."]
+            return ["**Not verified**: nothing was measured (`--verify none`)."]
         rows = ["| | mean | median | p99.9 | worst |", "|---|---|---|---|---|"]
+        lines = []
         for report, what in ((self.mathematics, "mathematics"), (self.stored, "as stored")):
             if report is None:
                 continue
-            found = report.comparison
-            where = f"{what}, {found.dtype}"
-            for name, stat in (("relative error", found.output.error), ("KL, nats", found.output.kl)):
+            output = report.comparison.output
+            stored = " and ".join(dict.fromkeys(report.stored)) if report is self.stored else report.comparison.dtype
+            for name, stat in (
+                ("relative error", output.error),
+                ("KL, nats", output.kl),
+                ("change of cross-entropy, nats", output.cross_entropy_change),
+            ):
                 if stat is not None:
-                    row = (
-                        f"| {name} ({where}) | {stat.mean:.1e} | {stat.median:.1e} | {stat.p999:.1e} | {stat.max:.1e} |"
-                    )
-                    rows.append(row)
-        rows += ["", f"On {self.mathematics.text}; {self.tensors_checked} tensors checked bit for bit."]
-        return rows
+                    numbers = " | ".join(f"{n:.1e}" for n in (stat.mean, stat.median, stat.p999, stat.max))
+                    rows.append(f"| {name} ({what}, {stored}) | {numbers} |")
+            if output.cross_entropy_a is not None and output.cross_entropy_b is not None:
+                change = output.cross_entropy_b.mean - output.cross_entropy_a.mean
+                lines.append(
+                    f"- {what}: mean cross-entropy {output.cross_entropy_a.mean:.6f} before, "
+                    f"{output.cross_entropy_b.mean:.6f} after ({change:+.1e} nats); same top-1 {output.top1:.2%}"
+                )
+        sizes = " x ".join(map(str, self.mathematics.inputs))
+        lines.append(f"- measured on {self.mathematics.text}, {sizes}")
+        lines.append(f"- {self.tensors_checked} tensors of the files checked bit for bit")
+        return [*rows, "", *lines]
 
 
 def prove(
@@ -90,7 +101,9 @@ def prove(
     original, result = open_model(source), open_published(folder, plan)
     tokenizer = tokenizer_of(source)
     batches, shape, described = evaluation_inputs(original, tokenizer, text, TOKENS[mode])
-    names = source.name, str(folder)
+    if text is not None and tokenizer is not None:
+        described = Path(text).name  # of the user's folders nothing is published
+    names = source.title, "the converted folder"
 
     def measure(what: str, a: nn.Module, b: nn.Module, dtypes: Sequence[torch.dtype]) -> Report:
         return report_on(
@@ -107,8 +120,11 @@ def prove(
 
     dtypes = [coarsest_dtype(model) for model in (original, result)]
     stored = None
-    if mode == "full" and dtypes[0] == dtypes[1]:
-        stored = measure("comparing as stored", original, result, dtypes)
+    if mode == "full":
+        run = torch.promote_types(*dtypes)
+        wide = [m if d == run else copy.deepcopy(m).to(run) for m, d in zip((original, result), dtypes, strict=True)]
+        stored = measure("comparing as stored", *wide, dtypes)
+        del wide
     mathematics, converted = _mathematics(original, plan, measure)
     _check_swapped(converted, plan)
     if plan.claim == "exact":

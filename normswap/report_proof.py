@@ -21,7 +21,9 @@ def proof_view(proof: Proof) -> RenderableType:
     ]
     if proof.stored is not None:
         found = proof.stored.comparison
-        parts.append(Text(f"\nAs stored: the new folder against the original, both in {found.dtype}", style="bold"))
+        stored = " against ".join(dict.fromkeys(reversed(proof.stored.stored)))
+        how = stored if stored == found.dtype else f"{stored}, computed in {found.dtype}"
+        parts.append(Text(f"\nAs stored: the new folder against the original, {how}", style="bold"))
         parts.append(output_table(found))
         before, after = found.output.cross_entropy_a, found.output.cross_entropy_b
         if before is not None and after is not None:

@@ -62,6 +62,11 @@ class Source:
             model_class = _find_class(name, folder, config, raw, trust_remote_code)
         return cls(str(name), folder, config, model_class, record)
 
+    @property
+    def title(self) -> str:
+        """The name to publish: a Hub id in full, of a local path the folder's own name."""
+        return self.folder.resolve().name if Path(self.name).expanduser().exists() else self.name
+
     def build(self) -> PreTrainedModel:
         """The model on the meta device: its modules and shapes, no weights. A converted folder's plan is replayed."""
         try:

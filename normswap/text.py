@@ -55,7 +55,7 @@ def batches(tokenizer, text_file: str | Path | None, vocab_size: int, length: in
         rows = torch.randint(vocab_size, (count, length), generator=generator)
         return Batches(_split(rows, vocab_size), f"random ids (no tokenizer), seed {_SEED}")
 
-    text, name = _read(text_file)
+    text, name = read(text_file)
     rows = _windows(tokenizer, text, name, length, count)
     if int(rows.max()) >= vocab_size:
         raise SourceError(
@@ -65,7 +65,8 @@ def batches(tokenizer, text_file: str | Path | None, vocab_size: int, length: in
     return Batches(_split(rows, vocab_size), name)
 
 
-def _read(text_file: str | Path | None) -> tuple[str, str]:
+def read(text_file: str | Path | None) -> tuple[str, str]:
+    """A text and its name; None is the text that comes with normswap. Raises SourceError when it cannot be read."""
     if text_file is None:
         return resources.files("normswap").joinpath("data/shakespeare.txt").read_text("utf-8"), "shipped Shakespeare"
     try:
