@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -35,7 +36,7 @@ def _headline(normmap: NormMap) -> str:
     return f"{normmap.architecture}: {norms}; {len(normmap.streams)} stream{'s' * (len(normmap.streams) != 1)}"
 
 
-def _stream_table(stream: StreamInfo) -> Table:
+def _stream_table(stream: StreamInfo) -> RenderableType:
     table = _table(f"stream {stream.name}, width {stream.width}")
     table.add_column("block")
     table.add_column("placement")
@@ -55,9 +56,8 @@ def _stream_table(stream: StreamInfo) -> Table:
         scales = "1, 1" if first.skip == first.branch == 1 else f"{first.skip:g}, {first.branch:g}"
         table.add_row(module, first.placement, " / ".join(slots), scales)
     writers = folded([(f"{w.name}", (w.kind, w.axis)) for w in stream.writers])
-    table.caption = "writers: " + ", ".join(f"{shown} {_axis(stream.writers, paths)}" for shown, paths in writers)
-    table.caption_justify = "left"
-    return table
+    listed = ", ".join(f"{shown}\u00a0{_axis(stream.writers, paths)}" for shown, paths in writers)
+    return Group(table, Padding(Text(f"writers: {listed}"), (0, 0, 1, 1)))
 
 
 def _last(path: str, module: str) -> str:
@@ -101,7 +101,8 @@ def _site_table(normmap: NormMap) -> Table:
 
 
 def _read_by(site: Site) -> list[str]:
-    return [f"{reader.name} [{reader.axis}]" for reader in site.readers] + [f"({why})" for why in site.other_consumers]
+    readers = [f"{reader.name}\u00a0[{reader.axis}]" for reader in site.readers]
+    return readers + [f"({why})" for why in site.other_consumers]
 
 
 def _shorten(text: str, path: str) -> str:

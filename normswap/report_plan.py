@@ -6,6 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -19,17 +20,21 @@ def plan_view(plan: Plan, disk: WriteSummary | None) -> RenderableType:
     """Everything in a plan, for a terminal. `disk` is None where there are no weights."""
     head = f"{plan.architecture}: {plan.request.words()} at {len(plan.converted)} sites"
     parts: list[RenderableType] = [Text(head, style="bold"), Text(f"claim: {plan.claim}", style="green")]
-    parts += [Text(f"  {reason}") for reason in plan.reasons]
+    parts += [_indented(reason) for reason in plan.reasons]
     if plan.refused:
         parts.append(Text(f"{len(plan.refused)} sites stay as they are:", style="yellow"))
         reasons = {refusal.site: refusal.reason for refusal in plan.refused}
         for shown, paths in folded([(path, blurred(why)) for path, why in reasons.items()]):
-            parts.append(Text(f"  {shown}: {reasons[paths[0]]}", style="yellow"))
+            parts.append(_indented(f"{shown}: {reasons[paths[0]]}", style="yellow"))
     if not plan.base_output_unchanged:
-        parts.append(Text("  The model without its head gives its output before the last norm's gain.", style="yellow"))
+        parts.append(_indented("The model without its head gives its output before the last norm's gain and bias."))
     parts.append(_edit_table(plan))
     parts.append(Text("no weights found: nothing is known of the files", style="dim") if disk is None else _disk(disk))
     return Group(*parts)
+
+
+def _indented(text: str, style: str = "") -> Padding:
+    return Padding(Text(text, style=style), (0, 0, 0, 2))
 
 
 def _edit_table(plan: Plan) -> Table:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from normswap.cli.options import err, json_option, out, progress_bars, request_options, source_options
+from normswap.cli.options import err, json_option, out, progress_bars, quiet, request_options, source_options
 
 
 @click.command("convert")
@@ -53,6 +53,7 @@ def command(
     normswap convert ./my-gpt2 ./my-gpt2-rms --norm rmsnorm
     normswap convert ./my-llama ./weightless --fold
     """
+    quiet()
     import normswap
     from normswap.report_plan import disk_facts, plan_view
     from normswap.report_proof import proof_view
@@ -89,5 +90,5 @@ def command(
     if done.skipped:
         err().print(f"left behind (other formats hold the unconverted weights): {', '.join(done.skipped)}")
     if verify == "none":
-        err().print("[bold red]NOT VERIFIED[/]: the result was published without being measured (--verify none).")
-    err().print(f"published [bold]{done.folder}[/]")
+        err().print("NOT VERIFIED: the result was published without being measured (--verify none).", style="bold red")
+    err().print(f"published {done.folder}", style="bold")

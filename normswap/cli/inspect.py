@@ -6,7 +6,7 @@ import json
 
 import click
 
-from normswap.cli.options import json_option, out, source_options
+from normswap.cli.options import json_option, out, quiet, source_options
 
 
 @click.command("inspect")
@@ -22,6 +22,7 @@ def command(model: str, revision: str | None, trust_remote_code: bool, as_json: 
     normswap inspect ./my-gpt2
     normswap inspect ./my-gpt2 --json | jq '.sites[0]'
     """
+    quiet()
     import normswap
     from normswap.report_map import map_table
 

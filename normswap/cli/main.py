@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from normswap.cli.options import printable
 from normswap.errors import NormswapError, RefusedError, VerificationError
 
 #: command -> the first line of its help; the file of that name is imported when the command is used
@@ -58,6 +59,4 @@ def main() -> None:
 
 def _print_error(error: NormswapError) -> None:
     kind = {RefusedError: "Refused", VerificationError: "Verification failed"}.get(type(error), "Error")
-    # text from checkpoints may hold control characters
-    text = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
-    click.echo(f"{click.style(kind, fg='red', bold=True)}: {text}", err=True)
+    click.echo(f"{click.style(kind, fg='red', bold=True)}: {printable(str(error))}", err=True)

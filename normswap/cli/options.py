@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import reduce
@@ -10,16 +11,44 @@ from functools import reduce
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: names and texts from a checkpoint may hold some that move the cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+class SafeConsole(Console):
+    """A console that shows what is not printable as `?`."""
+
+    def render(self, renderable, options=None):
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def out() -> Console:
     """For results. Wide when piped, so that no table is cut."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
+    return SafeConsole(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
 
 
 def err() -> Console:
-    """For messages and progress."""
-    return Console(file=sys.stderr, highlight=False)
+    """For messages and progress; lines are as long as they are when they go to a file."""
+    return SafeConsole(file=sys.stderr, highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
+
+
+def quiet() -> None:
+    """Keep other libraries' warnings and bars off the terminal; what matters of them, normswap checks and says."""
+    import transformers
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    downloads = sys.stderr.isatty() and not are_progress_bars_disabled()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # those of downloads, too
+    if downloads:
+        enable_progress_bars()
 
 
 def _together(*options: Callable) -> Callable:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from normswap.cli.options import json_option, out, request_options, source_options
+from normswap.cli.options import json_option, out, quiet, request_options, source_options
 
 
 @click.command("plan")
@@ -25,6 +25,7 @@ def command(model, norm, fold, tied, partial, revision, trust_remote_code, outpu
     normswap plan ./my-gpt2 --norm rmsnorm
     normswap plan ./my-gpt2 --norm rmsnorm --fold --tied untie -o plan.json
     """
+    quiet()
     import normswap
     from normswap.conversion import preview_on_disk
     from normswap.report_plan import disk_facts, plan_view

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from normswap.cli.options import json_option, out, progress_bars
+from normswap.cli.options import json_option, out, progress_bars, quiet
 
 
 @click.command("verify")
@@ -27,6 +27,7 @@ def command(a, b, text, tokens, dtype, device, trust_remote_code, as_json) -> No
     normswap verify ./my-gpt2 ./my-gpt2-rms
     normswap verify ./my-gpt2 ./my-gpt2-rms --text held-out.txt --json
     """
+    quiet()
     import normswap
     from normswap.report import comparison_table
 
