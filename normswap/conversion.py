@@ -120,7 +120,13 @@ def preview_on_disk(
     if not any(source.folder.glob("*.safetensors")):
         return None
     with Checkpoint.open(source.folder) as checkpoint:
-        return preview(checkpoint, KeyMap.build(source.build(), checkpoint), made, _dtype(dtype))
+        return preview(checkpoint, _map_keys(source, source.build(), checkpoint), made, _dtype(dtype))
+
+
+def _map_keys(source: Source, structure: PreTrainedModel, checkpoint: Checkpoint) -> KeyMap:
+    keymap = KeyMap.build(structure, checkpoint)
+    keymap.check_complete(source.name)
+    return keymap
 
 
 def convert(
@@ -178,17 +184,17 @@ def convert(
     if plan.architecture != source.model_class.__name__:
         raise PlanError(f"the plan is for a {plan.architecture}, {model} is a {source.model_class.__name__}.")
     with Checkpoint.open(source.folder) as checkpoint:
-        keymap = KeyMap.build(structure, checkpoint)
+        keymap = _map_keys(source, structure, checkpoint)
         expected = preview(checkpoint, keymap, plan, stored_dtype)
         with Staging(out, source.folder, overwrite) as folder:
             check_space(folder, expected.bytes_after)
-            written = write_tensors(
-                checkpoint, keymap, plan, folder, stored_dtype, lambda done, total: progress("writing", done, total)
-            )
             skipped = copy_side_files(checkpoint, folder)
             raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
             config = _configure(raw, source, structure, plan, folder, dtype)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            written = write_tensors(
+                checkpoint, keymap, plan, folder, stored_dtype, lambda done, total: progress("writing", done, total)
+            )
             record = {
                 "normswap": _version(),
                 "source": {

@@ -7,7 +7,9 @@ nothing is assumed from a name. What maps to nothing in the model is kept as a g
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -24,6 +26,7 @@ from transformers.core_model_loading import (
 
 from normswap.checkpoint import Checkpoint
 from normswap.errors import PlanError, SourceError
+from normswap.paths import blurred
 
 Tensors = dict[str, torch.Tensor]
 
@@ -93,6 +96,37 @@ class KeyMap:
         for target, keys in sources.items():
             keymap._add(Group(tuple(keys), (target,), made_by[target]), checkpoint)
         return keymap
+
+    def check_complete(self, what: str) -> None:
+        """Raise SourceError where `what`, the checkpoint, and its configuration are not of one model.
+
+        Every parameter has to be stored, or it would be random. Stored tensors that the model has no place for are
+        another matter (heads for other uses), unless the model has their like: then these are layers beyond its last.
+        """
+        lacking = [
+            name
+            for name, _ in self._model.named_parameters()
+            if self.stored_group(name) is None and not _matches(name, self._model._keys_to_ignore_on_load_missing)
+        ]
+        if lacking:
+            raise SourceError(
+                f"{what} does not hold all weights of {type(self._model).__name__}: {len(lacking)} are missing "
+                f"({', '.join(lacking[:3])}), which would be random. Get the complete checkpoint, or the config.json "
+                f"that belongs to it."
+            )
+        like = {blurred(key) for group in self.groups if group.targets for key in group.sources}
+        beyond = [
+            key
+            for group in self.groups
+            if not group.targets
+            for key in group.sources
+            if blurred(key) in like and not _matches(key, self._model._keys_to_ignore_on_load_unexpected)
+        ]
+        if beyond:
+            raise SourceError(
+                f"{what} holds {len(beyond)} tensors of layers that its configuration does not have ({beyond[0]}): "
+                f"config.json is not of these weights. Fetch both again."
+            )
 
     def names_of(self, name: str) -> tuple[str, ...]:
         """Every name the model has for the parameter or buffer `name`, itself included; `(name,)` if it has none."""
@@ -221,6 +255,10 @@ def _alias_groups(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
         for name, tensor in named:
             names[id(tensor)].append(name)
     return {name: tuple(group) for group in names.values() for name in group}
+
+
+def _matches(name: str, patterns: Iterable[str] | None) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
 
 
 def _meta(checkpoint: Checkpoint, key: str) -> torch.Tensor:

@@ -106,7 +106,7 @@ def _swap(site: Site, bare: set[str]) -> SwapNorm:
 
 def _refuse(normmap: NormMap, request: Request, refused: dict[str, str], converted: tuple[str, ...]) -> None:
     way_out = (
-        f"--partial does the {len(converted)} sites that can be done and leaves these as they are."
+        f"--partial does what can be done, at {len(converted)} of them, and leaves the rest as it is."
         if converted
         else "No site of this model can be converted so."
     )

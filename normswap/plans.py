@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from normswap.edits import AnyEdit, ModuleEdit, SetConfig, TensorEdit
-from normswap.errors import PlanError
+from normswap.errors import DestinationError, PlanError
 
 Claim = Literal["exact", "calibrated", "untrained"]
 
@@ -81,13 +81,19 @@ class Plan(BaseModel):
         return [edit for edit in self.edits if isinstance(edit, SetConfig)]
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.model_dump_json(indent=2) + "\n")
+        """Write the plan as JSON. Raises DestinationError where that is not possible."""
+        try:
+            Path(path).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DestinationError(
+                f"the plan cannot be saved as {path}: {error.strerror}. Name another file."
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a saved plan. Raises PlanError naming every field that does not fit."""
         try:
-            return cls.model_validate_json(Path(path).read_text())
+            return cls.model_validate_json(Path(path).read_bytes())
         except OSError as error:
             raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
         except ValidationError as error:

@@ -58,7 +58,7 @@ class Source:
         if record is not None:
             model_class, config = record.stock()
         else:
-            config = _load_config(name, folder, trust_remote_code)
+            config = _load_config(name, folder, trust_remote_code, raw)
             model_class = _find_class(name, folder, config, raw, trust_remote_code)
         return cls(str(name), folder, config, model_class, record)
 
@@ -120,13 +120,22 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _load_config(name: str | Path, folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+def _load_config(name: str | Path, folder: Path, trust_remote_code: bool, raw: dict) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        flag = "" if trust_remote_code else " If it brings its own code and you trust it, add --trust-remote-code."
-        raise SourceError(f"the configuration of {name} cannot be loaded: {reason}.{flag}") from error
+    except Exception as error:  # of transformers, or of the checkpoint's own code
+        if "auto_map" in raw and not trust_remote_code:
+            ours = str(raw.get("model_type")).startswith("normswap_")
+            whose = (
+                f" It was converted by normswap, but its {RECORD} is not there; put that back beside it."
+                if ours
+                else ""
+            )
+            raise SourceError(
+                f"{name} brings its own code, which is not run.{whose} If you trust the code, add --trust-remote-code."
+            ) from error
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise SourceError(f"the configuration of {name} cannot be loaded: {reason:.400}. Check config.json.") from error
 
 
 def _find_class(name, folder: Path, config: PretrainedConfig, raw: dict, trust_remote_code: bool):

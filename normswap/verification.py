@@ -150,11 +150,12 @@ def open_model(source: Source) -> PreTrainedModel:
         model = load(source.folder, dtype="auto", attn_implementation="eager")
     else:
         model, info = _from_pretrained(source)
-        missing = sorted(info["missing_keys"]) + sorted(str(found) for found in info["mismatched_keys"])
+        missing = sorted(info["missing_keys"])
+        missing += [f"{key} {tuple(a)}, expected {tuple(b)}" for key, a, b in sorted(info["mismatched_keys"])]
         if missing:
             raise SourceError(
                 f"{source.name} does not hold all weights of {source.model_class.__name__}: {len(missing)} are missing "
-                f"or of another shape ({', '.join(missing[:3])}), which would be random. Get the complete checkpoint."
+                f"or of another shape ({'; '.join(missing[:3])}), which would be random. Get the complete checkpoint."
             )
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
@@ -219,7 +220,8 @@ def _parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
 def tokenizer_of(source: Source):
     """The checkpoint's tokenizer, None if it has none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        # with the configuration given, and a plain no: transformers would ask on the terminal whether to run code
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, config=source.config, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return None
     # without tokenizer files some classes come up all the same, with special tokens alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from rich.segment import Segment
 
 def printable(text: str) -> str:
     """`text` without control characters: names and texts from a checkpoint may hold some that move the cursor."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    return "".join("?" if unicodedata.category(c)[0] == "C" and c != "\n" else c for c in text)
 
 
 class SafeConsole(Console):
