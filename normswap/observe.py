@@ -11,8 +11,9 @@ import copy
 import itertools
 import sys
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ from normswap.errors import ObserveError
 from normswap.trace import ModuleCall, Operation, Ref, Span, Trace, Value
 
 META = torch.device("meta")
+#: which entries of an unknown mask count as set
+Hits = Literal["ends", "first", "every"]
 # frames of these folders are plumbing: the span of a call is that of the first frame outside them
 _PLUMBING = (str(Path(torch.__file__).parent), str(Path(__file__)), str(Path(contextmanager.__code__.co_filename)))
 
@@ -37,11 +40,15 @@ def observe(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Trace:
     Raises:
         ObserveError: the forward pass failed; the message names the module and the error.
     """
-    twin = meta_twin(model)
-    trace = _record(twin, inputs, every_hit=False)
-    if trace.notes and _idle_parameters(twin, trace):
+    try:
+        trace = _record(meta_twin(model), inputs, "ends")
+    except ObserveError:
+        # the last of a kind may be one that never comes up (an index kept for "none of the experts")
+        trace = _record(meta_twin(model), inputs, "first")
+    if trace.notes and _idle_parameters(model, trace):
         # what was not reached may hide behind a choice that depends on values: take every branch of it
-        trace = _record(meta_twin(model), inputs, every_hit=True)
+        with suppress(ObserveError):
+            trace = _record(meta_twin(model), inputs, "every")
     return trace
 
 
@@ -50,8 +57,8 @@ def _idle_parameters(model: nn.Module, trace: Trace) -> bool:
     return any(name not in used for name, _ in model.named_parameters())
 
 
-def _record(twin: nn.Module, inputs: Mapping[str, torch.Tensor], every_hit: bool) -> Trace:
-    recorder = Recorder(twin, every_hit)
+def _record(twin: nn.Module, inputs: Mapping[str, torch.Tensor], hits: Hits) -> Trace:
+    recorder = Recorder(twin, hits)
     try:
         with torch.no_grad(), recorder.module_hooks(), recorder:
             output = twin(**inputs)
@@ -106,21 +113,28 @@ def _tensors(tree: object) -> list[torch.Tensor]:
 class Recorder(TorchFunctionMode):
     """Notes every torch call: function, arguments, results, module and source span."""
 
-    def __init__(self, model: nn.Module, every_hit: bool):
+    def __init__(self, model: nn.Module, hits: Hits):
         super().__init__()
-        self.every_hit = every_hit
+        self.hits = hits
         self.trace = Trace()
+        self.read_value = False
         self.stack: list[str] = []
         self.modules = list(model.modules())
         self.ids: dict[int, int] = {}
         self.keep: list[torch.Tensor] = []  # an id stays unique only while its tensor lives
         self.storages: dict[int, set[int]] = {}
+        self.stale: dict[
+            int, tuple[int, int]
+        ] = {}  # a tensor whose memory was written: its value, and what was written
         self.spans: dict[tuple, Span] = {}
         self.paths = {id(m): path for path, m in model.named_modules()}
         for name, p in model.named_parameters():
             self._new_value(p, "parameter", name)
         for name, b in model.named_buffers():
             self._new_value(b, "buffer", name)
+        for module in self.modules:  # tables kept as plain attributes
+            for t in _tensors(vars(module)):
+                self._value(t)
 
     # -- values ------------------------------------------------------------------------------------------------
 
@@ -135,14 +149,35 @@ class Recorder(TorchFunctionMode):
         return index
 
     def _value(self, tensor: torch.Tensor) -> int:
-        if id(tensor) not in self.ids:
+        if id(tensor) in self.stale:
+            parts = self.stale.pop(id(tensor))
+            self._record(_untraceable, [Ref(v) for v in parts], None, parts, [tensor], False)
+        elif id(tensor) not in self.ids:
+            if tensor.is_meta and tensor.is_floating_point() and self.stack:
+                self.trace.strays.append(self.stack[-1])
             self._new_value(tensor, "computed" if tensor.is_meta else "constant")
         return self.ids[id(tensor)]
 
-    def _forget_aliases(self, tensor: torch.Tensor) -> None:
-        """After a write, other tensors on the same memory hold what nobody traced: they become unknown values."""
+    def _outdate_aliases(self, tensor: torch.Tensor) -> None:
+        """After a write to `tensor`, others on the same memory hold a mixture of what they held and what was written."""
         for other in self.storages.get(tensor.untyped_storage()._cdata, set()) - {id(tensor)}:
-            self.ids.pop(other, None)
+            held = self.ids.get(other)
+            if held is not None and held < self.ids[id(tensor)]:
+                del self.ids[other]
+                self.stale[other] = held, self.ids[id(tensor)]
+
+    def _record(self, function, leaves, spec, inputs, tensors, known: bool, mutated: tuple[int, ...] = ()) -> None:
+        """Note an operation that gives `tensors` their values."""
+        index = len(self.trace.operations)
+        outputs = tuple(
+            self._new_value(t, "constant" if known and not t.is_meta else "computed", producer=index) for t in tensors
+        )
+        module = self.stack[-1] if self.stack else ""
+        self.trace.operations.append(
+            Operation(
+                index, function, leaves, spec, tuple(dict.fromkeys(inputs)), outputs, mutated, module, self._span()
+            )
+        )
 
     # -- modules -----------------------------------------------------------------------------------------------
 
@@ -188,32 +223,22 @@ class Recorder(TorchFunctionMode):
         returned, known = self._run(function, args, kwargs, tensors)
 
         made = [t for t in _tensors(returned) if id(t) not in self.ids]
-        changed = [t for t, version in zip(tensors, versions, strict=True) if t._version != version]
-        if not made and not changed:
-            return returned  # nothing new: a number was read, or an input itself came back
-        index = len(self.trace.operations)
-        mutated = tuple(dict.fromkeys(self.ids[id(t)] for t in changed))
-        written = {id(t): t for t in changed}.values()
-        for t in written:
-            self._forget_aliases(t)
-        outputs = tuple(
-            self._new_value(t, "constant" if known and not t.is_meta else "computed", producer=index)
-            for t in [*made, *written]
-        )
+        changed = {id(t): t for t, version in zip(tensors, versions, strict=True) if t._version != version}.values()
         refs = iter(inputs)
-        self.trace.operations.append(
-            Operation(
-                index=index,
-                function=function,
-                leaves=[Ref(next(refs)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves],
-                spec=spec,
-                inputs=tuple(dict.fromkeys(inputs)),
-                outputs=outputs,
-                mutated=mutated,
-                module=self.stack[-1] if self.stack else "",
-                span=self._span(),
-            )
-        )
+        leaves = [Ref(next(refs)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        if made or changed:
+            mutated = tuple(self.ids[id(t)] for t in changed)
+            if len({t.untyped_storage()._cdata for t in changed}) < len(mutated):
+                function, known = _untraceable, False  # arguments that share memory with what is written
+            self._record(function, leaves, spec, inputs, [*made, *changed], known, mutated)
+            for t in changed:
+                if id(t) in self.ids:
+                    self._outdate_aliases(t)
+        elif self.read_value:
+            # a number left the graph: whatever it is used for depends on these inputs
+            sink = torch.empty(0, device=META)
+            self._record(function, leaves, spec, inputs, [sink], False)
+            self.trace.reads.append(self.ids[id(sink)])
         return returned
 
     def _surrender_target(self, function, leaves, tensors) -> None:
@@ -227,6 +252,7 @@ class Recorder(TorchFunctionMode):
 
     def _run(self, function, args, kwargs, tensors) -> tuple[object, bool]:
         """Call `function`, bringing real and meta tensors together. Also tells whether real results can be believed."""
+        self.read_value = False
         if not any(t.is_meta for t in tensors):
             args, kwargs = tree_map(_off_meta, (args, kwargs))
             believed = all(self.trace.values[self.ids[id(t)]].kind == "constant" for t in tensors)
@@ -238,8 +264,9 @@ class Recorder(TorchFunctionMode):
         if name in _PLACEHOLDERS:
             result = _PLACEHOLDERS[name](*args, **kwargs)
         elif name in _HITS:
-            result = _HITS[name](self.every_hit, *args, **kwargs)
+            result = _HITS[name](self.hits, *args, **kwargs)
         if result is not NotImplemented:
+            self.read_value = not isinstance(result, torch.Tensor)
             self.trace.notes.append(f"{self.stack[-1] if self.stack else 'model'} reads the value of a result ({name})")
             return result, False
         if name in _INDEXING:
@@ -259,6 +286,11 @@ class Recorder(TorchFunctionMode):
             position = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
             self.spans[key] = Span(code.co_filename, code.co_qualname, *(number or 0 for number in position))
         return self.spans[key]
+
+
+def _untraceable(*_):
+    """Stands for what happened to a tensor behind its back; nothing can be said of it."""
+    raise RuntimeError("this cannot be run again")
 
 
 # -- where real values meet unknown ones -------------------------------------------------------------------------
@@ -287,19 +319,19 @@ def _known_index(leaf):
     return leaf
 
 
-def _hits(every: bool, mask: torch.Tensor, as_tuple: bool = False) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """`nonzero` of an unknown mask: its two ends, so that code for hits runs, first and last of a kind; or all of it.
+def _hits(which: Hits, mask: torch.Tensor, as_tuple: bool = False) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """`nonzero` of an unknown mask: its two ends, so that code for hits runs, on the first and last of a kind.
 
     The ends are enough for experts that share a tensor; experts with parameters of their own must run one by one.
     """
-    ends = sorted({0, mask.numel() - 1})
-    flat = torch.arange(mask.numel()) if every and mask.ndim == 1 else torch.tensor(ends)
+    ends = [0] if which == "first" else sorted({0, mask.numel() - 1})
+    flat = torch.arange(mask.numel()) if which == "every" and mask.ndim == 1 else torch.tensor(ends)
     columns = torch.unravel_index(flat, mask.shape) if mask.ndim else (flat,)
     return columns if as_tuple else torch.stack(columns, 1)
 
 
-def _where(every: bool, condition, *rest, **kwargs):
-    return NotImplemented if rest or kwargs else _hits(every, condition, as_tuple=True)
+def _where(which: Hits, condition, *rest, **kwargs):
+    return NotImplemented if rest or kwargs else _hits(which, condition, as_tuple=True)
 
 
 def _zero(tensor, *_, **__):

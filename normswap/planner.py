@@ -28,6 +28,11 @@ def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_pre
     Raises:
         RefusedError: nothing to do, or sites that cannot be converted and no `partial`.
     """
+    if normmap.trace.strays:
+        raise RefusedError(
+            f"{normmap.architecture}: {normmap.trace.strays[0]} uses a tensor that no observed call made (a kernel "
+            f"called past torch's own functions, perhaps), so what reaches it is not known. Switch to plain torch code."
+        )
     if request.norm is None and not request.fold:
         raise RefusedError("nothing is asked for: give a target norm (--norm rmsnorm), or --fold, or both.")
     if request.norm is not None and request.norm not in TARGETS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -125,12 +125,22 @@ class ModuleCall:
 
 @dataclass(eq=False)
 class Trace:
-    """All of one forward pass. `operations` are in execution order, so producers come before consumers."""
+    """All of one forward pass. `operations` are in execution order, so producers come before consumers.
+
+    Attributes:
+        calls: of modules, in order of entry.
+        outputs: what the model returned.
+        reads: stand-ins for numbers that code took out of tensors (`item`); each depends on its operation's inputs.
+        strays: modules in which a tensor turned up that no observed call made.
+        notes: where a value was asked for that an observation without weights does not have.
+    """
 
     values: list[Value] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
     outputs: tuple[int, ...] = ()
+    reads: list[int] = field(default_factory=list)
+    strays: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def consumers(self) -> dict[int, list[Operation]]:
@@ -146,7 +156,7 @@ class Trace:
         What a module gives out counts even where this model ignores it (a pooler under another head): the same module
         may serve a model that does not.
         """
-        alive = {*self.outputs, *(v for call in self.calls for v in call.outputs)}
+        alive = {*self.outputs, *self.reads, *(v for call in self.calls for v in call.outputs)}
         for op in reversed(self.operations):
             if any(v in alive for v in op.outputs):
                 alive.update(op.inputs)
@@ -192,4 +202,4 @@ def collapse_norms(trace: Trace, paths: set[str]) -> Trace:
         op.index = index
         for v in op.outputs:
             trace.values[v].producer = index
-    return Trace(trace.values, operations, trace.calls, trace.outputs, trace.notes)
+    return replace(trace, operations=operations)
