@@ -125,7 +125,7 @@ class Recorder(TorchFunctionMode):
         self.storages: dict[int, set[int]] = {}
         self.stale: dict[
             int, tuple[int, int]
-        ] = {}  # a tensor whose memory was written: its value, and what was written
+        ] = {}  # memory written: old value, what was written
         self.spans: dict[tuple, Span] = {}
         self.paths = {id(m): path for path, m in model.named_modules()}
         for name, p in model.named_parameters():
