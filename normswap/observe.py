@@ -123,9 +123,8 @@ class Recorder(TorchFunctionMode):
         self.ids: dict[int, int] = {}
         self.keep: list[torch.Tensor] = []  # an id stays unique only while its tensor lives
         self.storages: dict[int, set[int]] = {}
-        self.stale: dict[
-            int, tuple[int, int]
-        ] = {}  # memory written: old value, what was written
+        # tensors whose memory was written through another: their value before, and what was written
+        self.stale: dict[int, tuple[int, int]] = {}
         self.spans: dict[tuple, Span] = {}
         self.paths = {id(m): path for path, m in model.named_modules()}
         for name, p in model.named_parameters():
@@ -159,7 +158,7 @@ class Recorder(TorchFunctionMode):
         return self.ids[id(tensor)]
 
     def _outdate_aliases(self, tensor: torch.Tensor) -> None:
-        """After a write to `tensor`, others on the same memory hold a mixture of what they held and what was written."""
+        """After a write to `tensor`, others on its memory hold a mixture of what they held and what was written."""
         for other in self.storages.get(tensor.untyped_storage()._cdata, set()) - {id(tensor)}:
             held = self.ids.get(other)
             if held is not None and held < self.ids[id(tensor)]:

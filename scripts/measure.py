@@ -53,9 +53,7 @@ def main(config_folder: Path | None) -> None:
         return
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     print(f"{versions}, {os.cpu_count()} CPU cores\n")
-    print(
-        "| checkpoint | conversion | worst relative error, float64 | as stored, float32 | nats, float32 | nats, bfloat16 |"
-    )
+    print("| checkpoint | conversion | worst error, float64 | worst error, float32 | nats, float32 | nats, bfloat16 |")
     print("|---|---|---|---|---|---|")
     for name, words, request in CONVERSIONS:
         with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ from normswap.edits import Centre, Drop, Fill, FoldBias, FoldGain, GrowBias, Set
 from normswap.errors import DestinationError, PlanError
 from normswap.header import render_header
 from normswap.keymap import KeyMap
-from normswap.plan import Plan, Request
+from normswap.plans import Plan, Request
 from normswap.publish import Staging
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
