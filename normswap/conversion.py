@@ -175,6 +175,8 @@ def convert(
         normswap.text.read(text)  # a wrong path is found out now, not after hours of writing
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code)
     _refuse_twice(source)
+    staging = Staging(out, source.folder, overwrite)
+    staging.check()
     structure = source.build()
     plan_file = None
     if plan is None:
@@ -186,7 +188,7 @@ def convert(
     with Checkpoint.open(source.folder) as checkpoint:
         keymap = _map_keys(source, structure, checkpoint)
         expected = preview(checkpoint, keymap, plan, stored_dtype)
-        with Staging(out, source.folder, overwrite) as folder:
+        with staging as folder:
             check_space(folder, expected.bytes_after)
             skipped = copy_side_files(checkpoint, folder)
             raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))

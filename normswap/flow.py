@@ -105,7 +105,7 @@ def _terms(trace: Trace, op: Operation, v: int, dim: int, prober: Prober, result
         writer = Writer(value.name, value.kind, dim, groups, op.module)
         result.blocked.setdefault(writer, [])
         return frozenset({writer})
-    if value.real is not None and value.is_float and not value.real.any():
+    if value.known is not None and value.is_float and not value.known.any():
         return frozenset()  # zeros, to be added into
     return None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from normswap.apply.live import apply_structure
 from normswap.errors import NormswapError, SourceError
@@ -36,6 +36,8 @@ def load(folder: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
         source = stock(copy.deepcopy(config))
         # built once beforehand, because the plan changes the configuration that loading has to start from
         config = converted_class(stock, plan)(config).config
+    written, _ = PretrainedConfig.get_config_dict(folder)
+    config.dtype = written.get("dtype", written.get("torch_dtype"))  # `convert --dtype` may have changed it
     model, report = converted_class(stock, plan).from_pretrained(
         folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained_kwargs
     )

@@ -5,6 +5,7 @@ The map is data (`NormMap.summary`); the analyses it rests on stay with it for t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from normswap.checkpoint import Checkpoint
 from normswap.flow import Centring, Reader, Readings, Writer, centring, readings
 from normswap.inputs import example_inputs
 from normswap.norms.probe import find_norms
@@ -72,6 +74,7 @@ class NormMap:
         centrings, readings: per width, the analyses behind the map.
         notes: where the observed run depended on values that were not there.
         converted: for a folder that normswap wrote, what was done to it, in a sentence.
+        files: of a folder with weights, from their headers: number of tensors, bytes, and how many have which dtype.
     """
 
     architecture: str
@@ -86,6 +89,7 @@ class NormMap:
     readings: dict[int, Readings] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     converted: str | None = None
+    files: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Mapping[str, Any]) -> NormMap:
@@ -188,6 +192,7 @@ class NormMap:
         return {
             "architecture": self.architecture,
             "converted": self.converted,
+            "files": self.files,
             "streams": [
                 {
                     "name": stream.name,
@@ -269,4 +274,9 @@ def inspect(
     built = source.build()
     normmap = NormMap.of(built, example_inputs(built) if inputs is None else inputs)
     normmap.converted = source.record and source.record.history()
+    if any(source.folder.glob("*.safetensors")):
+        with Checkpoint.open(source.folder) as checkpoint:
+            dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in checkpoint.tensors.values())
+            size = sum(info.nbytes for info in checkpoint.tensors.values())
+        normmap.files = {"tensors": sum(dtypes.values()), "bytes": size, "dtypes": dict(dtypes)}
     return normmap

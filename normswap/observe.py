@@ -58,7 +58,7 @@ def _idle_parameters(model: nn.Module, trace: Trace) -> bool:
 
 
 def _record(twin: nn.Module, inputs: Mapping[str, torch.Tensor], hits: Hits) -> Trace:
-    recorder = Recorder(twin, hits)
+    recorder = Recorder(twin, inputs, hits)
     try:
         with torch.no_grad(), recorder.module_hooks(), recorder:
             output = twin(**inputs)
@@ -113,7 +113,7 @@ def _tensors(tree: object) -> list[torch.Tensor]:
 class Recorder(TorchFunctionMode):
     """Notes every torch call: function, arguments, results, module and source span."""
 
-    def __init__(self, model: nn.Module, hits: Hits):
+    def __init__(self, model: nn.Module, inputs: Mapping[str, torch.Tensor], hits: Hits):
         super().__init__()
         self.hits = hits
         self.trace = Trace()
@@ -134,6 +134,8 @@ class Recorder(TorchFunctionMode):
         for module in self.modules:  # tables kept as plain attributes
             for t in _tensors(vars(module)):
                 self._value(t)
+        for t in _tensors(inputs):
+            self.trace.values[self._value(t)].varies = True
 
     # -- values ------------------------------------------------------------------------------------------------
 
@@ -171,6 +173,10 @@ class Recorder(TorchFunctionMode):
         outputs = tuple(
             self._new_value(t, "constant" if known and not t.is_meta else "computed", producer=index) for t in tensors
         )
+        if getattr(function, "__name__", "") not in _LIKE_FACTORIES:
+            varies = any(self.trace.values[v].varies for v in inputs)
+            for v in outputs:
+                self.trace.values[v].varies = varies and self.trace.values[v].real is not None
         module = self.stack[-1] if self.stack else ""
         self.trace.operations.append(
             Operation(

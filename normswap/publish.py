@@ -43,7 +43,7 @@ class Staging:
         self._overwrite = overwrite
 
     def __enter__(self) -> Path:
-        self._check()
+        self.check()
         self._made_parents = [p for p in self.destination.parents if not p.exists()]
         try:
             self.destination.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ class Staging:
             raise
         try:
             self._clear_leftovers()
-            self._check()
+            self.check()
             self._folder = self._hidden("partial")
             self._folder.mkdir()
         except BaseException:
@@ -96,7 +96,8 @@ class Staging:
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise DestinationError where the destination may not be written."""
         there, source = self.destination, self._source
         if there == source or there.is_relative_to(source) or source.is_relative_to(there):
             raise DestinationError(

@@ -64,10 +64,8 @@ class Record:
                 "not have; install the version it was converted with."
             )
         config_class = CONFIG_MAPPING[model_type]
-        # classes that transformers does not export at the top live in the module beside their configuration's
-        beside = importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
         name = self.plan.architecture
-        stock = getattr(transformers, name, None) or getattr(beside, name, None)
+        stock = stock_class(name, config_class)
         if stock is None:
             raise SourceError(
                 f"{self.folder} was converted from a {name}, which transformers {transformers.__version__} does "
@@ -79,3 +77,14 @@ class Record:
         """What was done, in words that follow "was"."""
         plan, sites = self.plan, len(self.plan.converted)
         return f"converted by normswap {self.version}: {plan.request.words()} at {sites} sites ({plan.claim})"
+
+
+def stock_class(name: str, config_class: type[PretrainedConfig]) -> type[PreTrainedModel] | None:
+    """The model class `name` of transformers, None if it has none of that name for this configuration."""
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    # classes that transformers does not export at the top live in the module beside their configuration's
+    if not config_class.__module__.startswith("transformers."):
+        return None
+    beside = config_class.__module__.replace(".configuration_", ".modeling_")
+    return getattr(importlib.import_module(beside), name, None) if beside != config_class.__module__ else None

@@ -18,6 +18,9 @@ def map_table(normmap: NormMap) -> RenderableType:
     parts: list[RenderableType] = [Text(_headline(normmap), style="bold")]
     if normmap.converted is not None:
         parts.append(Text(normmap.converted, style="green"))
+    if normmap.files is not None:
+        dtypes = ", ".join(f"{n} {dtype}" for dtype, n in normmap.files["dtypes"].items())
+        parts.append(Text(f"on disk: {normmap.files['bytes'] / 2**20:,.2f} MiB; tensors: {dtypes}", style="dim"))
     for stream in normmap.streams:
         parts.append(_stream_table(stream))
     parts.append(_site_table(normmap))

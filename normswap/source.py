@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from normswap.apply.live import apply_structure
 from normswap.errors import SourceError
-from normswap.record import RECORD, Record
+from normswap.record import RECORD, Record, stock_class
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def _find_class(name, folder: Path, config: PretrainedConfig, raw: dict, trust_r
             f"add the class the weights were saved from."
         )
     wanted = architectures[0]
-    if hasattr(transformers, wanted):
-        return getattr(transformers, wanted)
+    if (stock := stock_class(wanted, type(config))) is not None:
+        return stock
     references = {ref.split(".")[-1]: ref for ref in (raw.get("auto_map") or {}).values() if isinstance(ref, str)}
     if wanted in references and trust_remote_code:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module

@@ -32,6 +32,7 @@ class Value:
         name: of a parameter or buffer, the first name the model knows it by; None for anything else.
         kind: `parameter`, `buffer`, `constant` (depends on no parameter, so it was computed for real), `computed`.
         real: the tensor itself where its values are known (constants), else None.
+        varies: a constant made from the model's inputs (a mask): it has other values in another pass.
         producer: index of the operation that made it, None for leaves.
     """
 
@@ -42,6 +43,12 @@ class Value:
     name: str | None = None
     real: torch.Tensor | None = None
     producer: int | None = None
+    varies: bool = False
+
+    @property
+    def known(self) -> torch.Tensor | None:
+        """The values, if they are the same in every pass."""
+        return None if self.varies else self.real
 
     @property
     def is_float(self) -> bool:
@@ -107,6 +114,8 @@ class Operation:
         returned = self.function(*args, **kwargs)
         made = [t for t in tree_flatten(returned)[0] if isinstance(t, torch.Tensor)]
         fresh = [t for t in made if not any(t is private[v] for v in self.inputs)]
+        if not fresh and not self.mutated:
+            fresh = made  # nothing to do on these strides or this dtype (contiguous, to): an input itself came back
         return fresh + [private[v] for v in self.mutated]
 
 

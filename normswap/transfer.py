@@ -16,12 +16,13 @@ ones, and the output's shape must come out accordingly.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from normswap.trace import Operation, Ref, Trace
+from normswap.trace import Operation, Ref, Trace, Value
 
 #: an axis of an operation's input or output: (position among inputs or outputs, dimension)
 Axis = tuple[int, int]
@@ -85,6 +86,7 @@ class Prober:
     def __init__(self, trace: Trace, width: int):
         self.trace, self.width = trace, width
         self.memory: dict[tuple, object] = {}
+        self.fingerprints: dict[int, str] = {}
 
     def shift(self, op: Operation, tracked: tuple[Axis, ...]) -> ShiftTransfer:
         return self._remember("shift", op, tracked, lambda trial: _shift(trial, tracked), _all_blocked(op, tracked))
@@ -121,10 +123,18 @@ class Prober:
             if not isinstance(leaf, Ref):
                 return repr(leaf)
             value = self.trace.values[leaf.value]
-            zero = value.real is not None and not value.real.any()
-            return op.inputs.index(leaf.value), value.shape, str(value.dtype), value.kind, zero
+            return op.inputs.index(leaf.value), value.shape, str(value.dtype), value.kind, self._fingerprint(value)
 
         return op.function, str(op.spec), tuple(describe(leaf) for leaf in op.leaves)
+
+    def _fingerprint(self, value: Value) -> str | None:
+        """Of the values a trial may use: constants of one shape may differ in what they do."""
+        if value.real is None or (value.varies and value.is_float):
+            return None
+        if value.index not in self.fingerprints:
+            data = value.real.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            self.fingerprints[value.index] = hashlib.sha256(data).hexdigest()
+        return self.fingerprints[value.index]
 
     def _trials(self, op: Operation) -> Iterator[Trial]:
         """Ways to run the operation, cheapest first; the first that gives the right shapes is enough."""
@@ -155,8 +165,12 @@ class Trial:
         return tuple(self.sizes.get(n, n) for n in shape)
 
     def runs(self) -> bool:
+        # a mask made from the inputs is another one next time; but as an index it must hit as often as it did
+        return self._runs_on(hits=False) or (any(v.varies for v in self.inputs) and self._runs_on(hits=True))
+
+    def _runs_on(self, hits: bool) -> bool:
         generator = torch.Generator().manual_seed(0)
-        self.base = [_random(v, self._small(v.shape), generator) for v in self.inputs]
+        self.base = [_random(v, self._small(v.shape), generator, hits) for v in self.inputs]
         # what the model itself computes without parameters (zeros to add into, say) is known
         self.actual = [_known(v, x) for v, x in zip(self.inputs, self.base, strict=True)]
         try:
@@ -221,24 +235,26 @@ def _small_sizes(sizes: set[int], width: int, threshold: int) -> dict[int, int]:
     return mapping
 
 
-def _random(value, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def _random(value: Value, shape: tuple[int, ...], generator: torch.Generator, hits: bool) -> torch.Tensor:
     if value.dtype.is_floating_point:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
     if value.dtype.is_complex:
         return torch.randn(shape, generator=generator, dtype=torch.complex128)
-    if value.real is not None and shape == value.shape:
+    real = value.real if hits else value.known
+    if real is not None and shape == value.shape:
         # indices must stay valid after sizes shrank: small ones always are
-        return value.real if value.dtype == torch.bool else value.real.clamp(-2, 2)
+        return real if value.dtype == torch.bool else real.clamp(-2, 2)
     return torch.randint(0, 2, shape, generator=generator, dtype=torch.int64).to(value.dtype)
 
 
-def _known(value, stand_in: torch.Tensor) -> torch.Tensor:
-    if value.real is None or not value.is_float or value.real.numel() == 0 or not torch.isfinite(value.real).all():
+def _known(value: Value, stand_in: torch.Tensor) -> torch.Tensor:
+    real = value.known
+    if real is None or not value.is_float or real.numel() == 0 or not torch.isfinite(real).all():
         return stand_in
-    first = value.real.reshape(-1)[0]
-    if (value.real == first).all():
+    first = real.reshape(-1)[0]
+    if (real == first).all():
         return torch.full_like(stand_in, float(first))
-    return value.real.double() if value.real.shape == stand_in.shape else stand_in
+    return real.double() if real.shape == stand_in.shape else stand_in
 
 
 # -- shifts ------------------------------------------------------------------------------------------------------
@@ -267,6 +283,7 @@ def _shift(trial: Trial, tracked: tuple[Axis, ...]) -> ShiftTransfer:
         found = _joint(trial, o, e, passers)
         if found is not None:
             joint[o, e] = found
+    _drop_ambiguous(joint)
     for axis in tracked:
         # a shift that left no trace as one along an axis that can be centred is not understood
         lost = {o for (o, _), passers in reached.items() if axis in passers}
@@ -274,6 +291,20 @@ def _shift(trial: Trial, tracked: tuple[Axis, ...]) -> ShiftTransfer:
         if lost:
             blocked[axis] = tuple(sorted({*blocked.get(axis, ()), *lost}))
     return ShiftTransfer(blocked, joint)
+
+
+def _drop_ambiguous(joint: dict[Axis, Joint]) -> None:
+    """A vector added along one axis is a constant along any other: where equal sizes leave a choice, one will do.
+
+    An axis that all the same shifts reach, and that comes out centred, is the one to follow.
+    """
+    for o in {o for o, _ in joint}:
+        mine = {e: found for (output, e), found in joint.items() if output == o}
+        reaching = {axis for found in mine.values() for axis in found.passers}
+        clean = [e for e, found in mine.items() if not found.culprits and set(found.passers) == reaching]
+        if clean and any(found.culprits for found in mine.values()):
+            for e in mine.keys() - set(clean):
+                del joint[o, e]
 
 
 def _shifted(trial: Trial, x: torch.Tensor, dim: int, generator: torch.Generator) -> torch.Tensor:

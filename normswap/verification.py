@@ -14,7 +14,7 @@ import normswap.text
 from normswap.compare import Record
 from normswap.compare_models import TOLERANCES, Comparison, Inputs, Progress, compare_models
 from normswap.errors import SourceError, VerificationError
-from normswap.inputs import example_inputs
+from normswap.inputs import example_inputs, takes_one_row
 from normswap.normmap import find_sites
 from normswap.sites import SiteSpec
 from normswap.source import Source
@@ -255,5 +255,6 @@ def evaluation_inputs(
         "decoder_input_ids": lambda ids: ids,
         "attention_mask": torch.ones_like,
     }
-    batches = [{k: filled[k](ids) if k in filled else v for k, v in example.items()} for ids in found.ids]
+    parts = [part for ids in found.ids for part in (ids.split(1) if takes_one_row(model) else [ids])]
+    batches = [{k: filled[k](ids) if k in filled else v for k, v in example.items()} for ids in parts]
     return batches, (sum(len(ids) for ids in found.ids), length), found.source

@@ -67,6 +67,8 @@ def _obstacle(normmap: NormMap, site: Site) -> str | None:
     """Why the input of `site` cannot be centred, None if it can."""
     if site.spec.axes != (-1,):
         return f"it normalises axis {site.spec.axes} of its input; only norms over the last axis can be swapped yet"
+    if site.spec.weight and (shape := normmap.parameters[f"{site.path}.{site.spec.weight}"]) != (site.spec.width,):
+        return f"its gain is of shape {shape}; only norms with one gain per channel, ({site.spec.width},), can be swapped yet"
     terms = _terms(normmap, site)
     if site.path not in normmap.centrings[site.spec.width].inputs:
         return "nothing that the model gives out depends on it"
@@ -84,6 +86,8 @@ def _obstacle(normmap: NormMap, site: Site) -> str | None:
 def _edit(normmap: NormMap, writer: Writer, width: int, ties: Ties, tied: str) -> AnyEdit | str:
     """The edit that centres what `writer` adds, or the reason why there is none."""
     if writer.kind == "norm":
+        if writer.axis != -1:
+            return f"the output of {writer.name} would have to be centred along axis {writer.axis}, and only the last can"
         return CentreOutput(module=writer.name)
     if writer.kind == "buffer" and writer.name not in normmap.stored:
         return _at_output(normmap, writer, width) or f"{writer.name} is a buffer that checkpoints do not store"
@@ -96,7 +100,8 @@ def _edit(normmap: NormMap, writer: Writer, width: int, ties: Ties, tied: str) -
     ties.want(writer.name)
     edit = _at_output(normmap, writer, width) if tied == "keep" else None
     return edit or (
-        f"{writer.name} writes to its input in {writer.module} and is used otherwise in {', '.join(sorted(others))}; "
+        f"{writer.name} writes to its input in {writer.module or 'the model'} and is used otherwise in "
+        f"{', '.join(user or 'the model' for user in sorted(others))}; "
         f"it cannot be centred for the one without changing the other (try --tied "
         f"{'untie' if tied == 'keep' else 'keep'})"
     )
