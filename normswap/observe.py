@@ -192,6 +192,14 @@ class Recorder(TorchFunctionMode):
         open_calls: list[ModuleCall] = []
 
         def enter(module, args, kwargs):
+            with torch._C.DisableTorchFunction():  # hooks run inside the mode: what they ask of tensors is no call
+                opened(module, args, kwargs)
+
+        def leave(module, args, kwargs, output):
+            with torch._C.DisableTorchFunction():
+                closed(output)
+
+        def opened(module, args, kwargs):
             inputs = tuple(self._value(t) for t in _tensors((args, kwargs)))
             path, start = self.paths[id(module)], len(self.trace.operations)
             parent = self.stack[-1] if self.stack else ""
@@ -200,7 +208,7 @@ class Recorder(TorchFunctionMode):
             open_calls.append(call)
             self.trace.calls.append(call)
 
-        def leave(module, args, kwargs, output):
+        def closed(output):
             self.stack.pop()
             call = open_calls.pop()
             call.outputs = tuple(self._value(t) for t in _tensors(output))

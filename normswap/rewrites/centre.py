@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from normswap.edits import AnyEdit, Centre, CentreOutput
-from normswap.flow import Uncentred, Writer
+from normswap.flow import Term, Uncentred, Writer
 from normswap.normmap import NormMap, Site
 from normswap.rewrites.untie import Ties
 
@@ -68,7 +68,7 @@ def _obstacle(normmap: NormMap, site: Site) -> str | None:
     if site.spec.axes != (-1,):
         return f"it normalises axis {site.spec.axes} of its input; only norms over the last axis can be swapped yet"
     if site.spec.weight and (shape := normmap.parameters[f"{site.path}.{site.spec.weight}"]) != (site.spec.width,):
-        return f"its gain is of shape {shape}; only norms with one gain per channel, ({site.spec.width},), can be swapped yet"
+        return f"its gain is of shape {shape}; only norms with one gain for each of {site.spec.width} channels can be swapped yet"
     terms = _terms(normmap, site)
     if site.path not in normmap.centrings[site.spec.width].inputs:
         return "nothing that the model gives out depends on it"
@@ -87,7 +87,9 @@ def _edit(normmap: NormMap, writer: Writer, width: int, ties: Ties, tied: str) -
     """The edit that centres what `writer` adds, or the reason why there is none."""
     if writer.kind == "norm":
         if writer.axis != -1:
-            return f"the output of {writer.name} would have to be centred along axis {writer.axis}, and only the last can"
+            return (
+                f"the output of {writer.name} would have to be centred along axis {writer.axis}; only the last can be"
+            )
         return CentreOutput(module=writer.name)
     if writer.kind == "buffer" and writer.name not in normmap.stored:
         return _at_output(normmap, writer, width) or f"{writer.name} is a buffer that checkpoints do not store"
@@ -107,6 +109,10 @@ def _edit(normmap: NormMap, writer: Writer, width: int, ties: Ties, tied: str) -
     )
 
 
+def _only_from(module: str, terms: frozenset[Term] | None) -> bool:
+    return terms is not None and all(isinstance(term, Writer) and term.module == module for term in terms)
+
+
 def _at_output(normmap: NormMap, writer: Writer, width: int) -> CentreOutput | None:
     """Centre the output of the module that uses the writer, if all of that output is what the writer makes of it."""
     terms = normmap.centrings[width].terms
@@ -116,6 +122,6 @@ def _at_output(normmap: NormMap, writer: Writer, width: int) -> CentreOutput | N
             return None
         value = normmap.trace.values[call.outputs[0]]
         held = terms.get((value.index, len(value.shape) - 1))
-        if value.shape[-1] != width or held is None or not {t.module for t in held} <= {writer.module}:
+        if value.shape[-1] != width or not _only_from(writer.module, held):
             return None
     return CentreOutput(module=writer.module) if calls else None

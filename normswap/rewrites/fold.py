@@ -87,7 +87,8 @@ def _obstacle(normmap: NormMap, parameter: str, module: str, site: Site, ties: T
     users = ties.users(parameter, module)
     if set().union(*(uses.get((parameter, user), {""}) for user in users)) == {site.path}:
         return None
-    others = ", ".join(sorted(users - {module}))
+    others = ", ".join(user or "the model" for user in sorted(users - {module}))
+    module = module or "the model"
     if not others:
         return f"{parameter} in {module} reads other values too"
     ties.want(parameter)
