@@ -68,7 +68,7 @@ def _obstacle(normmap: NormMap, site: Site) -> str | None:
     if site.spec.axes != (-1,):
         return f"it normalises axis {site.spec.axes} of its input; only norms over the last axis can be swapped yet"
     if site.spec.weight and (shape := normmap.parameters[f"{site.path}.{site.spec.weight}"]) != (site.spec.width,):
-        return f"its gain is of shape {shape}; only norms with one gain for each of {site.spec.width} channels can be swapped yet"
+        return f"it has a gain of shape {shape}; only norms with one gain per channel can be swapped yet"
     terms = _terms(normmap, site)
     if site.path not in normmap.centrings[site.spec.width].inputs:
         return "nothing that the model gives out depends on it"
@@ -87,9 +87,7 @@ def _edit(normmap: NormMap, writer: Writer, width: int, ties: Ties, tied: str) -
     """The edit that centres what `writer` adds, or the reason why there is none."""
     if writer.kind == "norm":
         if writer.axis != -1:
-            return (
-                f"the output of {writer.name} would have to be centred along axis {writer.axis}; only the last can be"
-            )
+            return f"{writer.name} gives its output a mean along axis {writer.axis}; only the last can be centred yet"
         return CentreOutput(module=writer.name)
     if writer.kind == "buffer" and writer.name not in normmap.stored:
         return _at_output(normmap, writer, width) or f"{writer.name} is a buffer that checkpoints do not store"
