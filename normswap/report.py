@@ -46,9 +46,8 @@ def verdict(report: Report) -> str:
 def _conditions(report: Report) -> str:
     stored = " and ".join(dict.fromkeys(report.stored))
     sizes = " x ".join(map(str, report.inputs))
-    return (
-        f"{report.text}, {sizes}; computed in {report.comparison.dtype} on {report.device}, weights stored in {stored}"
-    )
+    weights = "" if stored == report.comparison.dtype else f", weights stored in {stored}"
+    return f"{report.text}, {sizes}; computed in {report.comparison.dtype} on {report.device}{weights}"
 
 
 def _table(title: str) -> Table:

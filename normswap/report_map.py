@@ -104,7 +104,7 @@ def _site_table(normmap: NormMap) -> Table:
 
 
 def _read_by(site: Site) -> list[str]:
-    readers = [f"{reader.name}\u00a0[{reader.axis}]" for reader in site.readers]
+    readers = [f"{reader.name.removesuffix('.weight')}\u00a0[{reader.axis}]" for reader in site.readers]
     return readers + [f"({why})" for why in site.other_consumers]
 
 

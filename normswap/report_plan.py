@@ -11,7 +11,19 @@ from rich.table import Table
 from rich.text import Text
 
 from normswap.apply.layout import WriteSummary
-from normswap.edits import AnyEdit, ModuleEdit, SetConfig, TensorEdit
+from normswap.edits import (
+    AnyEdit,
+    Centre,
+    Fill,
+    FoldBias,
+    FoldGain,
+    GrowBias,
+    ModuleEdit,
+    SetConfig,
+    SwapNorm,
+    TensorEdit,
+    Untie,
+)
 from normswap.paths import blurred, folded
 from normswap.plans import Plan
 
@@ -50,13 +62,8 @@ def _edit_table(plan: Plan) -> Table:
             _target(edit) + " " * sum(_target(edit) == t.strip() for t in rows[edit.edit])
         ] = edit
     for kind, edits in rows.items():
-        for shown, paths in folded([(path, blurred(_details(edit))) for path, edit in edits.items()]):
-            table.add_row(
-                kind,
-                shown.strip(),
-                _details(edits[paths[0]]) if len(paths) == 1 else _general(edits, paths),
-                str(len(paths)),
-            )
+        for shown, paths in folded([(path, _details(edit)) for path, edit in edits.items()]):
+            table.add_row(kind, shown.strip(), _details(edits[paths[0]]), str(len(paths)))
     return table
 
 
@@ -67,16 +74,35 @@ def _target(edit: AnyEdit) -> str:
 
 
 def _details(edit: AnyEdit) -> str:
-    named = {"edit", "tensor", "module", "key"}
-    shown = {k: v for k, v in edit.model_dump().items() if k not in named and not (k == "groups" and v == 1)}
-    if isinstance(edit, SetConfig):
-        return f"= {edit.value}"
-    return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+    """What an edit is done with; tensors of the same layer are named from there."""
+    match edit:
+        case Centre():
+            return f"axis {edit.axis}" + (f", in {edit.groups} groups" if edit.groups > 1 else "")
+        case Untie():
+            return f"{edit.source} as it is"
+        case FoldGain():
+            return f"{_within(edit.weight, edit.tensor)} ({edit.form}), axis {edit.axis}"
+        case FoldBias():
+            return f"{_within(edit.bias, edit.tensor)}, by {_within(edit.reader, edit.tensor)}, axis {edit.axis}"
+        case Fill():
+            return f"{edit.value:g}"
+        case SwapNorm():
+            return (
+                f"{edit.kind}, gain {edit.gain or 'none'}, {'bias' if edit.bias else 'no bias'}, eps {edit.eps:g}, "
+                f"casting {edit.casting}"
+            )
+        case GrowBias():
+            return f"size {edit.size}"
+        case SetConfig():
+            return f"= {edit.value}"
+    return ""
 
 
-def _general(edits: dict[str, AnyEdit], paths: list[str]) -> str:
-    texts = {_details(edits[path]) for path in paths}
-    return texts.pop() if len(texts) == 1 else blurred(_details(edits[paths[0]]))
+def _within(name: str, other: str) -> str:
+    """`name` from within its layer, where `other` is of the same."""
+    parts, others = name.split("."), other.split(".")
+    layer = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1) + 1
+    return ".".join(parts[layer:]) if parts[:layer] == others[:layer] else name
 
 
 def _disk(disk: WriteSummary) -> RenderableType:
