@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from normswap.edits import AnyEdit, CentreOutput, ModuleEdit, SwapNorm, TensorEdit
+from normswap.edits import AnyEdit, Centre, CentreOutput, FoldBias, GrowBias, ModuleEdit, SwapNorm, TensorEdit
 from normswap.errors import RefusedError
 from normswap.normmap import NormMap, Site
 from normswap.paths import blurred, folded
@@ -59,6 +59,7 @@ def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_pre
     # gains and biases move on original values; what writes to a stream is centred last
     edits += [edit for edit in folded.edits if isinstance(edit, TensorEdit)]
     edits += [edit for edit in centred.edits if isinstance(edit, TensorEdit)]
+    edits += _centre_grown(folded.edits, centred.edits)
     edits += [_swap(site, bare) for site in centred.sites]
     edits += [edit for edit in (*folded.edits, *centred.edits) if isinstance(edit, ModuleEdit)]
     _check_all_ran(normmap, edits)
@@ -95,6 +96,18 @@ def _sites_to_fold(normmap: NormMap, request: Request) -> list[Site]:
     return [site for site in normmap.sites.values() if site.spec.kind in ("layernorm", "rmsnorm")]
 
 
+def _centre_grown(folded: list[AnyEdit], centred: list[AnyEdit]) -> list[Centre]:
+    """A reader that writes to another norm (queries to theirs) and grows a bias: centred like the weight."""
+    grown = {f"{edit.module}.bias" for edit in folded if isinstance(edit, GrowBias)}
+    return [
+        Centre(tensor=bias.tensor, axis=0, groups=weight.groups)
+        for bias in folded
+        if isinstance(bias, FoldBias) and bias.tensor in grown
+        for weight in centred
+        if isinstance(weight, Centre) and weight.tensor == bias.reader and weight.axis != bias.axis
+    ]
+
+
 def _swap(site: Site, bare: set[str]) -> SwapNorm:
     spec, keeps = site.spec, site.path not in bare
     # a LayerNorm that casts does so once, at the end; the swapped norm keeps the site's own casting
@@ -115,6 +128,12 @@ def _refuse(normmap: NormMap, request: Request, refused: dict[str, str], convert
         if converted
         else "No site of this model can be converted so."
     )
+    post = [stream.name for stream in normmap.streams if any("post" in block.placement for block in stream.blocks)]
+    if post and request.norm is not None:
+        way_out += (
+            f"\nThe blocks of {', '.join(post)} are post-norm: linear maps read the stream itself, so its mean cannot "
+            f"be taken out. Keep LayerNorm there; --fold alone needs no centring."
+        )
     raise RefusedError(
         f"{normmap.architecture}: {request.words()} cannot be met at {len(refused)} of "
         f"{len(set(refused) | set(converted))} sites.\n{_listed(refused)}\n{way_out}",

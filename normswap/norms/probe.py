@@ -119,18 +119,28 @@ class _Probe:
         reached = [sorted(set(column)) for column in moved.nonzero().T.tolist()]
         axes = tuple(i - x.ndim for i, positions in enumerate(reached) if len(positions) > 1)
         width = int(moved.sum())
-        whole = all(len(reached[axis]) == self.shape[axis] for axis in axes) and self._stands_on_channels(axes)
-        return (axes, width, whole) if axes else None
+        on_channels = self._stands_on_channels(axes)
+        if not axes or on_channels is None:
+            return None
+        return axes, width, all(len(reached[axis]) == self.shape[axis] for axis in axes) and on_channels
 
-    def _stands_on_channels(self, axes: tuple[int, ...]) -> bool:
-        """A gain that lies along other axes than those normalised belongs to an instance or group norm."""
+    def _stands_on_channels(self, axes: tuple[int, ...]) -> bool | None:
+        """A gain that lies along other axes than those normalised belongs to an instance or group norm.
+
+        None where one value of a gain moves all outputs: something comes after it, as in a norm centred at its output.
+        """
         for p in self.parameters.values():
             before = p.clone()
             p.view(-1)[0] += 1
             differs = (self.module(self.x) - self.y).abs() > TOLERANCE * self.y.abs().mean()
             p.copy_(before)
-            across = {i - self.x.ndim for i, column in enumerate(differs.nonzero().T.tolist()) if len(set(column)) == 1}
-            if differs.any() and not across & set(axes) and p.numel() > 1:
+            if p.numel() == 1 or not differs.any():
+                continue
+            reached = [set(column) for column in differs.nonzero().T.tolist()]
+            across = {i - self.x.ndim for i, at in enumerate(reached) if len(at) == 1 < self.shape[i]}
+            if not across:
+                return None
+            if not across & set(axes):
                 return False
         return True
 
