@@ -37,14 +37,14 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory, checkpoints):
-    """`converted(name, dtype)`: the finished conversion of a case, made once."""
+    """`converted(name, dtype)`: the finished conversion of a case, made once; the tests measure it themselves."""
     root, made = tmp_path_factory.mktemp("converted"), {}
 
     def get(name: str, dtype: str | None = None) -> normswap.Conversion:
         if (name, dtype) not in made:
             source, request = CASES[name]
             out = root / f"{name.replace(' ', '-')}-{dtype}"
-            made[name, dtype] = normswap.convert(checkpoints / source, out, dtype=dtype, verify="fast", **request)
+            made[name, dtype] = normswap.convert(checkpoints / source, out, dtype=dtype, verify="none", **request)
         return made[name, dtype]
 
     return get
@@ -462,9 +462,8 @@ MISFITS = {
 def test_weights_that_are_not_of_the_configuration_are_refused(source, tmp_path, name):
     change, message = MISFITS[name]
     change(source)
-    for verify in ("fast", "none"):
-        with pytest.raises(SourceError, match=message):
-            normswap.convert(source, tmp_path / "out", norm="rmsnorm", verify=verify)
+    with pytest.raises(SourceError, match=message):
+        normswap.convert(source, tmp_path / "out", norm="rmsnorm", verify="none")
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ import sys
 import click
 
 from normswap.cli.options import printable
-from normswap.errors import NormswapError, RefusedError, VerificationError
+from normswap.errors import NormswapError, RefusedError
 
 #: command -> the first line of its help; the file of that name is imported when the command is used
 COMMANDS = {
@@ -58,5 +58,5 @@ def main() -> None:
 
 
 def _print_error(error: NormswapError) -> None:
-    kind = {RefusedError: "Refused", VerificationError: "Verification failed"}.get(type(error), "Error")
+    kind = "Refused" if isinstance(error, RefusedError) else "Error"
     click.echo(f"{click.style(kind, fg='red', bold=True)}: {printable(str(error))}", err=True)
