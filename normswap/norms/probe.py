@@ -105,7 +105,7 @@ class _Probe:
         gain, weight, bias = self._affine()
         eps = self._eps(axes)
         spec = NormSpec(kind=kind, axes=axes, width=width, gain=gain, weight=weight, bias=bias, eps=eps)
-        if whole and not self._reproduces(spec):
+        if not (self._reproduces(spec) if whole else self._standardises(spec)):
             return None
         return spec.model_copy(update={"casting": self._casting(spec)}) if whole else spec
 
@@ -189,6 +189,18 @@ class _Probe:
             if not _close(formula(x, spec, self.parameters), self.module(x)):
                 return False
         return True
+
+    def _standardises(self, spec: NormSpec) -> bool:
+        """Whether, without gain and bias, the values of the first group have mean 0 and variance 1."""
+        saved = {name: p.clone() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            p.fill_(1.0 if name == spec.weight and spec.gain == "w" else 0.0)
+        y, x = self.module(self.x), self.x.clone()
+        x[(0,) * x.ndim] += 100 * _SCALE
+        group = y[self.module(x) != y]
+        for name, p in self.parameters.items():
+            p.copy_(saved[name])
+        return bool(group.mean().abs() < TOLERANCE and (group.square().mean() - 1).abs() < 10 * TOLERANCE)
 
     def _casting(self, spec: NormSpec):
         """In which precision bfloat16 is computed: the form that agrees with the module on the most elements."""
