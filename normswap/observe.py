@@ -152,7 +152,8 @@ class Recorder(TorchFunctionMode):
     def _value(self, tensor: torch.Tensor) -> int:
         if id(tensor) in self.stale:
             parts = self.stale.pop(id(tensor))
-            self._record(_untraceable, [Ref(v) for v in parts], None, parts, [tensor], False)
+            leaves, spec = tree_flatten(([Ref(v) for v in parts], {}))
+            self._record(_untraceable, leaves, spec, parts, [tensor], False)
         elif id(tensor) not in self.ids:
             if tensor.is_meta and tensor.is_floating_point() and self.stack:
                 self.trace.strays.append(self.stack[-1])
