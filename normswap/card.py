@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import transformers
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
@@ -18,8 +19,8 @@ _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
 
 def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command: str) -> None:
     """Write `README.md` into `folder`, in the Hub's metadata format, with the source's licence carried over."""
-    causal = plan.architecture.endswith(("ForCausalLM", "LMHeadModel"))
-    loader = "AutoModelForCausalLM" if causal else "AutoModel"
+    loader = _loader(plan.architecture)
+    tokenizer = any(folder.glob("tokenizer*"))
     trusted = ", trust_remote_code=True" if plan.module_edits() else ""
     unmeasured = ", **not verified**" if report.mode == "none" else ""
     lines = [
@@ -43,11 +44,11 @@ def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command:
         "## Use",
         "",
         "```python",
-        f"from transformers import {loader}, AutoTokenizer" if causal else f"from transformers import {loader}",
+        f"from transformers import {loader}{', AutoTokenizer' if tokenizer else ''}",
         "",
         'folder = "path/to/this/folder"',
         f"model = {loader}.from_pretrained(folder{trusted})",
-        *(["tokenizer = AutoTokenizer.from_pretrained(folder)"] if causal else []),
+        *(["tokenizer = AutoTokenizer.from_pretrained(folder)"] if tokenizer else []),
         "```",
         "",
     ]
@@ -60,6 +61,13 @@ def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command:
     lines += ["## Made by", "", "```", command, "```", ""]
     text = f"---\n{_metadata(source)}\n---\n\n" + "\n".join(lines)
     (folder / README).write_text(text, encoding="utf-8")
+
+
+def _loader(architecture: str) -> str:
+    """The Auto class that gives the model with its head."""
+    task = "CausalLM" if architecture.endswith("LMHeadModel") else architecture.rpartition("For")[2]
+    name = f"AutoModelFor{task}"
+    return name if architecture != task and hasattr(transformers, name) else "AutoModel"
 
 
 def _with(plan: Plan) -> str:

@@ -390,6 +390,10 @@ def test_post_norm_is_refused_and_done_where_it_can_be(tmp_path):
     assert done.plan.converted == ("bert.embeddings.LayerNorm",) and len(done.plan.refused) == 5
     kinds = [spec.kind for _, spec in find_sites(normswap.load(done.folder))]
     assert kinds == ["rmsnorm"] + ["layernorm"] * 5
+    card = (done.folder / "README.md").read_text()
+    assert (
+        "AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)" in card and "AutoTokenizer" not in card
+    )
 
 
 REFUSED = {

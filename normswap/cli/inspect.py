@@ -16,7 +16,7 @@ from normswap.cli.options import json_option, out, quiet, source_options
 def command(model: str, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
     """Show what the norms of MODEL are, and where: streams, blocks, sites, writers and readers.
 
-    Reads the configuration only; no weights are needed. MODEL is a folder, a config.json or a Hub id.
+    Reads the configuration and the headers of the files, no weights. MODEL is a folder, a config.json or a Hub id.
 
     \b
     normswap inspect ./my-gpt2
