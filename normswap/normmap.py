@@ -161,9 +161,10 @@ class NormMap:
         return "embedding" if op.index < added else "head"
 
     def _writers(self, stream) -> list[Writer]:
-        """Everything that adds to the stream, in the order of the model's parameters."""
+        """Everything that adds to the stream: norms as they run, then parameters in the model's order."""
         terms = self.centrings[stream.width].terms
-        rank = {name: i for i, name in enumerate(self.parameters)}
+        ran = dict.fromkeys(op.norm for op in self.trace.norm_operations())
+        rank = {name: i for i, name in enumerate([*ran, *self.parameters])}
         found = {
             term
             for v in stream.values
@@ -172,7 +173,7 @@ class NormMap:
             for term in held
             if isinstance(term, Writer) and term.groups == 1
         }
-        return sorted(found, key=lambda w: (rank.get(w.name, -1), w.axis))
+        return sorted(found, key=lambda w: (rank[w.name], w.axis, w.module))
 
     def names(self, parameter: str) -> list[str]:
         """All names of a parameter, its first one first."""
