@@ -211,7 +211,9 @@ def convert(
             }
             _write_record(folder, record)
             report = prove(source, plan, folder, verify, text, progress)
-            _write_record(folder, record | {"report": report.model_dump(mode="json")})
+            # the result may be shared, the text it was measured on need not be
+            numbers = report.model_dump(mode="json") if text is None else report.without_text()
+            _write_record(folder, record | {"report": numbers})
             options = {"--plan": plan_file, "--dtype": dtype, "--revision": revision}
             command = _command(source.title, Path(out).resolve().name, plan, options)
             write_card(folder, source, plan, report, command)

@@ -23,7 +23,6 @@ from normswap.apply.live import apply_plan
 from normswap.apply.modelling import load_generated
 from normswap.compare import Record
 from normswap.compare_models import TOLERANCES, compare_models
-from normswap.edits import SwapNorm
 from normswap.errors import ObserveError, SourceError, VerificationError
 from normswap.inputs import example_inputs
 from normswap.normmap import find_sites
@@ -51,6 +50,10 @@ class Proof(Record):
     mathematics: Report | None = None
     stored: Report | None = None
     tensors_checked: int = 0
+
+    def without_text(self) -> dict[str, Any]:
+        """All numbers as plain data, without the fragments of text that stand beside the worst tokens."""
+        return _without(self.model_dump(mode="json"), {"before", "token", "after"})
 
     def markdown(self) -> list[str]:
         """Lines of Markdown: a table of what was measured, and on what."""
@@ -81,6 +84,12 @@ class Proof(Record):
         lines.append(f"- measured on {self.mathematics.text}, {sizes}")
         lines.append(f"- {self.tensors_checked} tensors of the files checked bit for bit")
         return [*rows, "", *lines]
+
+
+def _without(tree: Any, keys: set[str]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without(value, keys) for key, value in tree.items() if key not in keys}
+    return [_without(value, keys) for value in tree] if isinstance(tree, list) else tree
 
 
 def prove(
@@ -159,13 +168,16 @@ def _check_exact(report: Report) -> None:
 
 
 def _check_swapped(model: nn.Module, plan: Plan) -> None:
-    """Every swapped norm behaves as the kind it was swapped for."""
+    """Every norm that the plan says it converts behaves as the kind that was asked for."""
+    if plan.request.norm is None:
+        return
+    kept = {refusal.site for refusal in plan.refused}
     kinds = {path: spec.kind for path, spec in find_sites(model)}
-    for edit in plan.module_edits():
-        if isinstance(edit, SwapNorm) and kinds.get(edit.module) != edit.kind:
+    for path in plan.converted:
+        if path not in kept and kinds.get(path) != plan.request.norm:
             raise VerificationError(
-                f"{edit.module} should be a {edit.kind} now and behaves as {kinds.get(edit.module, 'no norm')}. "
-                f"Nothing was published."
+                f"{path} should be a {plan.request.norm} now and behaves as {kinds.get(path, 'no norm')}: the plan "
+                f"names it as converted and has no edit that does it. Nothing was published."
             )
 
 

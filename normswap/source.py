@@ -46,6 +46,8 @@ class Source:
             SourceError: nothing readable there, a quantised checkpoint, or custom code without the flag.
         """
         folder = _locate(str(name), revision, weights)
+        if revision is not None and Path(name).expanduser().exists():
+            raise SourceError(f"{name} is a local folder; a revision ({revision}) can be had of a Hub id only.")
         raw = _read_json(folder / "config.json")
         if "quantization_config" in raw:
             method = raw["quantization_config"]
