@@ -238,8 +238,11 @@ def test_record_and_card(source, tmp_path):
         assert hashes == {"model.safetensors": found}
     assert record["source"]["files"] != record["files"]
     assert record["source_config"] == config_of(source)
-    assert record["report"] == done.report.model_dump(mode="json")
+    assert record["report"] == done.report.without_text()
     report = record["report"]
+    # the user's text is shown to the user, and to nobody whom the folder is given to
+    worst = done.report.stored.comparison.output.error.worst
+    assert worst.token and report["stored"]["comparison"]["output"]["error"]["worst"].keys() == {"sequence", "position"}
     assert report["mode"] == "full" and report["claim"] == "exact" and report["tensors_checked"] >= 76
     assert report["mathematics"]["comparison"]["dtype"] == "float64"
     assert report["stored"]["comparison"]["dtype"] == "float32"
