@@ -181,11 +181,11 @@ class Trial:
         return [tuple(t.shape) for t in self.result] == expected
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Outputs as float64 (complex ones as pairs of reals would hide axes: their real part)."""
+        """Outputs as float64 (complex ones, which pairs of reals would give another axis, as a sum of their parts)."""
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # the CPU's alone: trials run there
             made = self.op.call(dict(zip(self.op.inputs, inputs, strict=True)), self.sizes)
-        return [(t.real if t.is_complex() else t).double() for t in made]
+        return [(t.real + 0.618 * t.imag if t.is_complex() else t).double() for t in made]
 
     def axes(self, output: int) -> list[int]:
         """Axes of an output that hold runs of `width`, by its true shape."""
@@ -311,7 +311,8 @@ def _shifted(trial: Trial, x: torch.Tensor, dim: int, generator: torch.Generator
     """`x` plus noise that is constant along each run of `dim` and varies along everything else."""
     shape = list(x.shape)
     shape[dim] = x.shape[dim] // trial.width
-    noise = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    dtype = torch.complex128 if x.is_complex() else torch.float64
+    noise = 3 * torch.randn(shape, generator=generator, dtype=dtype)
     return x + noise.repeat_interleave(trial.width, dim)
 
 

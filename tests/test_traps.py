@@ -192,6 +192,13 @@ class RawOutput(Net):
         return self.head(self.last(self.second(x))), x
 
 
+class Imaginary(Net):
+    """The stream as the imaginary part of complex numbers, and back."""
+
+    def between(self, x, mask):
+        return x + torch.sigmoid(torch.complex(torch.zeros_like(x), x).imag)
+
+
 class Activated(Net):
     """What an activation gives is no writer's to centre."""
 
@@ -208,6 +215,7 @@ NOTICED = {
     LayerScaled: ["mul in the model"],
     Mixed: ["embed.weight", "rmsnorm second.norm is not invariant to shifts"],
     RawOutput: ["embed.weight", "output of the model"],
+    Imaginary: ["embed.weight", "in the model would notice"],
     Activated: ["relu in the model"],
 }
 
