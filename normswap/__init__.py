@@ -24,10 +24,10 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from normswap.loading import load
-    from normswap.normmap import NormMap, inspect
     from normswap.norms.spec import NormSpec
-    from normswap.plans import Plan, Request
-    from normswap.verification import Report, verify
+    from normswap.planning.plans import Plan, Request
+    from normswap.understand.normmap import NormMap, inspect
+    from normswap.verification.run import Report, verify
 
 _HOME = {
     "conversion": ("Conversion", "convert", "convert_model", "plan"),
@@ -41,10 +41,10 @@ _HOME = {
         "VerificationError",
     ),
     "loading": ("load",),
-    "normmap": ("NormMap", "inspect"),
+    "understand.normmap": ("NormMap", "inspect"),
     "norms.spec": ("NormSpec",),
-    "plans": ("Plan", "Request"),
-    "verification": ("Report", "verify"),
+    "planning.plans": ("Plan", "Request"),
+    "verification.run": ("Report", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

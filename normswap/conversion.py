@@ -13,23 +13,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-import normswap.text
 from normswap.apply.layout import WriteSummary
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
 from normswap.apply.stream import preview, write_tensors
-from normswap.card import write_card
-from normswap.checkpoint import Checkpoint
+from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.keymap import KeyMap
+from normswap.checkpoint.publish import Staging, check_space, copy_side_files
+from normswap.checkpoint.record import RECORD
+from normswap.checkpoint.source import Source
 from normswap.errors import PlanError, RefusedError, SourceError
-from normswap.keymap import KeyMap
-from normswap.normmap import inspect
-from normswap.planner import make_plan
-from normswap.plans import Plan, Request
-from normswap.proof import Proof, prove, prove_live
-from normswap.publish import Staging, check_space, copy_side_files
-from normswap.record import RECORD
-from normswap.rewrites.untie import check_untying
-from normswap.source import Source
+from normswap.planning.planner import make_plan
+from normswap.planning.plans import Plan, Request
+from normswap.report.card import write_card
+from normswap.understand.normmap import inspect
+from normswap.verification.proof import Proof, prove, prove_live
+from normswap.verification.text import read as read_text
+from normswap.verification.untying import check_untying
 
 #: called with (what is being done, how much of it is done, how much there is)
 Progress = Callable[[str, int, int], None]
@@ -172,7 +172,7 @@ def convert(
     progress = progress or (lambda what, done, total: None)
     stored_dtype = _dtype(dtype)
     if text is not None and verify != "none":
-        normswap.text.read(text)  # a wrong path is found out now, not after hours of writing
+        read_text(text)  # a wrong path is found out now, not after hours of writing
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code)
     _refuse_twice(source)
     staging = Staging(out, source.folder, overwrite)

@@ -10,9 +10,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from normswap.apply.live import apply_structure
+from normswap.checkpoint.record import Record
 from normswap.errors import NormswapError, SourceError
-from normswap.plans import Plan
-from normswap.record import Record
+from normswap.planning.plans import Plan
 
 
 def load(folder: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:

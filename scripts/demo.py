@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 import normswap
 from normswap.errors import NormswapError
-from normswap.report_proof import proof_view
+from normswap.report.proof import proof_view
 
 SOURCE = Path(__file__).parent.parent / "tests" / "checkpoints" / "gpt2-shakespeare"
 PROMPT = "ROMEO:\n"

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
-from normswap.edits import Centre, CentreOutput, Drop, FoldBias, FoldGain, GrowBias, SwapNorm, Untie
-from normswap.plans import Plan, Request
+from normswap.planning.edits import Centre, CentreOutput, Drop, FoldBias, FoldGain, GrowBias, SwapNorm, Untie
+from normswap.planning.plans import Plan, Request
 
 LLAMA_LIKE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 SIZES = {

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from normswap.checkpoint import Checkpoint
+from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.header import render_header
 from normswap.errors import SourceError
-from normswap.header import render_header
 
 ALL_DTYPES = {
     "f64": torch.float64,

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 import normswap
 from normswap import conversion
 from normswap.apply.live import apply_plan
-from normswap.edits import Centre
 from normswap.errors import DestinationError, PlanError, RefusedError, SourceError, VerificationError
-from normswap.normmap import find_sites
-from normswap.text import batches
+from normswap.planning.edits import Centre
+from normswap.understand.normmap import find_sites
+from normswap.verification.text import batches
 
 GPT2, NEOX, LLAMA = "gpt2-shakespeare", "gpt_neox-shakespeare", "llama-shakespeare"
 # name -> (checkpoint, what is asked for)

@@ -11,10 +11,10 @@ from models import tiny
 import normswap
 from normswap.apply.live import apply_plan
 from normswap.errors import NormswapError, RefusedError
-from normswap.normmap import find_sites
 from normswap.norms.rms_norm import RMSNorm
-from normswap.plans import Plan
-from normswap.precision import LiftFloat32
+from normswap.planning.plans import Plan
+from normswap.understand.normmap import find_sites
+from normswap.verification.precision import LiftFloat32
 
 # LayerNorm families, with the flags that change what stands where
 LAYERNORM = {

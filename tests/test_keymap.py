@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, GPT2Model, MixtralConfig, MixtralForCausalLM
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from normswap.checkpoint import Checkpoint
+from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.keymap import Group, KeyMap
 from normswap.errors import PlanError, SourceError
-from normswap.keymap import Group, KeyMap
 
 
 def mixtral(experts: int = 12):

@@ -9,9 +9,9 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 
 from normswap.apply.live import apply_plan, apply_structure
-from normswap.edits import Centre, Drop, Fill, FoldBias, FoldGain, GrowBias, SetConfig, Untie
 from normswap.errors import PlanError
 from normswap.norms.rms_norm import RMSNorm
+from normswap.planning.edits import Centre, Drop, Fill, FoldBias, FoldGain, GrowBias, SetConfig, Untie
 
 CASES = [
     ("gpt2", "untie"),

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Nemo
 
 from normswap.apply.folding import expand, fold
 from normswap.apply.modelling import load_generated, write_modelling
-from normswap.edits import CentreOutput, GrowBias, SetConfig
 from normswap.errors import PlanError, SourceError
 from normswap.norms.rms_norm import RMSNorm
+from normswap.planning.edits import CentreOutput, GrowBias, SetConfig
 
 FILE = "modeling_normswap.py"
 # folder -> (trained checkpoint or model type, how the plan is made)

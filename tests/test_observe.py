@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 import normswap
 from normswap.errors import ObserveError
-from normswap.inputs import example_inputs
-from normswap.observe import observe
-from normswap.trace import Ref, collapse_norms
+from normswap.observe.inputs import example_inputs
+from normswap.observe.run import observe
+from normswap.observe.trace import Ref, collapse_norms
 
 WIDTH = 6
 

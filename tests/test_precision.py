@@ -8,7 +8,7 @@ from models import CAUSAL, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from normswap.precision import LiftFloat32
+from normswap.verification.precision import LiftFloat32
 
 
 class Dtypes(TorchDispatchMode):

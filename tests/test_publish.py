@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import normswap.publish
-from normswap.checkpoint import Checkpoint
+import normswap
+from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.publish import Staging, check_space, copy_side_files
 from normswap.errors import DestinationError
-from normswap.publish import Staging, check_space, copy_side_files
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_overwrite_that_fails_in_the_middle_restores(tmp_path, source, monkeypat
             raise OSError(5, "Input/output error")
         rename(a, b)
 
-    monkeypatch.setattr(normswap.publish.os, "rename", broken)
+    monkeypatch.setattr(normswap.checkpoint.publish.os, "rename", broken)
     with pytest.raises(DestinationError, match="Input/output error"), Staging(out, source, overwrite=True) as folder:
         (folder / "config.json").write_text("new")
     assert everything(out) == {"config.json": b"old"}
@@ -143,12 +143,12 @@ def test_what_a_killed_run_left_is_cleared(tmp_path, source):
     """SIGKILL leaves the partial folder and the lock file; neither stands in the next run's way."""
     script = f"""
         import os, signal
-        from normswap.publish import Staging
+        from normswap.checkpoint.publish import Staging
         with Staging({str(tmp_path / "out")!r}, {str(source)!r}) as folder:
             (folder / "config.json").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
     """
-    env = os.environ | {"PYTHONPATH": str(Path(normswap.publish.__file__).parents[1])}
+    env = os.environ | {"PYTHONPATH": str(Path(normswap.__file__).parents[1])}
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=env)
     assert killed.returncode == -9
     assert len(os.listdir(tmp_path)) == 3 and not (tmp_path / "out").exists()

@@ -21,13 +21,13 @@ from transformers import (
 )
 
 from normswap.apply.stream import preview, write_tensors
-from normswap.checkpoint import Checkpoint
-from normswap.edits import Centre, Drop, Fill, FoldBias, FoldGain, GrowBias, SetConfig, Untie
+from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.header import render_header
+from normswap.checkpoint.keymap import KeyMap
+from normswap.checkpoint.publish import Staging
 from normswap.errors import DestinationError, PlanError
-from normswap.header import render_header
-from normswap.keymap import KeyMap
-from normswap.plans import Plan, Request
-from normswap.publish import Staging
+from normswap.planning.edits import Centre, Drop, Fill, FoldBias, FoldGain, GrowBias, SetConfig, Untie
+from normswap.planning.plans import Plan, Request
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 PROJECTION = "transformer.h.0.attn.c_proj.weight"

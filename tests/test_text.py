@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 from normswap.errors import SourceError
-from normswap.text import batches
+from normswap.verification.text import batches
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import normswap
 from normswap.apply.live import apply_plan
 from normswap.errors import RefusedError
-from normswap.normmap import find_sites
+from normswap.understand.normmap import find_sites
 
 WIDTH, VOCAB = 12, 20
 

@@ -21,14 +21,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from normswap.compare import TokenComparison, compare_logits
-from normswap.compare_models import compare_models
 from normswap.errors import ObserveError, SourceError, VerificationError
-from normswap.normmap import find_sites
 from normswap.norms.rms_norm import RMSNorm
 from normswap.norms.spec import NormSpec
-from normswap.report import comparison_table, verdict
-from normswap.verification import Report, verify
+from normswap.report.comparison import comparison_table, verdict
+from normswap.understand.normmap import find_sites
+from normswap.verification.metrics import TokenComparison, compare_logits
+from normswap.verification.models import compare_models
+from normswap.verification.run import Report, verify
 
 IDS = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(0))
 SMALL = dict(

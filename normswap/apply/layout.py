@@ -13,12 +13,12 @@ from typing import Literal
 
 import torch
 
-from normswap.checkpoint import Checkpoint
-from normswap.edits import GrowBias, TensorEdit, Untie
+from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.header import TensorInfo, nbytes_of
+from normswap.checkpoint.keymap import SAVE_MERGED, Group, KeyMap
 from normswap.errors import PlanError
-from normswap.header import TensorInfo, nbytes_of
-from normswap.keymap import SAVE_MERGED, Group, KeyMap
-from normswap.plans import Plan
+from normswap.planning.edits import GrowBias, TensorEdit, Untie
+from normswap.planning.plans import Plan
 
 What = Literal["copied", "cast", "edited", "added", "removed"]
 

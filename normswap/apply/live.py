@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from normswap.edits import CentreOutput, GrowBias, ModuleEdit, SwapNorm, TensorEdit, Untie
 from normswap.errors import PlanError
 from normswap.norms.centred import centre_output
 from normswap.norms.rms_norm import RMSNorm
-from normswap.plans import Plan
+from normswap.planning.edits import CentreOutput, GrowBias, ModuleEdit, SwapNorm, TensorEdit, Untie
+from normswap.planning.plans import Plan
 
 Tensors = dict[str, torch.Tensor]
 

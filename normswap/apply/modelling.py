@@ -23,9 +23,9 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from normswap.apply.folding import expand
 from normswap.apply.live import apply_structure, without_storage
 from normswap.apply.modelling_text import PREFIX, Offer, Tables, render
-from normswap.edits import ModuleEdit
 from normswap.errors import PlanError, SourceError
-from normswap.plans import Plan
+from normswap.planning.edits import ModuleEdit
+from normswap.planning.plans import Plan
 
 FILE = "modeling_normswap.py"
 

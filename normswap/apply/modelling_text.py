@@ -20,10 +20,10 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from normswap.apply import rebuild
 from normswap.apply.folding import fold
-from normswap.edits import CentreOutput, GrowBias, ModuleEdit, SwapNorm
 from normswap.norms.centred import Centred, centre_output
 from normswap.norms.rms_norm import RMSNorm
-from normswap.plans import Plan
+from normswap.planning.edits import CentreOutput, GrowBias, ModuleEdit, SwapNorm
+from normswap.planning.plans import Plan
 
 PREFIX = "Normswap"
 WIDTH = 120

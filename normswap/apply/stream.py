@@ -23,11 +23,11 @@ from safetensors import safe_open
 
 from normswap.apply.layout import Layout, TensorChange, WriteSummary, lay_out
 from normswap.apply.values import Values
-from normswap.checkpoint import INDEX, Checkpoint, Shard
+from normswap.checkpoint.files import INDEX, Checkpoint, Shard
+from normswap.checkpoint.header import CODES, render_header
+from normswap.checkpoint.keymap import KeyMap
 from normswap.errors import DestinationError, PlanError
-from normswap.header import CODES, render_header
-from normswap.keymap import KeyMap
-from normswap.plans import Plan
+from normswap.planning.plans import Plan
 
 Progress = Callable[[int, int], None]
 

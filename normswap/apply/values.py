@@ -11,10 +11,10 @@ import math
 import torch
 
 from normswap.apply.layout import Job
-from normswap.checkpoint import Checkpoint
-from normswap.edits import TensorEdit, Untie
+from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.keymap import SAVE_MERGED, Group, KeyMap, Tensors
 from normswap.errors import PlanError
-from normswap.keymap import SAVE_MERGED, Group, KeyMap, Tensors
+from normswap.planning.edits import TensorEdit, Untie
 
 # How many values are in float64 at once: 128 MiB.
 AT_ONCE = 2**24

@@ -55,8 +55,8 @@ def command(
     """
     quiet()
     import normswap
-    from normswap.report_plan import disk_facts, plan_view
-    from normswap.report_proof import proof_view
+    from normswap.report.plan import disk_facts, plan_view
+    from normswap.report.proof import proof_view
 
     with progress_bars(enabled=not as_json) as progress:
         done = normswap.convert(

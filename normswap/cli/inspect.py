@@ -24,7 +24,7 @@ def command(model: str, revision: str | None, trust_remote_code: bool, as_json: 
     """
     quiet()
     import normswap
-    from normswap.report_map import map_table
+    from normswap.report.map import map_table
 
     normmap = normswap.inspect(model, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:

@@ -28,7 +28,7 @@ def command(model, norm, fold, tied, partial, revision, trust_remote_code, outpu
     quiet()
     import normswap
     from normswap.conversion import preview_on_disk
-    from normswap.report_plan import disk_facts, plan_view
+    from normswap.report.plan import disk_facts, plan_view
 
     made = normswap.plan(
         model,

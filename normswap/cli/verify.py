@@ -29,7 +29,7 @@ def command(a, b, text, tokens, dtype, device, trust_remote_code, as_json) -> No
     """
     quiet()
     import normswap
-    from normswap.report import comparison_table
+    from normswap.report.comparison import comparison_table
 
     with progress_bars(enabled=not as_json) as bars:
         report = normswap.verify(

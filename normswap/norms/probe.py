@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from normswap.norms.spec import NormSpec
-from normswap.trace import ModuleCall, Trace
+from normswap.observe.trace import ModuleCall, Trace
 
 # norms that cast to float32 inside agree with float64 formulas to about 1e-7
 TOLERANCE = 1e-4

@@ -1,0 +1,215 @@
+"""A destination folder that appears whole or not at all.
+
+Everything is written into a hidden folder beside the destination, made durable, and renamed. A lock keeps a second run
+off the same destination, and what a killed run left behind is cleared by the next one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from normswap.checkpoint.files import CONFIG, INDEX, Checkpoint
+from normswap.errors import DestinationError
+
+README = "README.md"
+# Weights in whatever form: they hold the unconverted model, and loaders would find them.
+WEIGHT_SUFFIXES = frozenset(
+    ".bin .ckpt .gguf .ggml .h5 .msgpack .npz .onnx .onnx_data .ot .pkl .pt .pth .safetensors .tflite".split()
+)
+
+
+class Staging:
+    """`with Staging(destination, source) as folder:` publishes `folder` as `destination` when the block ends well.
+
+    On any exception, Ctrl-C included, the partial folder goes away and the destination is as it was.
+
+    Args:
+        destination: the folder to make; missing parents are made too.
+        source: the folder that is read; the destination may not be it, hold it or lie in it.
+        overwrite: replace a model folder that stands at the destination, after the new one is complete.
+
+    Raises:
+        DestinationError: on entry, when the destination may not or cannot be written; on exit, when publishing fails.
+    """
+
+    def __init__(self, destination: str | Path, source: str | Path, overwrite: bool = False):
+        # Resolved, so that replacing a link replaces what it leads to and the checks below see real places.
+        self.destination = Path(destination).resolve()
+        self._source = Path(source).resolve()
+        self._overwrite = overwrite
+
+    def __enter__(self) -> Path:
+        self.check()
+        self._made_parents = [p for p in self.destination.parents if not p.exists()]
+        try:
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        except BaseException as error:
+            self._remove_parents()
+            if isinstance(error, OSError):
+                raise DestinationError(
+                    f"{self.destination.parent}: expected a folder that can be written to: {error.strerror}."
+                ) from error
+            raise
+        try:
+            self._clear_leftovers()
+            self.check()
+            self._folder = self._hidden("partial")
+            self._folder.mkdir()
+        except BaseException:
+            self._unlock()
+            self._remove_parents()
+            raise
+        return self._folder
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                self.publish()
+        finally:
+            # Gone by now if it was published.
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._unlock()
+            self._remove_parents()
+
+    def publish(self) -> None:
+        """Make the partial folder durable and give it its name; the end of the `with` block calls this."""
+        try:
+            _sync_tree(self._folder)
+            old = self._set_aside()
+            try:
+                os.rename(self._folder, self.destination)
+            except BaseException:
+                if old is not None:
+                    os.rename(old, self.destination)
+                raise
+            _sync(self.destination.parent)
+        except OSError as error:
+            raise DestinationError(
+                f"{self.destination}: cannot be published: {error.strerror}. It is as it was; free the name or the "
+                "space and run again."
+            ) from error
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def check(self) -> None:
+        """Raise DestinationError where the destination may not be written."""
+        there, source = self.destination, self._source
+        if there == source or there.is_relative_to(source) or source.is_relative_to(there):
+            raise DestinationError(
+                f"{there}: expected a folder apart from the source {source}, found the same or one inside the other; "
+                "the source is never written to. Give another destination."
+            )
+        if not os.path.lexists(there):
+            return
+        if not self._overwrite:
+            raise DestinationError(f"{there}: exists. Give another destination, or overwrite it explicitly.")
+        if not there.is_dir() or (any(there.iterdir()) and not (there / CONFIG).is_file()):
+            raise DestinationError(
+                f"{there}: expected a model folder with {CONFIG} to overwrite, found something else. Move it away "
+                "yourself, or give another destination."
+            )
+
+    def _hidden(self, what: str) -> Path:
+        return self.destination.with_name(f".{self.destination.name}.normswap-{what}-{secrets.token_hex(4)}")
+
+    def _set_aside(self) -> Path | None:
+        if not (self._overwrite and self.destination.exists()):
+            return None
+        old = self._hidden("old")
+        os.rename(self.destination, old)
+        return old
+
+    def _clear_leftovers(self) -> None:
+        """What a run that was killed left: its partial folder, or an old destination that it had set aside."""
+        start = f".{self.destination.name}.normswap-"
+        for path in sorted(self.destination.parent.iterdir()):
+            if path.name.startswith(start + "old-") and not self.destination.exists():
+                os.rename(path, self.destination)
+            elif path.name.startswith((start + "old-", start + "partial-")):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _lock(self) -> None:
+        self._lock_path = self.destination.with_name(f".{self.destination.name}.normswap-lock")
+        while True:
+            self._lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._lock_fd)
+                raise DestinationError(
+                    f"{self.destination}: another run is writing it. Wait for that to end, or give another destination."
+                ) from None
+            # The run before may have removed the file between our opening and locking it; then the lock is of nothing.
+            if self._lock_path.exists() and os.path.samestat(os.fstat(self._lock_fd), self._lock_path.stat()):
+                return
+            os.close(self._lock_fd)
+
+    def _unlock(self) -> None:
+        self._lock_path.unlink(missing_ok=True)
+        os.close(self._lock_fd)
+
+    def _remove_parents(self) -> None:
+        """Take away the parents that were made, if nothing came to stand in them."""
+        for parent in self._made_parents:
+            try:
+                parent.rmdir()
+            except OSError:
+                return
+
+
+def check_space(folder: Path, bytes_needed: int) -> None:
+    """Raise DestinationError when the file system of `folder` has less than `bytes_needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < bytes_needed:
+        raise DestinationError(
+            f"{folder}: the result needs {bytes_needed / 2**30:.2f} GiB ({bytes_needed} bytes), {free / 2**30:.2f} GiB "
+            f"({free} bytes) are free. Free some, or give a destination on another disk."
+        )
+
+
+def copy_side_files(source: Checkpoint, folder: Path) -> list[str]:
+    """Copy all that belongs to a model beside its weights, byte for byte: tokenizer, settings, code, licence.
+
+    Written elsewhere and not copied: `config.json`, the weights and index that were read, and the model card.
+    Subfolders are copied with the same rules, except hidden ones.
+
+    Returns:
+        Paths relative to the source of what was left behind: weights of another form, and links that lead nowhere.
+    """
+    elsewhere = {CONFIG, INDEX, README, *(shard.name for shard in source.shards)}
+    skipped: list[str] = []
+    for path in sorted(source.folder.rglob("*")):
+        relative = path.relative_to(source.folder)
+        if path.is_dir() and not path.is_symlink() or str(relative) in elsewhere:
+            continue
+        if any(part.startswith(".") for part in relative.parent.parts):
+            continue
+        if not path.is_file() or _holds_weights(path):
+            skipped.append(str(relative))
+            continue
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / relative)
+    return skipped
+
+
+def _holds_weights(path: Path) -> bool:
+    return path.suffix in WEIGHT_SUFFIXES or any(path.name.endswith(f"{s}.index.json") for s in WEIGHT_SUFFIXES)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,90 @@
+"""`normswap.json`, which a conversion writes beside the weights: plan, source configuration, measurements."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from normswap.errors import SourceError
+from normswap.planning.plans import Plan
+
+RECORD = "normswap.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The part of a record that is needed to open the folder.
+
+    Attributes:
+        folder: where it was read.
+        plan: what was done.
+        source_config: the source's `config.json`.
+        version: of normswap, as text.
+    """
+
+    folder: Path
+    plan: Plan
+    source_config: dict[str, Any]
+    version: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Record:
+        """Raises SourceError when the folder has no record, or a damaged one."""
+        path = folder / RECORD
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            plan, source_config = Plan.model_validate(raw["plan"]), raw["source_config"]
+            version = str(raw.get("normswap", ""))
+        except OSError as error:
+            raise SourceError(
+                f"{folder} is not a folder that normswap wrote: cannot read {path}: {error.strerror}. "
+                "Other checkpoints are opened with transformers itself."
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"it has no key {error}" if isinstance(error, KeyError) else str(error)
+            raise SourceError(f"{path} is damaged: {why}. Convert the source again.") from error
+        if not isinstance(source_config, dict) or "model_type" not in source_config:
+            raise SourceError(f"{path} is damaged: source_config is no model configuration. Convert the source again.")
+        return cls(folder, plan, source_config, version)
+
+    def stock(self) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+        """The class and configuration of the source, as transformers has them; nothing of the folder's code runs."""
+        model_type = self.source_config["model_type"]
+        if model_type not in CONFIG_MAPPING:
+            raise SourceError(
+                f"{self.folder} was converted from a {model_type}, which transformers {transformers.__version__} does "
+                "not have; install the version it was converted with."
+            )
+        config_class = CONFIG_MAPPING[model_type]
+        name = self.plan.architecture
+        stock = stock_class(name, config_class)
+        if stock is None:
+            raise SourceError(
+                f"{self.folder} was converted from a {name}, which transformers {transformers.__version__} does "
+                "not have; install the version it was converted with."
+            )
+        return stock, config_class.from_dict(copy.deepcopy(self.source_config))
+
+    def history(self) -> str:
+        """What was done, in words that follow "was"."""
+        plan, sites = self.plan, len(self.plan.converted)
+        return f"converted by normswap {self.version}: {plan.request.words()} at {sites} sites ({plan.claim})"
+
+
+def stock_class(name: str, config_class: type[PretrainedConfig]) -> type[PreTrainedModel] | None:
+    """The model class `name` of transformers, None if it has none of that name for this configuration."""
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    # classes that transformers does not export at the top live in the module beside their configuration's
+    if not config_class.__module__.startswith("transformers."):
+        return None
+    beside = config_class.__module__.replace(".configuration_", ".modeling_")
+    return getattr(importlib.import_module(beside), name, None) if beside != config_class.__module__ else None

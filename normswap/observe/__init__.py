@@ -1,0 +1,1 @@
+"""Observe: one forward pass of a model gives a Trace."""

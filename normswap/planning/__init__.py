@@ -1,0 +1,1 @@
+"""Plan: a request and a NormMap give a Plan."""

@@ -1,0 +1,186 @@
+"""Plan: a request and a NormMap give the ordered edits, the claim, and its reasons, or a refusal that says why."""
+
+from __future__ import annotations
+
+import re
+
+from normswap.errors import RefusedError
+from normswap.paths import blurred, folded
+from normswap.planning.edits import AnyEdit, Centre, CentreOutput, FoldBias, GrowBias, ModuleEdit, SwapNorm, TensorEdit
+from normswap.planning.plans import Plan, Refusal, Request
+from normswap.planning.rewrites import centre as centring
+from normswap.planning.rewrites.centre import centre
+from normswap.planning.rewrites.fold import fold
+from normswap.planning.rewrites.untie import Ties
+from normswap.understand.normmap import NormMap, Site
+
+_NUMBER = re.compile(r"\d+")
+TARGETS = (centring.TARGET,)
+
+
+def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_prefix: str = "") -> Plan:
+    """The plan that meets `request` on the model `normmap` describes.
+
+    Args:
+        model_type: of the source's configuration, kept in the plan.
+        base_prefix: where the headless model stands inside the model, to tell whether its output changes.
+
+    Raises:
+        RefusedError: nothing to do, or sites that cannot be converted and no `partial`.
+    """
+    if normmap.trace.strays:
+        raise RefusedError(
+            f"{normmap.architecture}: {normmap.trace.strays[0]} uses a tensor that no observed call made (a kernel "
+            f"called past torch's own functions, perhaps), so what reaches it is not known. Switch to plain torch code."
+        )
+    if request.norm is None and not request.fold:
+        raise RefusedError("nothing is asked for: give a target norm (--norm rmsnorm), or --fold, or both.")
+    if request.norm is not None and request.norm not in TARGETS:
+        raise RefusedError(f"norm '{request.norm}' is not offered: expected one of {', '.join(TARGETS)}.")
+    swaps, wanted = _sites_to_swap(normmap, request), _sites_to_fold(normmap, request)
+    for untied in (False, True):
+        ties = Ties(normmap, untied)
+        centred = centre(normmap, swaps, ties, request.tied)
+        swapped = {site.path for site in centred.sites}
+        folded = fold(normmap, wanted, ties, request.tied, swapped)
+        if request.tied == "keep" or not ties.wanted:
+            break  # nothing is gained by untying
+    refused = centred.refused | {path: why for path, why in folded.refused.items() if path not in centred.refused}
+
+    converted = tuple(path for path in normmap.sites if path in swapped | {site.path for site in folded.sites})
+    if refused and not request.partial:
+        _refuse(normmap, request, refused, converted)
+    if not converted and refused:
+        _refuse(normmap, request, refused, converted)
+    if not converted:
+        raise RefusedError(f"{normmap.architecture} has no norm with a gain or bias to fold: nothing to do.")
+    bare = {site.path for site in folded.sites}
+    edits: list[AnyEdit] = [*ties.edits()]
+    # gains and biases move on original values; what writes to a stream is centred last
+    edits += [edit for edit in folded.edits if isinstance(edit, TensorEdit)]
+    edits += [edit for edit in centred.edits if isinstance(edit, TensorEdit)]
+    edits += _centre_grown(folded.edits, centred.edits)
+    edits += [_swap(site, bare) for site in centred.sites]
+    edits += [edit for edit in (*folded.edits, *centred.edits) if isinstance(edit, ModuleEdit)]
+    _check_all_ran(normmap, edits)
+    return Plan(
+        architecture=normmap.architecture,
+        model_type=model_type,
+        request=request,
+        claim="exact",
+        reasons=_reasons(centred, folded, edits),
+        converted=converted,
+        refused=tuple(Refusal(site=path, reason=why) for path, why in refused.items()),
+        base_output_unchanged=_base_unchanged(base_prefix, folded.outside),
+        edits=tuple(edits),
+    )
+
+
+def _sites_to_swap(normmap: NormMap, request: Request) -> list[Site]:
+    if request.norm is None:
+        return []
+    sites = [site for site in normmap.sites.values() if site.spec.kind == centring.SOURCE]
+    if not sites:
+        kinds = sorted({site.spec.kind for site in normmap.sites.values()})
+        have = f"its {len(normmap.sites)} norms are {' and '.join(kinds)}" if kinds else "no norm was found in it"
+        raise RefusedError(
+            f"{normmap.architecture} has no {centring.SOURCE} to turn into {request.norm}: {have}. "
+            f"Nothing to convert; `normswap inspect` shows the norms, and --fold alone makes them weightless."
+        )
+    return sites
+
+
+def _sites_to_fold(normmap: NormMap, request: Request) -> list[Site]:
+    if not request.fold:
+        return []
+    return [site for site in normmap.sites.values() if site.spec.kind in ("layernorm", "rmsnorm")]
+
+
+def _centre_grown(folded: list[AnyEdit], centred: list[AnyEdit]) -> list[Centre]:
+    """A reader that writes to another norm (queries to theirs) and grows a bias: centred like the weight."""
+    grown = {f"{edit.module}.bias" for edit in folded if isinstance(edit, GrowBias)}
+    return [
+        Centre(tensor=bias.tensor, axis=0, groups=weight.groups)
+        for bias in folded
+        if isinstance(bias, FoldBias) and bias.tensor in grown
+        for weight in centred
+        if isinstance(weight, Centre) and weight.tensor == bias.reader and weight.axis != bias.axis
+    ]
+
+
+def _swap(site: Site, bare: set[str]) -> SwapNorm:
+    spec, keeps = site.spec, site.path not in bare
+    # a LayerNorm that casts does so once, at the end; the swapped norm keeps the site's own casting
+    return SwapNorm(
+        module=site.path,
+        kind="rmsnorm",
+        width=spec.width,
+        eps=spec.eps,
+        gain=spec.gain if keeps else None,
+        bias=spec.bias is not None and keeps,
+        casting=spec.casting,
+    )
+
+
+def _refuse(normmap: NormMap, request: Request, refused: dict[str, str], converted: tuple[str, ...]) -> None:
+    way_out = (
+        f"--partial does what can be done, at {len(converted)} of them, and leaves the rest as it is."
+        if converted
+        else "No site of this model can be converted so."
+    )
+    post = [stream.name for stream in normmap.streams if any("post" in block.placement for block in stream.blocks)]
+    if post and request.norm is not None:
+        way_out += (
+            f"\nThe blocks of {', '.join(post)} are post-norm: linear maps read the stream itself, so its mean cannot "
+            f"be taken out. Keep LayerNorm there; --fold alone needs no centring."
+        )
+    raise RefusedError(
+        f"{normmap.architecture}: {request.words()} cannot be met at {len(refused)} of "
+        f"{len(set(refused) | set(converted))} sites.\n{_listed(refused)}\n{way_out}",
+        tuple(refused.items()),
+    )
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    """One line per reason, layers that differ in number only folded together."""
+    shown = folded([(path, blurred(why)) for path, why in reasons.items()])
+    return "\n".join(f"  {path}: {reasons[paths[0]]}" for path, paths in shown)
+
+
+def _reasons(centred: centring.Centring, folded, edits: list[AnyEdit]) -> tuple[str, ...]:
+    reasons = []
+    if centred.sites:
+        tensors = len([edit for edit in centred.edits if isinstance(edit, TensorEdit)])
+        reasons.append(
+            f"LayerNorm to RMSNorm at {len(centred.sites)} sites: {tensors} writers of the stream are centred, and "
+            f"everything that reads it is invariant to its mean; the variance of a zero-mean vector is its mean square."
+        )
+    outputs = [edit.module for edit in edits if isinstance(edit, CentreOutput)]
+    if outputs:
+        reasons.append(f"The outputs of {', '.join(outputs)} are centred as they come out, in the module.")
+    if folded.sites:
+        reasons.append(f"Gain and bias of {len(folded.sites)} norms are moved into the linear maps that read them.")
+    return tuple(reasons)
+
+
+def _base_unchanged(prefix: str, readers: list[str]) -> bool:
+    """A norm folded into the head leaves the headless model without its gain."""
+    return all(module == prefix or module.startswith(f"{prefix}.") for module in readers) if prefix else True
+
+
+def _check_all_ran(normmap: NormMap, edits: list[AnyEdit]) -> None:
+    """Refuse when a parameter like an edited one did not run: nobody knows what it does (an idle expert, say)."""
+    ran = {normmap.trace.values[v].name for op in normmap.trace.operations for v in op.inputs}
+    ran |= {f"{path}.{name}" for path, site in normmap.sites.items() for name in (site.spec.weight, site.spec.bias)}
+    edited = {_NUMBER.sub("*", edit.tensor) for edit in edits if isinstance(edit, TensorEdit)}
+    idle = {
+        name: "did not take part in the observed pass, while others like it are edited"
+        for name in normmap.parameters
+        if name not in ran and _NUMBER.sub("*", name) in edited
+    }
+    if idle:
+        raise RefusedError(
+            f"{normmap.architecture}: {len(idle)} parameters cannot be understood.\n{_listed(idle)}\n"
+            "Pass `inputs` that reach them to the library call.",
+            tuple(idle.items()),
+        )

@@ -1,0 +1,1 @@
+"""One file per rewrite, each with its mathematics and its claim."""

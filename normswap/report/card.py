@@ -1,0 +1,89 @@
+"""The model card of a converted checkpoint: what was done, what was measured, how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import transformers
+from huggingface_hub import ModelCardData, metadata_load
+from yaml import YAMLError
+
+from normswap.checkpoint.publish import README
+from normswap.checkpoint.source import Source
+from normswap.planning.plans import Plan
+from normswap.verification.proof import Proof
+
+#: what a source's card says that holds for the converted model as well
+_CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
+
+
+def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command: str) -> None:
+    """Write `README.md` into `folder`, in the Hub's metadata format, with the source's licence carried over."""
+    loader = _loader(plan.architecture)
+    tokenizer = any(folder.glob("tokenizer*"))
+    trusted = ", trust_remote_code=True" if plan.module_edits() else ""
+    unmeasured = ", **not verified**" if report.mode == "none" else ""
+    lines = [
+        f"# {source.title}{_with(plan)}",
+        "",
+        f"Made from `{source.title}` by normswap. Claim: **{plan.claim}**{unmeasured}.",
+        "",
+        *(f"- {reason}" for reason in plan.reasons),
+    ]
+    if not plan.base_output_unchanged:
+        lines.append("- The model without its head gives its output before the last norm's gain and bias.")
+    if plan.refused:
+        lines += ["", f"{len(plan.refused)} norms are as they were, or not all that was asked for was done:", ""]
+        lines += [f"- `{refusal.site}`: {refusal.reason}" for refusal in plan.refused]
+    lines += [
+        "",
+        "## Measured",
+        "",
+        *report.markdown(),
+        "",
+        "## Use",
+        "",
+        "```python",
+        f"from transformers import {loader}{', AutoTokenizer' if tokenizer else ''}",
+        "",
+        'folder = "path/to/this/folder"',
+        f"model = {loader}.from_pretrained(folder{trusted})",
+        *(["tokenizer = AutoTokenizer.from_pretrained(folder)"] if tokenizer else []),
+        "```",
+        "",
+    ]
+    if plan.module_edits():
+        lines += [
+            "`modeling_normswap.py` subclasses the stock classes of transformers and needs nothing else; "
+            "`normswap.load(folder)` opens the same model without running it.",
+            "",
+        ]
+    lines += ["## Made by", "", "```", command, "```", ""]
+    text = f"---\n{_metadata(source)}\n---\n\n" + "\n".join(lines)
+    (folder / README).write_text(text, encoding="utf-8")
+
+
+def _loader(architecture: str) -> str:
+    """The Auto class that gives the model with its head."""
+    task = "CausalLM" if architecture.endswith("LMHeadModel") else architecture.rpartition("For")[2]
+    name = f"AutoModelFor{task}"
+    return name if architecture != task and hasattr(transformers, name) else "AutoModel"
+
+
+def _with(plan: Plan) -> str:
+    kind = {"rmsnorm": "RMSNorm", None: "norms"}.get(plan.request.norm, plan.request.norm)
+    return f" with {'weightless ' if plan.request.fold else ''}{kind}"
+
+
+def _metadata(source: Source) -> str:
+    """YAML for the top of the card."""
+    known = {"library_name": "transformers", "tags": ["normswap"]}
+    if source.title == source.name:
+        known["base_model"] = source.name
+    card = source.folder / README
+    try:
+        found = (metadata_load(card) if card.is_file() else None) or {}
+    except (ValueError, YAMLError, OSError):  # a card that nobody can read says nothing
+        found = {}
+    known |= {key: found[key] for key in _CARRIED if key in found}
+    return ModelCardData(**known).to_yaml()

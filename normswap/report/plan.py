@@ -1,0 +1,140 @@
+"""What a person reads of a plan: the claim and its reasons, the edits with layers folded, and what changes on disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from normswap.apply.layout import WriteSummary
+from normswap.paths import blurred, folded
+from normswap.planning.edits import (
+    AnyEdit,
+    Centre,
+    Fill,
+    FoldBias,
+    FoldGain,
+    GrowBias,
+    ModuleEdit,
+    SetConfig,
+    SwapNorm,
+    TensorEdit,
+    Untie,
+)
+from normswap.planning.plans import Plan
+
+
+def plan_view(plan: Plan, disk: WriteSummary | None) -> RenderableType:
+    """Everything in a plan, for a terminal. `disk` is None where there are no weights."""
+    head = f"{plan.architecture}: {plan.request.words()} at {len(plan.converted)} sites"
+    parts: list[RenderableType] = [Text(head, style="bold"), Text(f"claim: {plan.claim}", style="green")]
+    parts += [_indented(reason) for reason in plan.reasons]
+    if plan.refused:
+        parts.append(Text(f"{len(plan.refused)} sites stay as they are:", style="yellow"))
+        reasons = {refusal.site: refusal.reason for refusal in plan.refused}
+        for shown, paths in folded([(path, blurred(why)) for path, why in reasons.items()]):
+            parts.append(_indented(f"{shown}: {reasons[paths[0]]}", style="yellow"))
+    if not plan.base_output_unchanged:
+        parts.append(_indented("The model without its head gives its output before the last norm's gain and bias."))
+    parts.append(_edit_table(plan))
+    parts.append(Text("no weights found: nothing is known of the files", style="dim") if disk is None else _disk(disk))
+    return Group(*parts)
+
+
+def _indented(text: str, style: str = "") -> Padding:
+    return Padding(Text(text, style=style), (0, 0, 0, 2))
+
+
+def _edit_table(plan: Plan) -> Table:
+    table = Table(title="edits", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("edit")
+    table.add_column("of", overflow="fold")
+    table.add_column("with", overflow="fold")
+    table.add_column("count", justify="right")
+    rows: dict[str, dict[str, AnyEdit]] = {}
+    for edit in plan.edits:
+        # several edits of one kind may act on one tensor; each counts
+        rows.setdefault(edit.edit, {})[
+            _target(edit) + " " * sum(_target(edit) == t.strip() for t in rows[edit.edit])
+        ] = edit
+    for kind, edits in rows.items():
+        for shown, paths in folded([(path, _details(edit)) for path, edit in edits.items()]):
+            table.add_row(kind, shown.strip(), _details(edits[paths[0]]), str(len(paths)))
+    return table
+
+
+def _target(edit: AnyEdit) -> str:
+    if isinstance(edit, TensorEdit):
+        return edit.tensor
+    return edit.module if isinstance(edit, ModuleEdit) else edit.key
+
+
+def _details(edit: AnyEdit) -> str:
+    """What an edit is done with; tensors of the same layer are named from there."""
+    match edit:
+        case Centre():
+            return f"axis {edit.axis}" + (f", in {edit.groups} groups" if edit.groups > 1 else "")
+        case Untie():
+            return f"{edit.source} as it is"
+        case FoldGain():
+            return f"{_within(edit.weight, edit.tensor)} ({edit.form}), axis {edit.axis}"
+        case FoldBias():
+            return f"{_within(edit.bias, edit.tensor)}, by {_within(edit.reader, edit.tensor)}, axis {edit.axis}"
+        case Fill():
+            return f"{edit.value:g}"
+        case SwapNorm():
+            return (
+                f"{edit.kind}, gain {edit.gain or 'none'}, {'bias' if edit.bias else 'no bias'}, eps {edit.eps:g}, "
+                f"casting {edit.casting}"
+            )
+        case GrowBias():
+            return f"size {edit.size}"
+        case SetConfig():
+            return f"= {edit.value}"
+    return ""
+
+
+def _within(name: str, other: str) -> str:
+    """`name` from within its layer, where `other` is of the same."""
+    parts, others = name.split("."), other.split(".")
+    layer = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1) + 1
+    return ".".join(parts[layer:]) if parts[:layer] == others[:layer] else name
+
+
+def _disk(disk: WriteSummary) -> RenderableType:
+    facts = disk_facts(disk)
+    changes = ", ".join(f"{n} {what}" for what, n in facts["tensors"].items())
+    text = (
+        f"on disk: {changes}; {_size(facts['bytes_before'])} -> {_size(facts['bytes_after'])}; "
+        f"{facts['parameters_added']:,} parameters added, {facts['parameters_removed']:,} removed"
+    )
+    if disk.untied:
+        text += f"; untied: {', '.join(disk.untied)}"
+    return Text(text)
+
+
+def disk_facts(disk: WriteSummary) -> dict[str, Any]:
+    """What changes in the files, as plain data. Bytes and parameters; tensors by what happens to them."""
+    counts: dict[str, int] = {}
+    for tensor in disk.tensors.values():
+        counts[tensor.what] = counts.get(tensor.what, 0) + 1
+    return {
+        "tensors": counts,
+        "bytes_before": disk.bytes_before,
+        "bytes_after": disk.bytes_after,
+        "parameters_added": disk.parameters_added,
+        "parameters_removed": disk.parameters_removed,
+        "untied": list(disk.untied),
+    }
+
+
+def _size(n: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1024
+    raise AssertionError

@@ -1,0 +1,1 @@
+"""Understand: a Trace gives a NormMap."""

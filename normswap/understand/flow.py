@@ -1,0 +1,269 @@
+"""What flows where along one width: which writers make up each value, who would notice a shift, who reads a norm.
+
+Two passes over a trace, each in execution order:
+
+- `centring`: every axis of every value that could be centred carries its terms: the sources (a parameter used in a
+  module, or a norm's output) that would have to be centred, and the operations that put in a mean nothing controls.
+  A source is blocked when a shift of it reaches an operation that answers with anything but a shift.
+- `readers`: every norm's output is followed until parameters absorb its gain, or until something else happens to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from normswap.norms.spec import NormSpec
+from normswap.observe.trace import Operation, Trace
+from normswap.understand.transfer import Prober
+
+ValueAxis = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Something that can be centred so that what it adds to a stream has no mean.
+
+    Attributes:
+        name: the parameter's or buffer's name, or the path of the norm module whose output it is.
+        kind: `parameter`, `buffer` or `norm`.
+        axis: the axis along the stream; of the output for a norm.
+        groups: how many runs of the stream's width lie side by side in that axis.
+        module: path of the module that uses it.
+    """
+
+    name: str
+    kind: str
+    axis: int
+    groups: int
+    module: str
+
+
+@dataclass(frozen=True)
+class Uncentred:
+    """A term of a value that nothing controls: which operation adds it, where, in words."""
+
+    reason: str
+
+
+Term = Writer | Uncentred
+
+
+@dataclass
+class Centring:
+    """Result of the first pass.
+
+    Attributes:
+        terms: per (value, dimension) what it consists of. An axis that is missing cannot be centred at all.
+        blocked: per writer, why a shift of what it writes would be noticed (empty: nobody notices).
+        inputs: per norm path, the terms of its input along the normalised axis; None where the input has none.
+    """
+
+    terms: dict[ValueAxis, frozenset[Term]] = field(default_factory=dict)
+    blocked: dict[Writer, list[str]] = field(default_factory=dict)
+    inputs: dict[str, frozenset[Term] | None] = field(default_factory=dict)
+
+
+def centring(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Centring:
+    """Follow shifts along axes of `prober.width` channels through the trace."""
+    result = Centring()
+    live = trace.live()
+    for op in trace.operations:
+        if not any(v in live for v in op.outputs):
+            continue
+        if op.norm is not None:
+            _through_norm(trace, op, norms[op.norm], prober, result)
+            continue
+        tracked: dict[tuple[int, int], frozenset[Term]] = {}
+        for position, v in enumerate(op.inputs):
+            for dim in prober.axes(trace.values[v].shape):
+                if (terms := _terms(trace, op, v, dim, prober, result)) is not None:
+                    tracked[position, dim] = terms
+        if not tracked:
+            continue
+        transfer = prober.shift(op, tuple(tracked))
+        for axis, outputs in transfer.blocked.items():
+            if any(op.outputs[o] in live for o in outputs):
+                _block(
+                    result, tracked[axis], f"{op.name} in {op.module or 'the model'} would notice a shift of its input"
+                )
+        for (o, dim), joint in transfer.joint.items():
+            terms = frozenset().union(*(tracked[axis] for axis in joint.passers))
+            terms |= {_uncentred(trace, op, culprit) for culprit in joint.culprits}
+            result.terms[op.outputs[o], dim] = terms
+    for v in trace.outputs:
+        for dim in prober.axes(trace.values[v].shape):
+            _block(result, result.terms.get((v, dim), frozenset()), "the stream itself is an output of the model")
+    return result
+
+
+def _terms(trace: Trace, op: Operation, v: int, dim: int, prober: Prober, result: Centring) -> frozenset[Term] | None:
+    value = trace.values[v]
+    if (v, dim) in result.terms:
+        return result.terms[v, dim]
+    if value.kind in ("parameter", "buffer") and value.is_float:
+        groups = value.shape[dim] // prober.width
+        writer = Writer(value.name, value.kind, dim, groups, op.module)
+        result.blocked.setdefault(writer, [])
+        return frozenset({writer})
+    if value.known is not None and value.is_float and not value.known.any():
+        return frozenset()  # zeros, to be added into
+    return None
+
+
+def _block(result: Centring, terms: frozenset[Term], reason: str) -> None:
+    for term in terms:
+        if isinstance(term, Writer) and reason not in result.blocked[term]:
+            result.blocked[term].append(reason)
+
+
+def _uncentred(trace: Trace, op: Operation, culprit: int) -> Uncentred:
+    """The term that input `culprit` of `op` adds, or the operation itself (-1)."""
+    where = op.module or "the model"
+    if culprit < 0:
+        return Uncentred(f"{op.name} in {where} gives its output a mean")
+    value = trace.values[op.inputs[culprit]]
+    if value.producer is None:
+        return Uncentred(f"{op.name} in {where} adds {value.name or 'an input of the model'}, which has a mean")
+    source = trace.operations[value.producer]
+    return Uncentred(
+        f"the result of {source.name} in {source.module or 'the model'} enters the stream in {where}, "
+        f"and nothing here can centre it"
+    )
+
+
+def _through_norm(trace: Trace, op: Operation, spec: NormSpec, prober: Prober, result: Centring) -> None:
+    x, y = op.inputs[0], op.outputs[0]
+    ndim = len(trace.values[x].shape)
+    own = {axis % ndim for axis in spec.axes}
+    for dim in prober.axes(trace.values[x].shape):
+        terms = result.terms.get((x, dim))
+        if own == {dim} and spec.width == prober.width:
+            before = result.inputs.get(op.norm, frozenset())
+            result.inputs[op.norm] = None if terms is None or before is None else before | terms
+        if terms and not (own == {dim} and spec.width == prober.width and spec.kind == "layernorm"):
+            _block(result, terms, f"the {spec.kind} {op.norm} is not invariant to shifts")
+        if own == {dim} and spec.width == prober.width:
+            writer = Writer(op.norm, "norm", dim - ndim, 1, op.norm)
+            result.blocked.setdefault(writer, [])
+            result.terms[y, dim] = frozenset({writer})
+
+
+# -- readers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A parameter that consumes a norm's output.
+
+    Attributes:
+        name: the parameter's name.
+        axis: its axis that meets the normalised channels.
+        module: path of the module that uses it.
+        bias: name of the parameter that takes over a translation of the norm's output, if there is one.
+        grows: without such a parameter, whether a bias added to the module would do.
+    """
+
+    name: str
+    axis: int
+    module: str
+    bias: str | None
+    grows: bool
+
+
+@dataclass
+class Readings:
+    """Result of the second pass.
+
+    Attributes:
+        readers: per norm path, the parameters that consume its output.
+        others: per norm path, what else consumes it (reasons why its gain cannot move into readers).
+        translates: per norm path, whether a translation of its output reaches the readers unchanged.
+        uses: per (parameter, module using it), paths of all norms it reads there, and "" for anything else.
+    """
+
+    readers: dict[str, list[Reader]] = field(default_factory=dict)
+    others: dict[str, list[str]] = field(default_factory=dict)
+    translates: dict[str, bool] = field(default_factory=dict)
+    uses: dict[tuple[str, str], set[str]] = field(default_factory=dict)
+
+
+def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readings:
+    """Follow the outputs of norms over `prober.width` channels to the parameters that read them."""
+    result = Readings()
+    live = trace.live()
+    carried: dict[ValueAxis, str] = {}  # an axis of a value that is a norm's output, rearranged
+    derived: dict[ValueAxis, tuple[str, int]] = {}  # an axis of a value made of one parameter alone
+    made_of: dict[int, set[str]] = {v.index: {v.name} for v in trace.values if v.kind == "parameter"}
+    outputs = set(trace.outputs)
+    for v in trace.values:
+        if v.kind == "parameter":
+            derived.update({(v.index, dim): (v.name, dim) for dim in prober.axes(v.shape)})
+    for op in trace.operations:
+        if op.norm is not None:
+            for dim in prober.axes(trace.values[op.inputs[0]].shape):
+                if (norm := carried.get((op.inputs[0], dim))) is not None:
+                    _add(result.others, norm, f"the norm {op.norm} follows it")
+            for name in made_of.get(op.inputs[0], ()):
+                result.uses.setdefault((name, op.module), set()).add("")
+            spec = norms[op.norm]
+            ndim = len(trace.values[op.outputs[0]].shape)
+            if spec.width == prober.width and len(spec.axes) == 1:
+                carried[op.outputs[0], spec.axes[0] % ndim] = op.norm
+                result.readers.setdefault(op.norm, [])
+                result.others.setdefault(op.norm, [])
+                result.translates.setdefault(op.norm, True)
+                if op.outputs[0] in outputs:
+                    _add(result.others, op.norm, "it is an output of the model")
+            continue
+        floats = [v for v in op.inputs if trace.values[v].is_float and trace.values[v].kind != "constant"]
+        entering = [(i, dim) for i, v in enumerate(op.inputs) for dim in _dims(trace, v) if (v, dim) in carried]
+        parameters = [(i, dim) for i, v in enumerate(op.inputs) for dim in _dims(trace, v) if (v, dim) in derived]
+        names = set().union(*(made_of.get(v, set()) for v in floats))
+        if floats and all(v in made_of for v in floats):  # parameters being rearranged before use
+            for v in op.outputs:
+                made_of[v] = names
+            for axis in parameters:
+                for o, dim in prober.scale(op, axis, ()).passes:
+                    derived[op.outputs[o], dim] = derived[op.inputs[axis[0]], axis[1]]
+            continue
+        if not any(v in live for v in op.outputs):
+            continue
+        read: set[str] = set()
+        for axis in entering:
+            norm = carried[op.inputs[axis[0]], axis[1]]
+            transfer = prober.scale(op, axis, tuple(parameters))
+            for o, dim in transfer.passes:
+                v = op.outputs[o]
+                carried[v, dim] = norm
+                if v in outputs:
+                    _add(result.others, norm, "it is an output of the model")
+            result.translates[norm] &= transfer.translates or not transfer.passes
+            if any(op.outputs[o] in live for o in transfer.other):
+                _add(result.others, norm, f"{op.name} in {op.module or 'the model'} consumes it")
+            for absorber in transfer.absorbers[:1]:
+                position, dim = absorber.parameter
+                name, pdim = derived[op.inputs[position], dim]
+                bias = None
+                if absorber.bias is not None:
+                    held = made_of.get(op.inputs[absorber.bias], set())
+                    bias = next(iter(held)) if len(held) == 1 else None
+                reader = Reader(name, pdim, op.module, bias, absorber.grows)
+                if reader not in result.readers[norm]:
+                    result.readers[norm].append(reader)
+                result.uses.setdefault((name, op.module), set()).add(norm)
+                read.add(name)
+                if bias is not None:
+                    result.uses.setdefault((bias, op.module), set()).add(norm)
+                    read.add(bias)
+        for name in names - read:
+            result.uses.setdefault((name, op.module), set()).add("")
+    return result
+
+
+def _dims(trace: Trace, v: int) -> range:
+    return range(len(trace.values[v].shape))
+
+
+def _add(reasons: dict[str, list[str]], norm: str, reason: str) -> None:
+    if reason not in reasons.setdefault(norm, []):
+        reasons[norm].append(reason)

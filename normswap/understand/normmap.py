@@ -1,0 +1,283 @@
+"""Understand: from a trace to the NormMap, which says what the norms of a model are, where, and who writes and reads.
+
+The map is data (`NormMap.summary`); the analyses it rests on stay with it for the planner.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.source import Source
+from normswap.norms.probe import find_norms
+from normswap.norms.spec import NormSpec
+from normswap.observe.inputs import example_inputs
+from normswap.observe.run import observe
+from normswap.observe.trace import Operation, Trace, collapse_norms
+from normswap.understand.flow import Centring, Reader, Readings, Writer, centring, readings
+from normswap.understand.placement import Block, Streams, meets_activations
+from normswap.understand.transfer import Prober
+
+ROLES = ("stream", "branch", "qk", "embedding", "final", "head")
+
+
+@dataclass
+class Site:
+    """One norm module in one place.
+
+    Attributes:
+        path: the module's path in the model.
+        spec: its behaviour.
+        role: `stream` (reads or closes a residual step), `branch` (inside one), `qk` (on queries or keys),
+            `embedding` (before the first block), `final` (after the last), `head` (in the task head).
+        stream: name of the stream it stands on, None for norms inside branches and heads.
+        readers: the parameters that consume its output.
+        other_consumers: what else does, in words.
+    """
+
+    path: str
+    spec: NormSpec
+    role: str
+    stream: str | None
+    readers: list[Reader]
+    other_consumers: list[str]
+
+
+@dataclass
+class StreamInfo:
+    """One residual stream: its name (the module all its blocks stand in), width, writers and blocks in order."""
+
+    name: str
+    width: int
+    writers: list[Writer]
+    blocks: list[Block]
+
+
+@dataclass
+class NormMap:
+    """The norms of one model.
+
+    Attributes:
+        architecture: class name of the model.
+        sites: in execution order.
+        streams: in order of their first block.
+        parameters: shape of each parameter and buffer by its first name.
+        aliases: further names of tied parameters -> the first name.
+        stored: names of all parameters and buffers a checkpoint of this model holds, aliases included.
+        biasless: modules that were built without the bias their class can have.
+        centrings, readings: per width, the analyses behind the map.
+        notes: where the observed run depended on values that were not there.
+        converted: for a folder that normswap wrote, what was done to it, in a sentence.
+        files: of a folder with weights, from their headers: number of tensors, bytes, and how many have which dtype.
+    """
+
+    architecture: str
+    sites: dict[str, Site]
+    streams: list[StreamInfo]
+    parameters: dict[str, tuple[int, ...]]
+    aliases: dict[str, str]
+    stored: set[str]
+    biasless: set[str]
+    trace: Trace
+    centrings: dict[int, Centring] = field(default_factory=dict)
+    readings: dict[int, Readings] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    converted: str | None = None
+    files: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Mapping[str, Any]) -> NormMap:
+        """Observe `model` once on `inputs` and understand it. Raises ObserveError where it cannot be run."""
+        trace = observe(model, inputs)
+        norms = find_norms(model, trace)
+        trace = collapse_norms(trace, set(norms))
+        widths = {
+            spec.width for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")
+        }
+        probers = {width: Prober(trace, width) for width in sorted(widths)}
+        names = dict(model.named_parameters()) | dict(model.named_buffers())
+        first = {id(t): name for name, t in reversed(names.items())}
+        aliases = {
+            name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name
+        }
+        result = cls(
+            architecture=type(model).__name__,
+            sites={},
+            streams=[],
+            parameters={name: tuple(t.shape) for name, t in names.items()},
+            aliases=aliases,
+            stored=set(model.state_dict()),
+            biasless={path for path, m in model.named_modules() if m._parameters.get("bias", m) is None},
+            trace=trace,
+            centrings={width: centring(trace, norms, prober) for width, prober in probers.items()},
+            readings={width: readings(trace, norms, prober) for width, prober in probers.items()},
+            notes=list(dict.fromkeys(trace.notes)),
+        )
+        found = {width: Streams(trace, norms, prober) for width, prober in probers.items()}
+        result._place(norms, found)
+        return result
+
+    def _place(self, norms: dict[str, NormSpec], found: dict[int, Streams]) -> None:
+        roles: dict[str, tuple[str, str | None]] = {}
+        inside: set[str] = set()
+        order = sorted(
+            (stream for streams in found.values() for stream in streams.streams),
+            key=lambda stream: stream.blocks[0].add,
+        )
+        taken: dict[str, int] = {}
+        for stream in order:
+            name = _common_path([block.module for block in stream.blocks])
+            taken[name] = taken.get(name, 0) + 1
+            name = name if taken[name] == 1 else f"{name}#{taken[name]}"
+            self.streams.append(StreamInfo(name, stream.width, self._writers(stream), stream.blocks))
+            for block in stream.blocks:
+                inside |= block.inside
+                roles.update({path: ("branch", name) for path in block.n_branch})
+                roles.update({path: ("stream", name) for path in (*block.n_in, *block.n_out)})
+            roles.update({path: ("embedding", name) for path in stream.embedding})
+            roles.update({path: ("final", name) for path in stream.final})
+        consumers = self.trace.consumers()
+        added = min((block.add for stream in self.streams for block in stream.blocks), default=0)
+        for op in self.trace.norm_operations():
+            if op.norm in self.sites:
+                continue
+            spec = norms[op.norm]
+            role, stream = roles.get(op.norm) or (self._role_off_stream(op, inside, added, consumers), None)
+            reads = self.readings.get(spec.width, Readings())
+            readers, others = reads.readers.get(op.norm, []), reads.others.get(op.norm, [])
+            self.sites[op.norm] = Site(op.norm, spec, role, stream, readers, others)
+
+    def _role_off_stream(self, op: Operation, inside: set[str], added: int, consumers) -> str:
+        if meets_activations(self.trace, op.outputs[0], consumers):
+            return "qk"
+        if op.norm in inside:
+            return "branch"
+        return "embedding" if op.index < added else "head"
+
+    def _writers(self, stream) -> list[Writer]:
+        """Everything that adds to the stream: norms as they run, then parameters in the model's order."""
+        terms = self.centrings[stream.width].terms
+        ran = dict.fromkeys(op.norm for op in self.trace.norm_operations())
+        rank = {name: i for i, name in enumerate([*ran, *self.parameters])}
+        found = {
+            term
+            for v in stream.values
+            for (value, _), held in terms.items()
+            if value == v
+            for term in held
+            if isinstance(term, Writer) and term.groups == 1
+        }
+        return sorted(found, key=lambda w: (rank[w.name], w.axis, w.module))
+
+    def names(self, parameter: str) -> list[str]:
+        """All names of a parameter, its first one first."""
+        return [parameter, *(alias for alias, first in self.aliases.items() if first == parameter)]
+
+    def name_in(self, module: str, parameter: str) -> str | None:
+        """The name by which `module` itself holds `parameter`, None when it reads a parameter of another module."""
+        return next((name for name in self.names(parameter) if name.rpartition(".")[0] == module), None)
+
+    def users(self, parameter: str) -> set[str]:
+        """Paths of the modules in which operations read `parameter`."""
+        value = next(v.index for v in self.trace.values if v.name == parameter)
+        return {op.module for op in self.trace.operations if value in op.inputs}
+
+    def summary(self) -> dict[str, Any]:
+        """All of the map as plain data, for JSON."""
+        return {
+            "architecture": self.architecture,
+            "converted": self.converted,
+            "files": self.files,
+            "streams": [
+                {
+                    "name": stream.name,
+                    "width": stream.width,
+                    "writers": [asdict(writer) for writer in stream.writers],
+                    "sites": [site.path for site in self.sites.values() if site.stream == stream.name],
+                    "blocks": [
+                        {
+                            "module": block.module,
+                            "placement": block.placement,
+                            "n_in": block.n_in,
+                            "n_branch": block.n_branch,
+                            "n_out": block.n_out,
+                            "skip": block.skip,
+                            "branch": block.branch,
+                        }
+                        for block in stream.blocks
+                    ],
+                }
+                for stream in self.streams
+            ],
+            "sites": [
+                {
+                    "path": site.path,
+                    **site.spec.model_dump(),
+                    "role": site.role,
+                    "stream": site.stream,
+                    "readers": [asdict(reader) for reader in site.readers],
+                    "other_consumers": site.other_consumers,
+                }
+                for site in self.sites.values()
+            ],
+            "tied": self.aliases,
+            "notes": self.notes,
+        }
+
+
+def _common_path(paths: list[str]) -> str:
+    """The module that holds all of `paths`, without a trailing layer number."""
+    split = [path.split(".") for path in paths]
+    common = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    while common and common[-1].isdigit():
+        common.pop()
+    return ".".join(common) or "model"
+
+
+def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list[tuple[str, NormSpec]]:
+    """`(path, behaviour)` of every norm that runs in a live model, in execution order; nothing else is analysed."""
+    trace = observe(model, example_inputs(model) if inputs is None else inputs)
+    return list(find_norms(model, trace).items())
+
+
+def inspect(
+    model: str | Path | nn.Module,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> NormMap:
+    """What the norms of a model are, and where.
+
+    Args:
+        model: a folder with a config.json, a Hub id, or a live model (which is not changed). No weights are read.
+        inputs: keyword arguments for one forward pass; by default small ones made from what the model says it takes.
+        revision: branch, tag or commit of a Hub id.
+        trust_remote_code: whether code that comes with a checkpoint may run.
+
+    Raises:
+        SourceError: no such checkpoint, or its class cannot be built.
+        ObserveError: the model could not be run once.
+    """
+    if isinstance(model, nn.Module):
+        return NormMap.of(model, example_inputs(model) if inputs is None else inputs)
+    source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    built = source.build()
+    normmap = NormMap.of(built, example_inputs(built) if inputs is None else inputs)
+    normmap.converted = source.record and source.record.history()
+    if any(source.folder.glob("*.safetensors")):
+        with Checkpoint.open(source.folder) as checkpoint:
+            dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in checkpoint.tensors.values())
+            size = sum(info.nbytes for info in checkpoint.tensors.values())
+        normmap.files = {"tensors": sum(dtypes.values()), "bytes": size, "dtypes": dict(dtypes)}
+    return normmap

@@ -1,0 +1,333 @@
+"""Where norms stand: the streams of a trace, their blocks, and the slot of each norm in its block.
+
+A block is one residual step, `x' = N_out(a S(x) + b N_branch(F(N_in(x))))`. Its sum is found in the graph: an
+operation that adds to a value something computed from that value. What lies between a sum and the values of the
+stream it was computed from is the block's branch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from normswap.norms.spec import NormSpec
+from normswap.observe.trace import Operation, Trace
+from normswap.understand.transfer import Prober
+
+#: (N_in, N_branch, N_out) -> the placement's name
+PLACEMENTS = {
+    (True, False, False): "pre",
+    (False, False, True): "post",
+    (True, True, False): "sandwich",
+    (False, True, False): "reordered",
+    (True, False, True): "keel",
+    (False, False, False): "none",
+    (True, True, True): "pre, branch and post",
+    (False, True, True): "branch and post",
+}
+
+
+@dataclass
+class Block:
+    """One residual step.
+
+    Attributes:
+        add: index of the operation that adds the branch to the stream.
+        module: path of the module in which that happens.
+        n_in, n_branch, n_out: norm paths in each slot.
+        skip, branch: the coefficients a and b.
+        parallel: several branches read the same value and are added together.
+        result: the value after the sum.
+    """
+
+    add: int
+    module: str
+    result: int
+    previous: int
+    skip: float
+    branch: float
+    n_in: list[str] = field(default_factory=list)
+    n_branch: list[str] = field(default_factory=list)
+    n_out: list[str] = field(default_factory=list)
+    parallel: bool = False
+    inside: set[str] = field(default_factory=set)
+
+    @property
+    def placement(self) -> str:
+        name = PLACEMENTS[bool(self.n_in), bool(self.n_branch), bool(self.n_out)]
+        if name == "post" and self.skip != 1:
+            name = "deepnorm"
+        return f"{name}, parallel" if self.parallel else name
+
+
+@dataclass
+class Stream:
+    """A chain of blocks over one width, from `start` (the value before the first block) on."""
+
+    width: int
+    start: int
+    blocks: list[Block] = field(default_factory=list)
+    embedding: list[str] = field(default_factory=list)  # norms between the embeddings and the first block
+    final: list[str] = field(default_factory=list)  # norms that read the stream after its last block
+    values: set[int] = field(default_factory=set)
+
+
+class Streams:
+    """The streams over one width, and the role of each norm on them."""
+
+    def __init__(self, trace: Trace, norms: dict[str, NormSpec], prober: Prober):
+        self.trace, self.norms, self.prober = trace, norms, prober
+        self.activations = {v.index for v in trace.values if v.kind in ("computed", "constant") and v.is_float}
+        self.bases: dict[int, int] = {}
+        self.factors: dict[int, float] = {}
+        self.norm_of = {op.outputs[0]: op for op in trace.norm_operations()}
+        self.operands: dict[int, tuple[int, int]] = {}  # per residual sum: the skip's value and the branch's
+        self.blocks = self._find_blocks()
+        self.streams = self._chain()
+        self._fill_slots()
+
+    # -- values of the stream, seen through views, dropouts, casts and constant factors ----------------------------
+
+    def base(self, v: int) -> int:
+        """The earliest value that `v` is a rearrangement or a constant multiple of."""
+        if v not in self.bases:
+            self.bases[v], self.factors[v] = v, 1.0
+            op = self._producer(v)
+            carried = self._carried(op, v) if op is not None and op.norm is None else None
+            if carried is not None:
+                source = op.inputs[carried]
+                self.bases[v] = self.base(source)
+                floats = [u for u in op.inputs if self.trace.values[u].is_float]
+                factor = self.prober.factor(op, carried) if len(floats) == 1 else 1.0
+                self.factors[v] = self.factors[source] * factor
+        return self.bases[v]
+
+    def _producer(self, v: int) -> Operation | None:
+        index = self.trace.values[v].producer
+        return None if index is None else self.trace.operations[index]
+
+    def _carried(self, op: Operation, v: int) -> int | None:
+        """Position of the one computed input that `op` hands on as its output `v`, if there is one."""
+        computed = [
+            i for i, u in enumerate(op.inputs) if self.trace.values[u].kind == "computed" and u in self.activations
+        ]
+        if len(computed) != 1:
+            return None
+        position = computed[0]
+        for dim in self.prober.axes(self.trace.values[op.inputs[position]].shape):
+            passes = self.prober.scale(op, (position, dim), ()).passes
+            if any(op.outputs[o] == v for o, _ in passes):
+                return position
+        return None
+
+    def trunk(self, v: int) -> tuple[int, list[str]]:
+        """Back from `v` along the stream to where it was last added to: that value, and the norms in between."""
+        passed: list[str] = []
+        while True:
+            v = self.base(v)
+            op = self.norm_of.get(v)
+            if op is None:
+                return v, passed
+            passed.insert(0, op.norm)
+            v = op.inputs[0]
+
+    # -- residual sums ---------------------------------------------------------------------------------------------
+
+    def _find_blocks(self) -> list[Block]:
+        ancestors = self.trace.ancestors()
+        chains: dict[int, int] = {}  # per residual sum, a bit set of the stream's values up to it
+        blocks: list[Block] = []
+
+        def chain(v: int) -> int:
+            bits = 1 << v
+            root, _ = self.trunk(v)
+            u = v
+            while True:  # every value met on the way back counts as the stream's
+                bits |= 1 << self.base(u) | 1 << u
+                op = self.norm_of.get(self.base(u))
+                if op is None:
+                    break
+                u = op.inputs[0]
+            return bits | chains.get(root, 0)
+
+        for op in self.trace.operations:
+            if op.norm is not None or len(op.outputs) != 1:
+                continue
+            shape = self.trace.values[op.outputs[0]].shape
+            if self.prober.width not in shape:
+                continue
+            same = [
+                i
+                for i, v in enumerate(op.inputs)
+                if self.trace.values[v].kind == "computed"
+                and v in self.activations
+                and self.trace.values[v].shape == shape
+            ]
+            for a, b in [(a, b) for a in same for b in same if a != b]:
+                skip, branch = op.inputs[a], op.inputs[b]
+                own = chain(skip)
+                if not ancestors[branch] & own or chain(branch) & own & ~(1 << branch):
+                    continue
+                coefficients = self.prober.sum(op, a, b)
+                if coefficients is None:
+                    continue
+                root, _ = self.trunk(skip)
+                self.base(branch)
+                # a factor before the first block scales the embeddings, not the skip
+                factor = self.factors[skip] if root in chains else 1.0
+                scales = coefficients[0] * factor, coefficients[1] * self.factors[branch]
+                blocks.append(Block(op.index, op.module, op.outputs[0], root, *scales))
+                self.operands[op.index] = (skip, branch)
+                chains[op.outputs[0]] = own | 1 << op.outputs[0]
+                self.bases[op.outputs[0]], self.factors[op.outputs[0]] = op.outputs[0], 1.0
+                break
+        return blocks
+
+    def _chain(self) -> list[Stream]:
+        streams: dict[int, Stream] = {}
+        of_result: dict[int, Stream] = {}
+        for block in self.blocks:
+            stream = of_result.get(block.previous)
+            if stream is None:
+                stream = streams.setdefault(block.previous, Stream(self.prober.width, block.previous))
+            stream.blocks.append(block)
+            of_result[block.result] = stream
+        for stream in streams.values():
+            stream.values = {stream.start, *(block.result for block in stream.blocks)}
+        # an activation such as x + c x^3 adds to a value something computed from it too, but no norm stands there
+        normed = {self.base(op.inputs[0]) for op in self.trace.norm_operations()}
+        kept = [stream for stream in streams.values() if stream.values & normed or self._trunk_norms(stream)]
+        self.blocks = [block for block in self.blocks if any(block in stream.blocks for stream in kept)]
+        return kept
+
+    def _trunk_norms(self, stream: Stream) -> set[str]:
+        return {path for block in stream.blocks for path in self.trunk(self.operands[block.add][0])[1]}
+
+    # -- slots -----------------------------------------------------------------------------------------------------
+
+    def _fill_slots(self) -> None:
+        by_result = {block.result: block for block in self.blocks}
+        values = {v for stream in self.streams for v in stream.values}
+        order = {op.norm: op.index for op in self.trace.norm_operations()}
+        trunk_norms: set[str] = set()
+        own: dict[int, set[int]] = {}  # per stream its values, and what norms on its trunk make of them
+        outputs = {op.norm: v for v, op in self.norm_of.items()}
+        for stream in self.streams:
+            own[stream.start] = stream.values | {outputs[path] for path in self._trunk_norms(stream)}
+            for block in stream.blocks:
+                root, passed = self.trunk(self.operands[block.add][0])
+                target = by_result[root].n_out if root in by_result else stream.embedding
+                target.extend(path for path in passed if path not in target)
+                trunk_norms.update(passed)
+        stops = values | {v for v, op in self.norm_of.items() if op.norm in trunk_norms}
+        claimed = set(trunk_norms)
+        for stream, block in [(s, block) for s in self.streams for block in s.blocks]:
+            branch = self.operands[block.add][1]
+            touched = self._cone(block, branch, stops)
+            # what reads another stream (cross-attention to an encoder's final norm) is no norm of this block
+            block.n_in = [path for path in block.n_in if self._reads(path, order) in own[stream.start]]
+            block.n_in.sort(key=order.get)
+            end = self.norm_of.get(self.base(branch))
+            if end is not None and end.norm not in trunk_norms:
+                block.n_branch.append(end.norm)
+            block.inside -= set(block.n_in) | set(block.n_branch)
+            claimed |= block.inside | set(block.n_in) | set(block.n_branch)
+            earlier = by_result.get(self.base(self.operands[block.add][0]))
+            if earlier is not None and touched & own[stream.start] and earlier.result not in touched:
+                block.parallel = earlier.parallel = True  # it read what the sum before it read
+            elif self._two_branches(branch):
+                block.parallel = True
+        for op in self.trace.norm_operations():
+            base = self.base(op.inputs[0])
+            if op.norm in claimed or base not in values:
+                continue
+            block = by_result.get(base)
+            if block is not None and _layer(op.norm) and _layer(op.norm) == _layer(block.module):
+                block.n_out.append(op.norm)  # the last block of a post-norm stream
+            else:
+                next(s for s in self.streams if base in s.values).final.append(op.norm)
+
+    def _reads(self, path: str, order: dict[str, int]) -> int:
+        return self.base(self.trace.operations[order[path]].inputs[0])
+
+    def _cone(self, block: Block, branch: int, stops: set[int]) -> set[int]:
+        """Walk back from the branch to the stream: fills `n_in` and `inside`, returns the stream values it read."""
+        touched: set[int] = set()
+        seen: set[int] = set()
+        todo = [branch]
+        while todo:
+            v = todo.pop()
+            if v in seen:
+                continue
+            seen.add(v)
+            if v in stops:
+                touched.add(v)
+                continue
+            op = self._producer(v)
+            if op is None:
+                continue
+            if op.norm is not None:
+                slot = self.base(op.inputs[0])
+                if slot in stops:
+                    block.n_in = block.n_in if op.norm in block.n_in else [op.norm, *block.n_in]
+                    touched.add(slot)
+                    continue
+                block.inside.add(op.norm)
+            todo.extend(u for u in op.inputs if u in self.activations)
+        return touched
+
+    def _two_branches(self, branch: int) -> bool:
+        """A sum of two, of which one mixes positions (attention) and the other does not."""
+        op = self._producer(self.base(branch))
+        if op is None or op.norm is not None:
+            return False
+        shape = self.trace.values[op.outputs[0]].shape
+        parts = [
+            v for v in op.inputs if self.trace.values[v].kind == "computed" and self.trace.values[v].shape == shape
+        ]
+        return len(parts) == 2 and self._mixes(parts[0]) != self._mixes(parts[1])
+
+    def _mixes(self, v: int) -> bool:
+        """Whether two computed values are contracted with each other between the stream and `v`."""
+        stops = {u for stream in self.streams for u in stream.values}
+        seen, todo = set(), [v]
+        while todo:
+            u = todo.pop()
+            op = self._producer(u)
+            if u in seen or u in stops or op is None:
+                continue
+            seen.add(u)
+            if contracts(self.trace, op):
+                return True
+            todo.extend(w for w in op.inputs if w in self.activations)
+        return False
+
+
+def contracts(trace: Trace, op: Operation) -> bool:
+    """Two computed values in, and the output has the shape of neither: a product over a shared axis."""
+    computed = [v for v in op.inputs if trace.values[v].kind == "computed" and trace.values[v].is_float]
+    if op.norm is not None or len(computed) < 2 or not op.outputs:
+        return False
+    shape = trace.values[op.outputs[0]].shape
+    return all(len(trace.values[v].shape) > 2 and trace.values[v].shape != shape for v in computed)
+
+
+def meets_activations(trace: Trace, value: int, consumers: dict[int, list[Operation]]) -> bool:
+    """Whether `value` goes into a product with other computed values (attention scores) before meeting a parameter."""
+    seen, todo = set(), [value]
+    while todo:
+        v = todo.pop()
+        for op in consumers.get(v, []):
+            if op.index in seen or any(trace.values[u].kind == "parameter" for u in op.inputs):
+                continue
+            if contracts(trace, op):
+                return True
+            seen.add(op.index)
+            todo.extend(op.outputs)
+    return False
+
+
+def _layer(path: str) -> str:
+    """The path up to its last number: the repeated layer it belongs to, empty if none."""
+    parts = path.split(".")
+    numbered = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[-1] + 1]) if numbered else ""

@@ -1,0 +1,1 @@
+"""Verify: models side by side, and the proof that stands before a publication."""

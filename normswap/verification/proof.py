@@ -1,0 +1,236 @@
+"""The measurements that stand between a conversion and its publication.
+
+1. The mathematics: original and converted model in float64, inner casts lifted, on text. An exact plan must agree to
+   rounding in the output and in what reaches every norm.
+2. The files: the published folder, loaded as a user's process would load it, must hold bit for bit the float64 result
+   rounded once to the stored dtype.
+3. The cost: the published model against the original, both as stored, which is what rounding does to a half-precision
+   checkpoint. Where the dtypes differ both compute in the wider one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from normswap.apply.live import apply_plan
+from normswap.apply.modelling import load_generated
+from normswap.checkpoint.source import Source
+from normswap.errors import ObserveError, SourceError, VerificationError
+from normswap.observe.inputs import example_inputs
+from normswap.planning.plans import Plan
+from normswap.understand.normmap import find_sites
+from normswap.verification.metrics import Record
+from normswap.verification.models import TOLERANCES, compare_models
+from normswap.verification.run import Report, coarsest_dtype, evaluation_inputs, open_model, report_on, tokenizer_of
+
+Progress = Callable[[str, int, int], None]
+TOKENS = {"full": 4096, "fast": 512}
+
+
+class Proof(Record):
+    """What was measured of a conversion.
+
+    Attributes:
+        mode: how much was asked for; with `none` everything else is empty.
+        claim: what the plan promises.
+        mathematics: original and plan in float64 (float32 if the model cannot run in float64).
+        stored: original and published folder as stored; with `full` only.
+        tensors_checked: tensors of the folder that are the plan's results bit for bit.
+    """
+
+    mode: Literal["full", "fast", "none"]
+    claim: str
+    mathematics: Report | None = None
+    stored: Report | None = None
+    tensors_checked: int = 0
+
+    def without_text(self) -> dict[str, Any]:
+        """All numbers as plain data, without the fragments of text that stand beside the worst tokens."""
+        return _without(self.model_dump(mode="json"), {"before", "token", "after"})
+
+    def markdown(self) -> list[str]:
+        """Lines of Markdown: a table of what was measured, and on what."""
+        if self.mathematics is None:
+            return ["**Not verified**: nothing was measured (`--verify none`)."]
+        rows = ["| | mean | median | p99.9 | worst |", "|---|---|---|---|---|"]
+        lines = []
+        for report, what in ((self.mathematics, "mathematics"), (self.stored, "as stored")):
+            if report is None:
+                continue
+            output = report.comparison.output
+            stored = " and ".join(dict.fromkeys(report.stored)) if report is self.stored else report.comparison.dtype
+            for name, stat in (
+                ("relative error", output.error),
+                ("KL, nats", output.kl),
+                ("change of cross-entropy, nats", output.cross_entropy_change),
+            ):
+                if stat is not None:
+                    numbers = " | ".join(f"{n:.1e}" for n in (stat.mean, stat.median, stat.p999, stat.max))
+                    rows.append(f"| {name} ({what}, {stored}) | {numbers} |")
+            if output.cross_entropy_a is not None and output.cross_entropy_b is not None:
+                change = output.cross_entropy_b.mean - output.cross_entropy_a.mean
+                lines.append(
+                    f"- {what}: mean cross-entropy {output.cross_entropy_a.mean:.6f} before, "
+                    f"{output.cross_entropy_b.mean:.6f} after ({change:+.1e} nats); same top-1 {output.top1:.2%}"
+                )
+        sizes = " x ".join(map(str, self.mathematics.inputs))
+        lines.append(f"- measured on {self.mathematics.text}, {sizes}")
+        lines.append(f"- {self.tensors_checked} tensors of the files checked bit for bit")
+        return [*rows, "", *lines]
+
+
+def _without(tree: Any, keys: set[str]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without(value, keys) for key, value in tree.items() if key not in keys}
+    return [_without(value, keys) for value in tree] if isinstance(tree, list) else tree
+
+
+def prove(
+    source: Source,
+    plan: Plan,
+    folder: Path,
+    mode: Literal["full", "fast", "none"],
+    text: str | Path | None,
+    progress: Progress,
+) -> Proof:
+    """Measure the unpublished `folder` against its source.
+
+    Raises:
+        VerificationError: an exact claim that is not met, or files that are not what the plan makes.
+    """
+    if mode == "none":
+        return Proof(mode="none", claim=plan.claim)
+    original, result = open_model(source), open_published(folder, plan)
+    tokenizer = tokenizer_of(source)
+    batches, shape, described = evaluation_inputs(original, tokenizer, text, TOKENS[mode])
+    if text is not None and tokenizer is not None:
+        described = Path(text).name  # of the user's folders nothing is published
+    names = source.title, "the converted folder"
+
+    def measure(what: str, a: nn.Module, b: nn.Module, dtypes: Sequence[torch.dtype]) -> Report:
+        return report_on(
+            names,
+            (a, b),
+            (find_sites(a), find_sites(b)),
+            batches,
+            shape=shape,
+            text=described,
+            stored=dtypes,
+            decode=None if tokenizer is None else tokenizer.decode,
+            progress=lambda done, total: progress(what, done, total),
+        )
+
+    dtypes = [coarsest_dtype(model) for model in (original, result)]
+    stored = None
+    if mode == "full":
+        run = torch.promote_types(*dtypes)
+        wide = [m if d == run else copy.deepcopy(m).to(run) for m, d in zip((original, result), dtypes, strict=True)]
+        stored = measure("comparing as stored", *wide, dtypes)
+        del wide
+    mathematics, converted = _mathematics(original, plan, measure)
+    _check_swapped(converted, plan)
+    if plan.claim == "exact":
+        _check_exact(mathematics)
+    checked = _check_files(converted, result)
+    return Proof(mode=mode, claim=plan.claim, mathematics=mathematics, stored=stored, tensors_checked=checked)
+
+
+def _mathematics(original: PreTrainedModel, plan: Plan, measure) -> tuple[Report, PreTrainedModel]:
+    """Original and plan in float64, or in float32 where the model's code does not run in float64."""
+    for dtype in (torch.float64, torch.float32):
+        original = original.to(dtype)
+        converted = apply_plan(copy.deepcopy(original), plan)
+        try:
+            return measure("proving", original, converted, (dtype, dtype)), converted
+        except ObserveError:
+            if dtype == torch.float32:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _check_exact(report: Report) -> None:
+    found = report.comparison
+    if found.first_divergence is not None:
+        error = found.output.error
+        raise VerificationError(
+            f"the plan claims to be exact and is not: original and converted part at {found.first_divergence} "
+            f"(tolerance {found.tolerance:.0e} in {found.dtype}; worst relative error of the output "
+            f"{error.max if error else float('nan'):.1e}). Nothing was published. Please report the model: this is a "
+            f"fault of normswap."
+        )
+
+
+def _check_swapped(model: nn.Module, plan: Plan) -> None:
+    """Every norm that the plan says it converts behaves as the kind that was asked for."""
+    if plan.request.norm is None:
+        return
+    kept = {refusal.site for refusal in plan.refused}
+    kinds = {path: spec.kind for path, spec in find_sites(model)}
+    for path in plan.converted:
+        if path not in kept and kinds.get(path) != plan.request.norm:
+            raise VerificationError(
+                f"{path} should be a {plan.request.norm} now and behaves as {kinds.get(path, 'no norm')}: the plan "
+                f"names it as converted and has no edit that does it. Nothing was published."
+            )
+
+
+def _check_files(expected: nn.Module, result: nn.Module) -> int:
+    """The loaded folder holds the plan's results, rounded once. Returns how many tensors were compared."""
+    want, have = expected.state_dict(), result.state_dict()
+    if want.keys() != have.keys():
+        odd = sorted(want.keys() ^ have.keys())
+        raise VerificationError(f"the folder holds other tensors than the plan makes: {', '.join(odd[:5])}.")
+    wrong = [name for name in want if not torch.equal(want[name].to(have[name].dtype), have[name])]
+    if wrong:
+        raise VerificationError(
+            f"{len(wrong)} tensors of the folder are not what the plan makes of the source, {wrong[0]} among them. "
+            f"Nothing was published. Please report the checkpoint: this is a fault of normswap."
+        )
+    return len(want)
+
+
+def open_published(folder: Path, plan: Plan) -> PreTrainedModel:
+    """The folder's model by the class that a user's process would take, weights as stored."""
+    import transformers
+
+    cls = load_generated(folder) if plan.module_edits() else getattr(transformers, plan.architecture)
+    model, info = cls.from_pretrained(folder, dtype="auto", attn_implementation="eager", output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise SourceError(
+            f"the converted folder lacks {len(missing)} tensors its class needs: {', '.join(missing[:3])}."
+        )
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.eval()
+
+
+def prove_live(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None) -> None:
+    """Measure the plan on a float64 copy of a live model, on one small batch of random inputs.
+
+    Raises:
+        VerificationError: an exact claim that is not met. The model is unchanged in any case.
+    """
+    original = copy.deepcopy(model).double().eval()
+    converted = apply_plan(copy.deepcopy(original), plan)
+    if inputs is None:
+        inputs = example_inputs(model)
+        vocabulary = getattr(getattr(model, "config", None), "vocab_size", 2)
+        generator = torch.Generator().manual_seed(0)
+        for name in ("input_ids", "decoder_input_ids"):
+            if name in inputs:
+                inputs[name] = torch.randint(0, vocabulary, inputs[name].shape, generator=generator)
+    sites = find_sites(original, inputs), find_sites(converted, inputs)
+    comparison = compare_models(original, converted, [inputs], *sites, tolerance=TOLERANCES[torch.float64])
+    if plan.claim == "exact" and comparison.first_divergence is not None:
+        raise VerificationError(
+            f"the plan claims to be exact and is not: original and converted part at {comparison.first_divergence}. "
+            f"The model is unchanged. Please report it: this is a fault of normswap."
+        )

@@ -1,0 +1,260 @@
+"""Verify: open two checkpoints, run them side by side on text, and report how far they are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from normswap.checkpoint.source import Source
+from normswap.errors import SourceError, VerificationError
+from normswap.observe.inputs import example_inputs, takes_one_row
+from normswap.understand.normmap import find_sites
+from normswap.verification.metrics import Record
+from normswap.verification.models import TOLERANCES, Comparison, Inputs, Progress, compare_models
+from normswap.verification.sites import SiteSpec
+from normswap.verification.text import batches as batches_of_text
+
+# Long enough to reach every row of most position tables, short enough for eager attention in float64.
+_LENGTH = 1024
+
+
+class Report(Record):
+    """What `verify` measured, and under which conditions.
+
+    Attributes:
+        a, b: the checkpoints, as given.
+        text: where the inputs are from.
+        inputs: shape of all inputs together, `(sequences, length)` of token ids or `(images, channels, ..)`.
+        stored: dtype of the weights of a and of b as stored; their rounding is part of what is measured.
+        device: where both ran.
+        versions: of torch and transformers.
+        comparison: the measurements.
+    """
+
+    a: str
+    b: str
+    text: str
+    inputs: tuple[int, ...]
+    stored: tuple[str, str]
+    device: str
+    versions: dict[str, str]
+    comparison: Comparison
+
+
+def verify(
+    a: str | Path,
+    b: str | Path,
+    *,
+    text: str | Path | None = None,
+    tokens: int = 4096,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare checkpoint `b` with checkpoint `a`.
+
+    Args:
+        a, b: folders or Hub ids, of one vocabulary; folders that normswap wrote, or stock ones.
+        text: a UTF-8 file to compare on; by default the text that comes with normswap.
+        tokens: how many to run, in windows of up to 1024, or as many as the model has positions.
+        dtype: what both compute in. Default: float64, or float32 when weights are stored in half precision (whose
+            rounding is then the larger by far).
+        device: default: a GPU if there is one.
+        trust_remote_code: whether code that comes with the checkpoints may run.
+        progress: called with (batches done, batches).
+
+    Raises:
+        SourceError: a checkpoint or the text cannot be read, or the vocabularies differ.
+        ObserveError: a model cannot be run.
+        VerificationError: the models cannot be compared.
+    """
+    sources = [Source.open(name, trust_remote_code=trust_remote_code) for name in (a, b)]
+    _check_vocabularies(*sources)
+    models = [open_model(source) for source in sources]
+    stored = [coarsest_dtype(model) for model in models]
+    halves = any(torch.finfo(found).bits < 32 for found in stored)
+    run = _parse_dtype(dtype) or (torch.float32 if halves else torch.float64)
+    _place(models, device or ("cuda" if torch.cuda.is_available() else "cpu"), run)
+    tokenizer = tokenizer_of(sources[0])
+    batches, shape, described = evaluation_inputs(models[0], tokenizer, text, tokens)
+    return report_on(
+        (str(a), str(b)),
+        models,
+        [find_sites(model) for model in models],
+        batches,
+        shape=shape,
+        text=described,
+        stored=stored,
+        decode=None if tokenizer is None else tokenizer.decode,
+        progress=progress,
+    )
+
+
+def report_on(
+    names: tuple[str, str],
+    models: Sequence[nn.Module],
+    sites: Sequence[Sequence[SiteSpec]],
+    batches: Sequence[Inputs],
+    *,
+    shape: tuple[int, ...],
+    text: str,
+    stored: Sequence[torch.dtype],
+    decode: Callable[[list[int]], str] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare two models, each in eval mode, as `compare_models` does, and note the conditions beside the result.
+
+    Args:
+        names, models, sites: of A and of B.
+        batches, shape, text: as `evaluation_inputs` gives them.
+        stored: the coarsest dtype among the stored weights of each; what counts as rounding follows from it and from
+            the dtype the models compute in.
+        decode, progress: as for `compare_models`.
+    """
+    run = coarsest_dtype(models[0])
+    comparison = compare_models(
+        *models,
+        batches,
+        *sites,
+        tolerance=max(TOLERANCES[found] for found in (*stored, run)),
+        decode=decode,
+        progress=progress,
+    )
+    return Report(
+        a=names[0],
+        b=names[1],
+        text=text,
+        inputs=shape,
+        stored=tuple(str(found).removeprefix("torch.") for found in stored),
+        device=str(next(models[0].parameters()).device),
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        comparison=comparison,
+    )
+
+
+def open_model(source: Source) -> PreTrainedModel:
+    """The model with its weights as stored, in eager attention and eval mode.
+
+    Raises:
+        SourceError: weights are missing or do not fit, so that the model would be partly random.
+    """
+    if source.record is not None:
+        from normswap.loading import load
+
+        model = load(source.folder, dtype="auto", attn_implementation="eager")
+    else:
+        model, info = _from_pretrained(source)
+        missing = sorted(info["missing_keys"])
+        missing += [f"{key} {tuple(a)}, expected {tuple(b)}" for key, a, b in sorted(info["mismatched_keys"])]
+        if missing:
+            raise SourceError(
+                f"{source.name} does not hold all weights of {source.model_class.__name__}: {len(missing)} are missing "
+                f"or of another shape ({'; '.join(missing[:3])}), which would be random. Get the complete checkpoint."
+            )
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.eval()
+
+
+def _from_pretrained(source: Source) -> tuple[PreTrainedModel, dict]:
+    try:
+        return source.model_class.from_pretrained(
+            source.folder,
+            dtype="auto",
+            attn_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are listed then, and refused with the missing ones
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SourceError(
+            f"the weights of {source.name} cannot be loaded into {source.model_class.__name__}: {error}. "
+            f"Expected *.safetensors that fit its config.json."
+        ) from error
+
+
+def _place(models: list[PreTrainedModel], device: str | torch.device, dtype: torch.dtype) -> None:
+    """Move the models, in place."""
+    try:
+        device = torch.device(device)
+        for model in models:
+            model.to(device, dtype)
+    except (RuntimeError, AssertionError, TypeError) as error:  # no such device, no memory left, no float64 there
+        raise VerificationError(
+            f"the models cannot be put on {device} in {dtype}: {error}. Name another device, or a smaller dtype."
+        ) from error
+
+
+def _check_vocabularies(a: Source, b: Source) -> None:
+    sizes = [_vocabulary(source) for source in (a, b)]
+    if sizes[0] != sizes[1]:
+        raise VerificationError(
+            f"expected two checkpoints of one vocabulary, found {sizes[0]} tokens in {a.name} and {sizes[1]} in "
+            f"{b.name}. Compare a checkpoint with one that was made from it."
+        )
+
+
+def _vocabulary(source: Source) -> int | None:
+    return getattr(source.config.get_text_config(), "vocab_size", None)
+
+
+def coarsest_dtype(model: nn.Module) -> torch.dtype:
+    """The coarsest floating dtype among the parameters."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return min(found, key=lambda dtype: torch.finfo(dtype).bits)
+
+
+def _parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, name, None) if isinstance(name, str) else name
+    if name is not None and found not in TOLERANCES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TOLERANCES)
+        raise VerificationError(f"dtype must be one of {known}, found {name!r}.")
+    return found
+
+
+def tokenizer_of(source: Source):
+    """The checkpoint's tokenizer, None if it has none."""
+    try:
+        # with the configuration given, and a plain no: transformers would ask on the terminal whether to run code
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, config=source.config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return None
+    # without tokenizer files some classes come up all the same, with special tokens alone
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+
+
+def evaluation_inputs(
+    model: PreTrainedModel, tokenizer, text: str | Path | None, tokens: int
+) -> tuple[list[Inputs], tuple[int, ...], str]:
+    """Batches of keyword arguments, the shape of their main input together, and where they are from.
+
+    Args:
+        model: whose `forward` takes them.
+        tokenizer: of the model, None: random ids.
+        text: a UTF-8 file, None: the text that comes with normswap.
+        tokens: how many in all, about.
+    """
+    example = example_inputs(model)
+    if "input_ids" not in example:
+        generator = torch.Generator().manual_seed(0)
+        shape = (16, *example["pixel_values"].shape[1:])
+        pixels = torch.randn(shape, generator=generator)
+        return [{**example, "pixel_values": part} for part in pixels.split(4)], shape, "random pixels, seed 0"
+    config = model.config.get_text_config()
+    length = min(_LENGTH, getattr(config, "max_position_embeddings", _LENGTH), tokens)
+    if length < 2:
+        raise VerificationError(f"tokens must be at least 2, found {tokens}: a token is needed to predict the next.")
+    found = batches_of_text(tokenizer, text, config.vocab_size, length, max(1, tokens // length))
+    filled = {
+        "input_ids": lambda ids: ids,
+        "decoder_input_ids": lambda ids: ids,
+        "attention_mask": torch.ones_like,
+    }
+    parts = [part for ids in found.ids for part in (ids.split(1) if takes_one_row(model) else [ids])]
+    batches = [{k: filled[k](ids) if k in filled else v for k, v in example.items()} for ids in parts]
+    return batches, (sum(len(ids) for ids in found.ids), length), found.source
