@@ -1,0 +1,123 @@
+"""What an operation makes of scales, `x -> x diag(g)`, and of translations, `x -> x + b`, of an axis of its input.
+
+Both may be passed on alike, or absorbed by a parameter, `f(x diag(g), W) = f(x, W diag(g))`, which makes that
+parameter a reader. Sums and constant factors, which residual steps are made of, are told here as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from normswap.understand.trial import Axis, Trial
+
+
+@dataclass(frozen=True)
+class Absorber:
+    """A parameter that takes over a scale of the input, and where a translation of the input can go.
+
+    Attributes:
+        parameter: the input axis of the parameter that meets the scaled axis.
+        bias: the input that takes over a translation, None if there is none.
+        grows: a translation of the input translates the output along its last axis by `W b`: a new bias could do it.
+    """
+
+    parameter: Axis
+    bias: int | None
+    grows: bool
+
+
+@dataclass(frozen=True)
+class ScaleTransfer:
+    """What a scale of one input axis does: `passes` (to output axes; `translates` if translations pass too), is
+    absorbed, leaves outputs as they are (all empty), or does anything else to the outputs `other`."""
+
+    passes: tuple[Axis, ...] = ()
+    translates: bool = False
+    absorbers: tuple[Absorber, ...] = ()
+    other: tuple[int, ...] = ()
+
+
+def scale_transfer(trial: Trial, axis: Axis, parameters: tuple[Axis, ...]) -> ScaleTransfer:
+    generator = torch.Generator().manual_seed(2)
+    gain = 0.5 + 1.5 * torch.rand(trial.width, generator=generator, dtype=torch.float64)
+    shift = torch.randn(trial.width, generator=generator, dtype=torch.float64)
+    position, dim = axis
+    x = trial.base[position]
+    scaled, translated = list(trial.base), list(trial.base)
+    scaled[position] = x * trial.spread(gain, x, dim)
+    translated[position] = x + trial.spread(shift, x, dim)
+    after, moved = trial.run(scaled), trial.run(translated)
+
+    changed = [o for o in range(len(after)) if trial.differs(after[o], trial.result[o])]
+    if not changed:
+        return ScaleTransfer(other=tuple(o for o in range(len(moved)) if trial.differs(moved[o], trial.result[o])))
+    passes, translates = [], True
+    for o in changed:
+        before = trial.result[o]
+        along = [e for e in trial.axes(o) if not trial.differs(after[o], before * trial.spread(gain, before, e))]
+        if len(along) != 1:
+            break
+        passes.append((o, along[0]))
+        translates &= not trial.differs(moved[o], before + trial.spread(shift, before, along[0]))
+    else:
+        return ScaleTransfer(passes=tuple(passes), translates=translates)
+
+    absorbers = []
+    for parameter, pdim in parameters:
+        w = trial.base[parameter]
+        if w.shape[pdim] != trial.width or parameter == position:
+            continue
+        countered = list(scaled)
+        countered[parameter] = w / trial.spread(gain, w, pdim)
+        if all(not trial.differs(a, b) for a, b in zip(trial.run(countered), trial.result, strict=True)):
+            absorbers.append(_absorber(trial, (parameter, pdim), parameters, shift, moved, position))
+    return ScaleTransfer(absorbers=tuple(absorbers), other=() if absorbers else tuple(changed))
+
+
+def _absorber(trial, parameter: Axis, parameters, shift, moved, position) -> Absorber:
+    w = trial.base[parameter[0]]
+    carried = torch.tensordot(w, shift, dims=([parameter[1]], [0]))
+    for candidate in dict.fromkeys(p for p, _ in parameters) | dict.fromkeys(range(len(trial.inputs))):
+        value = trial.inputs[candidate]
+        if candidate in (parameter[0], position) or value.kind == "constant" or not value.is_float:
+            continue
+        if trial.base[candidate].shape != carried.shape:
+            continue
+        inputs = list(trial.base)
+        inputs[candidate] = inputs[candidate] + carried
+        if all(not trial.differs(a, b) for a, b in zip(trial.run(inputs), moved, strict=True)):
+            return Absorber(parameter, candidate, False)
+    grows = carried.ndim == 1 and all(
+        b.shape[-1:] == carried.shape and not trial.differs(a, b + carried)
+        for a, b in zip(moved, trial.result, strict=True)
+    )
+    return Absorber(parameter, None, grows)
+
+
+def factor(trial: Trial, position: int) -> float:
+    """For `y = a x`, rearranged: adding a constant to x adds `a` times that constant."""
+    moved = list(trial.base)
+    moved[position] = moved[position] + 1
+    return round(float((trial.run(moved)[0] - trial.result[0]).abs().max()), 9)
+
+
+def sum_coefficients(trial: Trial, a: int, b: int) -> tuple[float, float] | None:
+    generator = torch.Generator().manual_seed(3)
+    coefficients = []
+    for position in (a, b):
+        noise = torch.randn(trial.base[position].shape, generator=generator, dtype=torch.float64)
+        inputs = list(trial.base)
+        inputs[position] = inputs[position] + noise
+        moved = trial.run(inputs)[0] - trial.result[0]
+        if moved.shape != noise.shape:
+            return None
+        coefficient = float((moved * noise).sum() / noise.square().sum())
+        if coefficient == 0 or trial.differs(moved, coefficient * noise):
+            return None
+        coefficients.append(coefficient)
+    rest = trial.result[0] - coefficients[0] * trial.base[a] - coefficients[1] * trial.base[b]
+    if float(rest.abs().max()) > trial.tolerance * 10 * float(trial.result[0].abs().max()):
+        return None
+    return round(coefficients[0], 9), round(coefficients[1], 9)
