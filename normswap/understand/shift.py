@@ -1,8 +1,8 @@
 """What an operation makes of shifts: `x -> x + c`, with `c` constant along each run of `width` channels of an axis.
 
 An operation may not notice a shift of an input, may hand a shift of the same kind on along an axis of its output, or
-may do anything else, which blocks. Given all inputs that pass shifts on, centring them must centre the output, `P f(x) =
-f(P x)` with P the projection `x - mean(x)`; where it does not, the inputs that put a mean back are named.
+may do anything else, which blocks. Given all inputs that pass shifts on, centring them must centre the output, `P
+f(x) = f(P x)` with P the projection `x - mean(x)`; where it does not, the inputs that put a mean back are named.
 """
 
 from __future__ import annotations
