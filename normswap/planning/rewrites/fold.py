@@ -92,7 +92,10 @@ def _obstacle(normmap: NormMap, parameter: str, module: str, site: Site, ties: T
     if not others:
         return f"{parameter} in {module} reads other values too"
     ties.want(parameter)
-    way_out = "untie them with --tied untie" if tied == "keep" else "they hold it under one name and cannot be untied"
+    shared = len(normmap.names(parameter)) > 1
+    way_out = (
+        "untie them with --tied untie" if shared and tied == "keep" else "they read it by one name and cannot be untied"
+    )
     return f"its reader {parameter} in {module} is used in {others} as well; {way_out}"
 
 
