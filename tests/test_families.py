@@ -67,7 +67,6 @@ UNFOLDED = {
     "stablelm qk norm": ("q_layernorm", "cat in"),
     "phimoe": ("post_attention_layernorm", "cannot grow one"),
 }
-WEIGHTLESS = ("olmo", "opt weightless")
 
 EXACT = 1e-10
 WRONG = 1e-6
@@ -145,7 +144,7 @@ def test_layernorm_becomes_rmsnorm_exactly(name, tied):
     assert kinds(model) == ["rmsnorm"] * (len(before) - len(more))
     swapped = [path for path, module in model.named_modules() if isinstance(module, RMSNorm)]
     assert set(swapped) == set(plan.converted) and len(swapped) == len(before)
-    # measured: 2e-15 to 1e-14
+    # measured: 3e-15 to 8e-15
     assert error(model, name) < EXACT
     tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     untied = [edit for edit in plan.edits if edit.edit == "untie"]
@@ -169,7 +168,7 @@ def test_folded_norms_are_weightless(name):
     assert len(norms) == len(kinds(original(name))) > len(left)
     for path, norm in norms.items():
         assert path in left or (norm.weight is None and norm.bias is None), path
-    # measured: 2e-15 to 2e-14
+    # measured: 4e-15 to 1e-14
     assert error(model, name) < EXACT
 
 
@@ -178,7 +177,7 @@ def test_the_measure_sees_a_conversion_without_centring():
     for name in ("gpt2", "gpt_neox", "opt", "olmo", "bloom", "falcon", "mpt", "cohere", "phimoe"):
         plan = planned(name)
         bare = plan.model_copy(update={"edits": tuple(edit for edit in plan.edits if edit.edit == "swap_norm")})
-        # measured: 1.4 to 9.9
+        # measured: 6.0 to 8.2
         assert error(converted(name, bare), name, first=True) > 0.5, name
 
 
@@ -319,7 +318,7 @@ def test_gains_of_rmsnorms_are_folded_and_stay_neutral(name):
         assert {path.rpartition(".")[2] for path, _ in caught.value.refusals} == set(stay)
     plan = planned(name, norm=None, fold=True, tied="untie", partial=bool(stay))
     model = converted(name, plan)
-    # measured: 3e-15 to 6e-15
+    # measured: 2e-15 to 4e-15
     assert error(model, name) < EXACT
     sites, neutral = find_sites(model), 0.0 if name == "gemma2" else 1.0
     before = original(name).state_dict()
