@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from models import tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -578,3 +579,15 @@ def test_an_interrupted_run_leaves_nothing(source, tmp_path, stage):
         normswap.convert(source, tmp_path / "new" / "out", norm="rmsnorm", verify="fast", progress=interrupt)
     assert reached[-1] == stage
     assert contents(tmp_path) == before and not (tmp_path / "new").exists()
+
+
+def test_a_norm_before_the_stream_is_swapped_and_its_output_centred(tmp_path):
+    """An embedding norm gives the stream a mean that no weight controls: its RMSNorm is followed by a centring."""
+    tiny("bloom").save_pretrained(tmp_path / "source")
+    done = normswap.convert(tmp_path / "source", tmp_path / "out", norm="rmsnorm")
+    assert {"swap_norm", "centre_output"} <= {
+        edit.edit for edit in done.plan.edits if getattr(edit, "module", "").endswith("word_embeddings_layernorm")
+    }
+    assert done.report.mathematics.comparison.output.error.max < 1e-10  # measured: 4e-15
+    kinds = {spec.kind for _, spec in find_sites(normswap.load(done.folder))}
+    assert kinds == {"rmsnorm"}

@@ -14,12 +14,15 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from normswap.norms.spec import NormSpec
 from normswap.observe.trace import ModuleCall, Trace
 
 # norms that cast to float32 inside agree with float64 formulas to about 1e-7
 TOLERANCE = 1e-4
+#: torch's own norms that a forward may call without a module; there is nothing there to exchange
+FUNCTIONS = {F.layer_norm: "layernorm", torch.layer_norm: "layernorm", F.rms_norm: "rmsnorm", torch.rms_norm: "rmsnorm"}
 _SCALE = 1e3  # probe inputs are large, so that eps plays no part until it is looked for
 
 

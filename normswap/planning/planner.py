@@ -45,7 +45,12 @@ def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_pre
         folded = fold(normmap, wanted, ties, request.tied, swapped)
         if request.tied == "keep" or not ties.wanted:
             break  # nothing is gained by untying
-    refused = centred.refused | {path: why for path, why in folded.refused.items() if path not in centred.refused}
+    refused = {
+        module: f"its {kind} is called as a function; only norms that are modules can be exchanged"
+        for module, kind in normmap.loose.items()
+        if request.norm is not None and kind == centring.SOURCE
+    }
+    refused |= centred.refused | {path: why for path, why in folded.refused.items() if path not in centred.refused}
 
     converted = tuple(path for path in normmap.sites if path in swapped | {site.path for site in folded.sites})
     if refused and not request.partial:

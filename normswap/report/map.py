@@ -27,7 +27,7 @@ def map_table(normmap: NormMap) -> RenderableType:
     if normmap.aliases:
         parts.append(Text("tied: " + ", ".join(f"{a} = {b}" for a, b in normmap.aliases.items()), style="dim"))
     for note in normmap.notes:
-        parts.append(Text(f"note: {note}; what depends on it was not observed", style="yellow"))
+        parts.append(Text(f"note: {note}", style="yellow"))
     return Group(*parts)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.source import Source
-from normswap.norms.probe import find_norms
+from normswap.norms.probe import FUNCTIONS, find_norms
 from normswap.norms.spec import NormSpec
 from normswap.observe.inputs import example_inputs
 from normswap.observe.run import observe
@@ -72,7 +72,8 @@ class NormMap:
         stored: names of all parameters and buffers a checkpoint of this model holds, aliases included.
         biasless: modules that were built without the bias their class can have.
         centrings, readings: per width, the analyses behind the map.
-        notes: where the observed run depended on values that were not there.
+        loose: per module, the kind of a norm that it calls as a function; such a norm is no site.
+        notes: what a reader should know: loose norms, and values that the observed run asked for and did not have.
         converted: for a folder that normswap wrote, what was done to it, in a sentence.
         files: of a folder with weights, from their headers: number of tensors, bytes, and how many have which dtype.
     """
@@ -87,6 +88,7 @@ class NormMap:
     trace: Trace
     centrings: dict[int, Centring] = field(default_factory=dict)
     readings: dict[int, Readings] = field(default_factory=dict)
+    loose: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     converted: str | None = None
     files: dict[str, Any] | None = None
@@ -100,6 +102,8 @@ class NormMap:
         widths = {
             spec.width for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")
         }
+        called = {op.module: op.name for op in trace.operations if op.function in FUNCTIONS}
+        loose = {op.module: FUNCTIONS[op.function] for op in trace.operations if op.function in FUNCTIONS}
         probers = {width: Prober(trace, width) for width in sorted(widths)}
         names = dict(model.named_parameters()) | dict(model.named_buffers())
         first = {id(t): name for name, t in reversed(names.items())}
@@ -117,7 +121,14 @@ class NormMap:
             trace=trace,
             centrings={width: centring(trace, norms, prober) for width, prober in probers.items()},
             readings={width: readings(trace, norms, prober) for width, prober in probers.items()},
-            notes=list(dict.fromkeys(trace.notes)),
+            loose=loose,
+            notes=[
+                *(
+                    f"{module or 'the model'} calls {name} as a function, which stays as it is"
+                    for module, name in called.items()
+                ),
+                *(f"{note}, and what depends on it was not observed" for note in dict.fromkeys(trace.notes)),
+            ],
         )
         found = {width: Streams(trace, norms, prober) for width, prober in probers.items()}
         result._place(norms, found)

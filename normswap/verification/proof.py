@@ -24,6 +24,8 @@ from normswap.apply.modelling import load_generated
 from normswap.checkpoint.source import Source
 from normswap.errors import ObserveError, SourceError, VerificationError
 from normswap.observe.inputs import example_inputs
+from normswap.observe.recorder import tensors_in
+from normswap.planning.edits import CentreOutput, SwapNorm
 from normswap.planning.plans import Plan
 from normswap.understand.normmap import find_sites
 from normswap.verification.metrics import Record
@@ -31,6 +33,8 @@ from normswap.verification.models import TOLERANCES, compare_models
 from normswap.verification.run import Report, coarsest_dtype, evaluation_inputs, open_model, report_on, tokenizer_of
 
 Progress = Callable[[str, int, int], None]
+# float32 casts inside float64 models, over many layers
+_PLAIN_TOLERANCE = 1e-3
 TOKENS = {"full": 4096, "fast": 512}
 
 
@@ -138,6 +142,7 @@ def prove(
     _check_swapped(converted, plan)
     if plan.claim == "exact":
         _check_exact(mathematics)
+        _check_plain(original, converted, batches[0])
     checked = _check_files(converted, result)
     return Proof(mode=mode, claim=plan.claim, mathematics=mathematics, stored=stored, tensors_checked=checked)
 
@@ -172,13 +177,45 @@ def _check_swapped(model: nn.Module, plan: Plan) -> None:
     if plan.request.norm is None:
         return
     kept = {refusal.site for refusal in plan.refused}
-    kinds = {path: spec.kind for path, spec in find_sites(model)}
+    swapped = {edit.module for edit in plan.edits if isinstance(edit, SwapNorm)}
+    # a norm whose output is centred as well behaves as no kind of norm; its edit has to do
+    centred = swapped & {edit.module for edit in plan.edits if isinstance(edit, CentreOutput)}
+    kinds = dict.fromkeys(centred, plan.request.norm) | {path: spec.kind for path, spec in find_sites(model)}
     for path in plan.converted:
         if path not in kept and kinds.get(path) != plan.request.norm:
             raise VerificationError(
                 f"{path} should be a {plan.request.norm} now and behaves as {kinds.get(path, 'no norm')}: the plan "
                 f"names it as converted and has no edit that does it. Nothing was published."
             )
+
+
+@torch.no_grad()
+def _check_plain(original: nn.Module, converted: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Both models once more, with nothing watching: torch has fused paths that it takes only then.
+
+    Casts to float32 stay as the model has them here, so that agreement is to float32 at best.
+    """
+    dtype = coarsest_dtype(original)
+    inputs = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    try:
+        a, b = (_first_float(model(**inputs)) for model in (original, converted))
+    except Exception as error:
+        raise VerificationError(
+            f"original and converted run while they are watched, and fail when left alone ({type(error).__name__}: "
+            f"{error}): a fused path of the model does not work with its new norms. Nothing was changed."
+        ) from error
+    finite = a.isfinite()
+    error = float((b - a)[finite].norm() / a[finite].norm().clamp_min(1e-30))
+    if not error <= _PLAIN_TOLERANCE or not torch.equal(finite, b.isfinite()):
+        raise VerificationError(
+            f"original and converted agree while they are watched, and differ by {error:.1e} when left alone: a fused "
+            f"path of the model passes its new norms by. Nothing was changed. Replace such layers "
+            f"(torch.nn.TransformerEncoderLayer is one) first."
+        )
+
+
+def _first_float(output: Any) -> torch.Tensor:
+    return next(t for t in tensors_in(output) if t.is_floating_point()).double()
 
 
 def _check_files(expected: nn.Module, result: nn.Module) -> int:
@@ -234,3 +271,5 @@ def prove_live(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None) -
             f"the plan claims to be exact and is not: original and converted part at {comparison.first_divergence}. "
             f"The model is unchanged. Please report it: this is a fault of normswap."
         )
+    if plan.claim == "exact":
+        _check_plain(original, converted, inputs)
