@@ -11,6 +11,7 @@ from hand_plans import folded_gpt2_plan, logits, plan_of, publish, rms_edits, rm
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, NemotronConfig, NemotronForCausalLM
 
+import normswap
 from normswap.apply.folding import expand, fold
 from normswap.apply.modelling import load_generated, write_modelling
 from normswap.errors import PlanError, SourceError
@@ -122,6 +123,16 @@ def test_lines_too_long_are_broken_as_ruff_does(tmp_path):
 
 
 # ---- the classes
+
+
+def test_a_head_tied_to_an_edited_embedding_is_not_offered(tmp_path):
+    """A base model's plan centres the embedding itself; a head that stock transformers ties to it would read that."""
+    model = small("gpt2").float().base_model
+    plan = normswap.plan(model, norm="rmsnorm")
+    assert "wte.weight" in plan.tensor_edits()
+    autos = write_modelling(tmp_path, type(model), model.config, plan, model, base_output_unchanged=True)["auto_map"]
+    assert "AutoModelForSequenceClassification" in autos
+    assert not {"AutoModelForCausalLM", "AutoModelForPreTraining"} & autos.keys()
 
 
 def test_every_task_class_is_offered_where_the_base_model_computes_the_same(published):

@@ -71,7 +71,7 @@ def write_modelling(
     base_edits, head_edits = _by_place(plan, meta_model)
     base = Tables.of(base_edits, _paths(meta_model.base_model))
     head = Tables.of(head_edits, _paths(meta_model))
-    offers = _offers(model_class, config, meta_model, base, base_output_unchanged)
+    offers = _offers(model_class, converted.config, meta_model, base, plan, base_output_unchanged)
     model_type = f"normswap_{config.model_type}"
     (folder / FILE).write_text(render(plan, type(config), model_type, offers, base, head))
 
@@ -124,8 +124,7 @@ def load_generated(folder: str | Path) -> type[PreTrainedModel]:
 
 def _by_place(plan: Plan, model: PreTrainedModel) -> tuple[dict[str, ModuleEdit], dict[str, ModuleEdit]]:
     """The plan's module edits in the base model, by path within it, and the others, by path in the whole model."""
-    base_path = next(path for path, module in model.named_modules() if module is model.base_model)
-    prefix = f"{base_path}." if base_path else ""
+    prefix = _base_prefix(model)
     base, head = {}, {}
     for edit in plan.module_edits():
         if edit.module.startswith(prefix):
@@ -133,6 +132,11 @@ def _by_place(plan: Plan, model: PreTrainedModel) -> tuple[dict[str, ModuleEdit]
         else:
             head[edit.module] = edit
     return base, head
+
+
+def _base_prefix(model: PreTrainedModel) -> str:
+    path = next(path for path, module in model.named_modules() if module is model.base_model)
+    return f"{path}." if path else ""
 
 
 def _paths(model: torch.nn.Module) -> list[str]:
@@ -144,6 +148,7 @@ def _offers(
     config: PretrainedConfig,
     model: PreTrainedModel,
     base: Tables,
+    plan: Plan,
     base_output_unchanged: bool,
 ) -> list[Offer]:
     """The classes to offer: base model, checkpoint's own, then the other task classes in transformers' order."""
@@ -162,7 +167,7 @@ def _offers(
     return [
         Offer(stock, tuple(names))
         for stock, names in autos.items()
-        if stock is model_class or (names and _fits(stock, config, model.base_model, base))
+        if stock is model_class or (names and _fits(stock, config, model, base, plan))
     ]
 
 
@@ -177,15 +182,24 @@ def _auto_classes() -> list[type[_BaseAutoModelClass]]:
     return found
 
 
-def _fits(stock: type[PreTrainedModel], config: PretrainedConfig, source_base: PreTrainedModel, tables: Tables) -> bool:
-    """Whether the base model within `stock` has, where `tables` point, the very modules that the source's has."""
+def _fits(
+    stock: type[PreTrainedModel], config: PretrainedConfig, source: PreTrainedModel, tables: Tables, plan: Plan
+) -> bool:
+    """Whether the plan does to the base model within `stock` what it does to the source's, and nothing else to `stock`.
+
+    Where `tables` point there must be the very modules that the source's base model has, and a tensor that the plan
+    edits may not be tied to one that the source does not have tied to it: a head that reads the embedding, say.
+    """
     try:
         with torch.device("meta"):
-            its_base = stock(copy.deepcopy(config)).base_model
+            other = stock(copy.deepcopy(config))
     except Exception:
         # a class that this configuration does not suffice for (a backbone, another modality) is not offered
         return False
-    theirs, ours = dict(its_base.named_modules()), dict(source_base.named_modules())
+    edited = {name.removeprefix(_base_prefix(source)) for name in plan.tensor_edits()}
+    if any(edited & tie for tie in _ties(other) - _ties(source)):
+        return False
+    theirs, ours = dict(other.base_model.named_modules()), dict(source.base_model.named_modules())
     for pattern in tables.patterns():
         paths = expand(pattern, ours)
         if expand(pattern, theirs) != paths:
@@ -193,6 +207,13 @@ def _fits(stock: type[PreTrainedModel], config: PretrainedConfig, source_base: P
         if any(type(theirs[path]) is not type(ours[path]) for path in paths):
             return False
     return True
+
+
+def _ties(model: PreTrainedModel) -> set[frozenset[str]]:
+    """Pairs of tied tensors, those within the base model by their names in it."""
+    prefix = _base_prefix(model)
+    pairs = model.all_tied_weights_keys.items()
+    return {frozenset(name.removeprefix(prefix) for name in pair) for pair in pairs}
 
 
 def _changed(before: PretrainedConfig, after: PretrainedConfig) -> dict[str, object]:
