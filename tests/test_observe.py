@@ -381,3 +381,8 @@ def test_example_inputs_have_sizes_of_their_own():
         sizes = {size for p in model.parameters() for size in p.shape}
         batch, length = example_inputs(model)["input_ids"].shape
         assert batch != length and not {batch, length} & sizes
+
+
+def test_a_module_that_is_none_of_transformers_needs_inputs():
+    with pytest.raises(ObserveError, match="Sequential is no model of transformers.*Pass `inputs`"):
+        normswap.inspect(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)))

@@ -18,8 +18,13 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
     another. Ids are small: valid in any vocabulary. One row only where a head could not tell padding from text.
 
     Raises:
-        ObserveError: the model's main input is of a kind this cannot make.
+        ObserveError: the model is none of transformers, or its main input is of a kind this cannot make.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ObserveError(
+            f"{type(model).__name__} is no model of transformers, so what it takes is not known. "
+            f"Pass `inputs`, keyword arguments of its forward for one small batch, to the library call."
+        )
     taken = set(inspect.signature(model.forward).parameters)
     sizes = {size for p in model.parameters() for size in p.shape}
     free = (n for n in count(3) if n not in sizes and all(n % k for k in range(2, n)))
