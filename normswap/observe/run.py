@@ -25,11 +25,15 @@ def observe(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Trace:
 
     Args:
         model: in eager attention. Parameters may be anywhere; a twin on the meta device is what runs.
-        inputs: keyword arguments of `forward`.
+        inputs: keyword arguments of `forward`; floating ones of any dtype, the twin computes in float32.
 
     Raises:
         ObserveError: the forward pass failed; the message names the module and the error.
     """
+    inputs = {
+        name: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
     try:
         trace = _record(meta_twin(model), inputs, "ends")
     except ObserveError:
@@ -79,10 +83,15 @@ def meta_twin(model: nn.Module) -> nn.Module:
         if b.is_floating_point():
             memo[id(b)] = torch.empty_like(b, device=META)
     twin = copy.deepcopy(model, memo).eval()
-    for switch in ("set_attn_implementation", "set_experts_implementation"):
-        if hasattr(twin, switch):
-            getattr(twin, switch)("eager")
+    make_eager(twin)
     return twin
+
+
+def make_eager(model: nn.Module) -> None:
+    """Attention and experts in plain torch calls, in place: kernels can be neither watched nor run in float64."""
+    for switch in ("set_attn_implementation", "set_experts_implementation"):
+        if hasattr(model, switch):
+            getattr(model, switch)("eager")
 
 
 def _describe(inputs: Mapping[str, torch.Tensor]) -> str:

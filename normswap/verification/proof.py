@@ -25,6 +25,7 @@ from normswap.checkpoint.source import Source
 from normswap.errors import ObserveError, SourceError, VerificationError
 from normswap.observe.inputs import example_inputs
 from normswap.observe.recorder import tensors_in
+from normswap.observe.run import make_eager
 from normswap.planning.edits import CentreOutput, SwapNorm
 from normswap.planning.plans import Plan
 from normswap.understand.normmap import find_sites
@@ -244,8 +245,7 @@ def open_published(folder: Path, plan: Plan) -> PreTrainedModel:
         raise SourceError(
             f"the converted folder lacks {len(missing)} tensors its class needs: {', '.join(missing[:3])}."
         )
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
+    make_eager(model)
     return model.eval()
 
 
@@ -256,6 +256,7 @@ def prove_live(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None) -
         VerificationError: an exact claim that is not met. The model is unchanged in any case.
     """
     original = copy.deepcopy(model).double().eval()
+    make_eager(original)
     converted = apply_plan(copy.deepcopy(original), plan)
     if inputs is None:
         inputs = example_inputs(model)

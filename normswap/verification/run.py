@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from normswap.checkpoint.source import Source
 from normswap.errors import SourceError, VerificationError
 from normswap.observe.inputs import example_inputs, takes_one_row
+from normswap.observe.run import make_eager
 from normswap.understand.normmap import find_sites
 from normswap.verification.metrics import Record
 from normswap.verification.models import TOLERANCES, Comparison, Inputs, Progress, compare_models
@@ -157,8 +158,7 @@ def open_model(source: Source) -> PreTrainedModel:
                 f"{source.name} does not hold all weights of {source.model_class.__name__}: {len(missing)} are missing "
                 f"or of another shape ({'; '.join(missing[:3])}), which would be random. Get the complete checkpoint."
             )
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
+    make_eager(model)
     return model.eval()
 
 
