@@ -3,13 +3,15 @@ import copy
 import pytest
 import torch
 from hand_plans import PARTS, folded_gpt2_plan, logits, plan_of, rms_edits, rms_plan, small, swap, token_ids
+from models import WIDTH, tiny
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM
 from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 
+import normswap
 from normswap.apply.live import apply_plan, apply_structure
-from normswap.errors import PlanError
+from normswap.errors import PlanError, RefusedError
 from normswap.norms.rms_norm import RMSNorm
 from normswap.planning.edits import Centre, Drop, Fill, FoldBias, FoldGain, GrowBias, SetConfig, Untie
 
@@ -233,3 +235,30 @@ def test_one_flag_ties_several_tensors_so_all_are_untied_or_none():
     apply_plan(model, plan_of(model, [weight, bias]))
     assert model.cls.predictions.decoder.weight is not model.bert.embeddings.word_embeddings.weight
     assert model.cls.predictions.decoder.bias is not model.cls.predictions.bias
+
+
+# ---- what the observed pass does not reach, or kernels hide
+
+
+def test_cross_attention_that_did_not_run_is_refused():
+    """Given nothing to look at it is passed by; given something, it writes to the stream."""
+    model = tiny("gpt2", add_cross_attention=True).double()
+    with pytest.raises(RefusedError, match=r"crossattention\.c_proj\.weight: did not take part"):
+        normswap.plan(model, norm="rmsnorm")
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 90, (3, 5), generator=generator)
+    seen = torch.randn(3, 7, WIDTH, generator=generator, dtype=torch.float64)
+    original = copy.deepcopy(model)
+    plan = normswap.convert_model(
+        model, norm="rmsnorm", inputs=dict(input_ids=ids, encoder_hidden_states=seen, use_cache=False)
+    )
+    assert any("ln_cross_attn" in path for path in plan.converted)
+    with torch.no_grad():
+        for given in (dict(encoder_hidden_states=seen), {}):
+            assert relative(model(ids, **given).logits, original(ids, **given).logits) < 1e-10
+
+
+def test_experts_in_kernels_without_float64_are_verified_all_the_same():
+    model = tiny("mixtral", experts_implementation="grouped_mm")
+    assert normswap.convert_model(model, fold=True).converted
+    assert model.config._experts_implementation == "grouped_mm"

@@ -174,15 +174,24 @@ def _base_unchanged(prefix: str, readers: list[str]) -> bool:
 
 
 def _check_all_ran(normmap: NormMap, edits: list[AnyEdit]) -> None:
-    """Refuse when a parameter like an edited one did not run: nobody knows what it does (an idle expert, say)."""
+    """Refuse when a parameter did not run that may belong to what is edited: nobody knows what it does.
+
+    It is one like an edited one (an idle expert), or stands in a block (cross-attention that was given nothing to look
+    at, which writes to the stream all the same when it is).
+    """
     ran = {normmap.trace.values[v].name for op in normmap.trace.operations for v in op.inputs}
     ran |= {f"{path}.{name}" for path, site in normmap.sites.items() for name in (site.spec.weight, site.spec.bias)}
     edited = {_NUMBER.sub("*", edit.tensor) for edit in edits if isinstance(edit, TensorEdit)}
-    idle = {
-        name: "did not take part in the observed pass, while others like it are edited"
-        for name in normmap.parameters
-        if name not in ran and _NUMBER.sub("*", name) in edited
-    }
+    blocks = tuple(f"{block.module}." for stream in normmap.streams for block in stream.blocks if block.module)
+    trained = {value.name for value in normmap.trace.values if value.kind == "parameter"}
+    idle = {}
+    for name in normmap.parameters:
+        if name in ran:
+            continue
+        if _NUMBER.sub("*", name) in edited:
+            idle[name] = "did not take part in the observed pass, while others like it are edited"
+        elif name in trained and name.startswith(blocks):
+            idle[name] = "did not take part in the observed pass, and may write to or read the stream of its block"
     if idle:
         raise RefusedError(
             f"{normmap.architecture}: {len(idle)} parameters cannot be understood.\n{_listed(idle)}\n"
