@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
 from collections.abc import Callable, Mapping
@@ -265,10 +266,23 @@ def _configure(
         )
     else:
         config |= {edit.key: edit.value for edit in plan.config_edits()}
+    if plan.config_edits():
+        config |= _derived(raw, source, plan)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     return config
+
+
+def _derived(raw: dict, source: Source, plan: Plan) -> dict[str, object]:
+    """Keys that the source's configuration leaves open and derives from those the plan edits: written out as they were.
+
+    Some configurations decide by `tie_word_embeddings` whether the decoder's output is scaled, when no key says so.
+    """
+    edits = {edit.key: edit.value for edit in plan.config_edits()}
+    config_class = type(source.config)
+    before, after = (config_class.from_dict(copy.deepcopy(keys)).to_dict() for keys in (raw, raw | edits))
+    return {key: value for key, value in before.items() if key not in edits and after.get(key) != value}
 
 
 def _command(source: str, out: str, plan: Plan, options: dict[str, str | None]) -> str:

@@ -591,3 +591,17 @@ def test_a_norm_before_the_stream_is_swapped_and_its_output_centred(tmp_path):
     assert done.report.mathematics.comparison.output.error.max < 1e-10  # measured: 4e-15
     kinds = {spec.kind for _, spec in find_sites(normswap.load(done.folder))}
     assert kinds == {"rmsnorm"}
+
+
+def test_what_a_configuration_derives_from_the_tie_stays(tmp_path):
+    """Without the key, T5 scales the decoder's output only when embeddings are tied; its checkpoints lack the key."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny("t5").save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    assert config.pop("scale_decoder_outputs") and config["tie_word_embeddings"]
+    (source / "config.json").write_text(json.dumps(config))
+    report = normswap.convert(source, out, fold=True, tied="untie", partial=True).report
+    written = json.loads((out / "config.json").read_text())
+    assert written["scale_decoder_outputs"] is True and written["tie_word_embeddings"] is False
+    # measured: 2.2e-7; without the key in the result, 4.7
+    assert report.stored.comparison.output.error.max < 1e-4
