@@ -14,7 +14,9 @@ from torch.nn import functional as F
 import normswap
 from normswap.apply.live import apply_plan
 from normswap.errors import RefusedError
+from normswap.observe.run import observe
 from normswap.understand.normmap import find_sites
+from normswap.understand.transfer import Prober
 
 WIDTH, VOCAB = 12, 20
 
@@ -743,3 +745,25 @@ def test_torchs_fused_encoder_layer_is_refused(fold):
         normswap.convert_model(model, inputs=dict(ids=ids(3, 5)), norm="rmsnorm", fold=fold, partial=True)
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_sizes_that_cannot_all_shrink_are_tried_in_full():
+    """Of 160, 320 and 14 the first would shrink to 7 and the second, twice that, to the third."""
+    trace = observe(nn.Linear(160, 320), dict(input=torch.randn(3, 14, 160)))
+    prober = Prober(trace, 160)
+    (op,) = trace.operations
+    weight = next(i for i, v in enumerate(op.inputs) if trace.values[v].name == "weight")
+    transfer = prober.shift(op, ((weight, 0), (weight, 1)))
+    assert transfer.joint[0, 2].passers == ((weight, 0),) and (weight, 1) in transfer.blocked
+
+
+def test_a_float64_model_is_observed():
+    class Scaled(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(2.0))
+
+        def between(self, x, mask):
+            return x * self.scale
+
+    assert len(normswap.inspect(ready(Scaled()).double(), inputs=dict(ids=ids(3, 5))).sites) == 3

@@ -72,7 +72,7 @@ def _record(twin: nn.Module, inputs: Mapping[str, torch.Tensor], hits: Hits) -> 
 def meta_twin(model: nn.Module) -> nn.Module:
     """A copy of the model's structure whose parameters and buffers are on the meta device, in eval mode.
 
-    Float buffers lose their values like parameters; integer ones keep theirs. Tied parameters stay tied. Parameters
+    Float buffers lose their values like parameters; integer ones keep theirs. Tied parameters stay tied. All floats
     are float32, so that no cast to a shorter dtype hides in the trace.
     """
     memo: dict[int, object] = {}
@@ -81,7 +81,7 @@ def meta_twin(model: nn.Module) -> nn.Module:
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device=META, dtype=dtype), requires_grad=False)
     for b in model.buffers():
         if b.is_floating_point():
-            memo[id(b)] = torch.empty_like(b, device=META)
+            memo[id(b)] = torch.empty_like(b, device=META, dtype=torch.float32)
     twin = copy.deepcopy(model, memo).eval()
     make_eager(twin)
     return twin
