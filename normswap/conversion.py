@@ -234,6 +234,8 @@ def convert_model(
 ) -> Plan:
     """Convert a live model in place.
 
+    What other modules share with it changes with it: convert the whole model, not the body of one whose head is tied.
+
     Args:
         model: any module; one of transformers needs no `inputs`.
         norm, fold, tied, partial: what to do, see `plan` the function; or `plan`, one made before.

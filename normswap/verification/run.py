@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from normswap.checkpoint.source import Source
-from normswap.errors import SourceError, VerificationError
+from normswap.errors import ObserveError, SourceError, VerificationError
 from normswap.observe.inputs import example_inputs, takes_one_row
-from normswap.observe.run import make_eager
+from normswap.observe.run import make_eager, observe
 from normswap.understand.normmap import find_sites
 from normswap.verification.metrics import Record
 from normswap.verification.models import TOLERANCES, Comparison, Inputs, Progress, compare_models
@@ -247,6 +247,8 @@ def evaluation_inputs(
         return [{**example, "pixel_values": part} for part in pixels.split(4)], shape, "random pixels, seed 0"
     config = model.config.get_text_config()
     length = min(_LENGTH, getattr(config, "max_position_embeddings", _LENGTH), tokens)
+    if not hasattr(config, "max_position_embeddings"):
+        length = _longest(model, example, length)
     if length < 2:
         raise VerificationError(f"tokens must be at least 2, found {tokens}: a token is needed to predict the next.")
     found = batches_of_text(tokenizer, text, config.vocab_size, length, max(1, tokens // length))
@@ -258,3 +260,15 @@ def evaluation_inputs(
     parts = [part for ids in found.ids for part in (ids.split(1) if takes_one_row(model) else [ids])]
     batches = [{k: filled[k](ids) if k in filled else v for k, v in example.items()} for ids in parts]
     return batches, (sum(len(ids) for ids in found.ids), length), found.source
+
+
+def _longest(model: PreTrainedModel, example: Inputs, length: int) -> int:
+    """`length`, halved until the model takes it: not every configuration says how many positions there are."""
+    while length > 16:
+        ids = torch.ones(1, length, dtype=torch.long)
+        try:
+            observe(model, {k: ids if isinstance(v, torch.Tensor) else v for k, v in example.items()})
+            return length
+        except ObserveError:
+            length //= 2
+    return length
