@@ -1,7 +1,7 @@
 """normswap: change the norms of trained models.
 
-    normswap.inspect("gpt2")                                  # what its norms are, and where
-    normswap.convert("gpt2", "gpt2-rms", norm="rmsnorm")      # checkpoint to checkpoint
+    normswap.inspect("./my-model")                            # what its norms are, and where
+    normswap.convert("./my-model", "./out", norm="rmsnorm")   # checkpoint to checkpoint
     normswap.convert_model(model, norm="rmsnorm")             # a live model, in place
 
 Names are imported when they are used, so that importing the package costs nothing.
