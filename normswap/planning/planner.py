@@ -42,7 +42,7 @@ def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_pre
         ties = Ties(normmap, untied)
         centred = centre(normmap, swaps, ties, request.tied)
         swapped = {site.path for site in centred.sites}
-        folded = fold(normmap, wanted, ties, request.tied, swapped)
+        folding = fold(normmap, wanted, ties, request.tied, swapped)
         if request.tied == "keep" or not ties.wanted:
             break  # nothing is gained by untying
     refused = {
@@ -50,33 +50,33 @@ def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_pre
         for module, kind in normmap.loose.items()
         if request.norm is not None and kind == centring.SOURCE
     }
-    refused |= centred.refused | {path: why for path, why in folded.refused.items() if path not in centred.refused}
+    refused |= centred.refused | {path: why for path, why in folding.refused.items() if path not in centred.refused}
 
-    converted = tuple(path for path in normmap.sites if path in swapped | {site.path for site in folded.sites})
+    converted = tuple(path for path in normmap.sites if path in swapped | {site.path for site in folding.sites})
     if refused and not request.partial:
         _refuse(normmap, request, refused, converted)
     if not converted and refused:
         _refuse(normmap, request, refused, converted)
     if not converted:
         raise RefusedError(f"{normmap.architecture} has no norm with a gain or bias to fold: nothing to do.")
-    bare = {site.path for site in folded.sites}
+    bare = {site.path for site in folding.sites}
     edits: list[AnyEdit] = [*ties.edits()]
     # gains and biases move on original values; what writes to a stream is centred last
-    edits += [edit for edit in folded.edits if isinstance(edit, TensorEdit)]
+    edits += [edit for edit in folding.edits if isinstance(edit, TensorEdit)]
     edits += [edit for edit in centred.edits if isinstance(edit, TensorEdit)]
-    edits += _centre_grown(folded.edits, centred.edits)
+    edits += _centre_grown(folding.edits, centred.edits)
     edits += [_swap(site, bare) for site in centred.sites]
-    edits += [edit for edit in (*folded.edits, *centred.edits) if isinstance(edit, ModuleEdit)]
+    edits += [edit for edit in (*folding.edits, *centred.edits) if isinstance(edit, ModuleEdit)]
     _check_all_ran(normmap, edits)
     return Plan(
         architecture=normmap.architecture,
         model_type=model_type,
         request=request,
         claim="exact",
-        reasons=_reasons(centred, folded, edits),
+        reasons=_reasons(centred, folding, edits),
         converted=converted,
         refused=tuple(Refusal(site=path, reason=why) for path, why in refused.items()),
-        base_output_unchanged=_base_unchanged(base_prefix, folded.outside),
+        base_output_unchanged=_base_unchanged(base_prefix, folding.outside),
         edits=tuple(edits),
     )
 

@@ -52,10 +52,8 @@ class Prober:
     def _remember(self, question: str, op: Operation, axes: tuple[Axis, ...], ask, unknown):
         key = (question, axes, self._signature(op))
         if key not in self.memory:
-            self.memory[key] = unknown
-            for trial in self._trials(op):
-                self.memory[key] = ask(trial)
-                break
+            trial = next(self._trials(op), None)
+            self.memory[key] = unknown if trial is None else ask(trial)
         return self.memory[key]
 
     def _signature(self, op: Operation) -> tuple:
