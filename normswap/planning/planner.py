@@ -152,7 +152,7 @@ def _listed(reasons: dict[str, str]) -> str:
     return "\n".join(f"  {path}: {reasons[paths[0]]}" for path, paths in shown)
 
 
-def _reasons(centred: centring.Centring, folded, edits: list[AnyEdit]) -> tuple[str, ...]:
+def _reasons(centred: centring.Centred, folded, edits: list[AnyEdit]) -> tuple[str, ...]:
     reasons = []
     if centred.sites:
         tensors = len([edit for edit in centred.edits if isinstance(edit, TensorEdit)])

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normswap.paths import blurred, folded
-from normswap.understand.flow import Writer
+from normswap.understand.centring import Writer
 from normswap.understand.normmap import NormMap, Site, StreamInfo
 
 

@@ -20,8 +20,9 @@ from normswap.norms.spec import NormSpec
 from normswap.observe.inputs import example_inputs
 from normswap.observe.run import observe
 from normswap.observe.trace import Operation, Trace, collapse_norms
-from normswap.understand.flow import Centring, Reader, Readings, Writer, centring, readings
+from normswap.understand.centring import Centring, Writer, centring
 from normswap.understand.placement import Block, Streams, meets_activations
+from normswap.understand.reading import Reader, Readings, readings
 from normswap.understand.transfer import Prober
 
 ROLES = ("stream", "branch", "qk", "embedding", "final", "head")

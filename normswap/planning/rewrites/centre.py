@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 
 from normswap.planning.edits import AnyEdit, Centre, CentreOutput
 from normswap.planning.rewrites.untie import Ties
-from normswap.understand.flow import Term, Uncentred, Writer
+from normswap.understand.centring import Term, Uncentred, Writer
 from normswap.understand.normmap import NormMap, Site
 
 SOURCE, TARGET = "layernorm", "rmsnorm"
 
 
 @dataclass
-class Centring:
+class Centred:
     """What centring asks for: edits, and the sites that cannot be had, with reasons."""
 
     edits: list[AnyEdit] = field(default_factory=list)
@@ -31,13 +31,13 @@ class Centring:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def centre(normmap: NormMap, sites: Iterable[Site], ties: Ties, tied: str) -> Centring:
+def centre(normmap: NormMap, sites: Iterable[Site], ties: Ties, tied: str) -> Centred:
     """Plan the centring of everything that `sites` read.
 
     Args:
         tied: `keep` centres the output of a module whose parameter is tied; `untie` stores the parameter twice.
     """
-    result = Centring()
+    result = Centred()
     chosen: dict[Writer, AnyEdit] = {}
     for site in sites:
         reason = _obstacle(normmap, site)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from normswap.planning.edits import AnyEdit, Drop, Fill, FoldBias, FoldGain, GrowBias
 from normswap.planning.rewrites.untie import Ties
-from normswap.understand.flow import Reader
 from normswap.understand.normmap import NormMap, Site
+from normswap.understand.reading import Reader
 
 
 @dataclass

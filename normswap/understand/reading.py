@@ -1,0 +1,130 @@
+"""Who reads each norm: its output is followed until parameters absorb its gain, or something else happens to it.
+
+One pass over a trace, in execution order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from normswap.norms.spec import NormSpec
+from normswap.observe.trace import Trace
+from normswap.understand.transfer import Prober
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A parameter that consumes a norm's output.
+
+    Attributes:
+        name: the parameter's name.
+        axis: its axis that meets the normalised channels.
+        module: path of the module that uses it.
+        bias: name of the parameter that takes over a translation of the norm's output, if there is one.
+        grows: without such a parameter, whether a bias added to the module would do.
+    """
+
+    name: str
+    axis: int
+    module: str
+    bias: str | None
+    grows: bool
+
+
+@dataclass
+class Readings:
+    """Result of the second pass.
+
+    Attributes:
+        readers: per norm path, the parameters that consume its output.
+        others: per norm path, what else consumes it (reasons why its gain cannot move into readers).
+        translates: per norm path, whether a translation of its output reaches the readers unchanged.
+        uses: per (parameter, module using it), paths of all norms it reads there, and "" for anything else.
+    """
+
+    readers: dict[str, list[Reader]] = field(default_factory=dict)
+    others: dict[str, list[str]] = field(default_factory=dict)
+    translates: dict[str, bool] = field(default_factory=dict)
+    uses: dict[tuple[str, str], set[str]] = field(default_factory=dict)
+
+
+def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readings:
+    """Follow the outputs of norms over `prober.width` channels to the parameters that read them."""
+    result = Readings()
+    live = trace.live()
+    carried: dict[tuple[int, int], str] = {}  # a dimension of a value that is a norm's output, rearranged
+    derived: dict[tuple[int, int], tuple[str, int]] = {}  # a dimension of a value made of one parameter alone
+    made_of: dict[int, set[str]] = {v.index: {v.name} for v in trace.values if v.kind == "parameter"}
+    outputs = set(trace.outputs)
+    for v in trace.values:
+        if v.kind == "parameter":
+            derived.update({(v.index, dim): (v.name, dim) for dim in prober.axes(v.shape)})
+    for op in trace.operations:
+        if op.norm is not None:
+            for dim in prober.axes(trace.values[op.inputs[0]].shape):
+                if (norm := carried.get((op.inputs[0], dim))) is not None:
+                    _add(result.others, norm, f"the norm {op.norm} follows it")
+            for name in made_of.get(op.inputs[0], ()):
+                result.uses.setdefault((name, op.module), set()).add("")
+            spec = norms[op.norm]
+            ndim = len(trace.values[op.outputs[0]].shape)
+            if spec.width == prober.width and len(spec.axes) == 1:
+                carried[op.outputs[0], spec.axes[0] % ndim] = op.norm
+                result.readers.setdefault(op.norm, [])
+                result.others.setdefault(op.norm, [])
+                result.translates.setdefault(op.norm, True)
+                if op.outputs[0] in outputs:
+                    _add(result.others, op.norm, "it is an output of the model")
+            continue
+        floats = [v for v in op.inputs if trace.values[v].is_float and trace.values[v].kind != "constant"]
+        entering = [(i, dim) for i, v in enumerate(op.inputs) for dim in _dims(trace, v) if (v, dim) in carried]
+        parameters = [(i, dim) for i, v in enumerate(op.inputs) for dim in _dims(trace, v) if (v, dim) in derived]
+        names = set().union(*(made_of.get(v, set()) for v in floats))
+        if floats and all(v in made_of for v in floats):  # parameters being rearranged before use
+            for v in op.outputs:
+                made_of[v] = names
+            for axis in parameters:
+                for o, dim in prober.scale(op, axis, ()).passes:
+                    derived[op.outputs[o], dim] = derived[op.inputs[axis[0]], axis[1]]
+            continue
+        if not any(v in live for v in op.outputs):
+            continue
+        read: set[str] = set()
+        for axis in entering:
+            norm = carried[op.inputs[axis[0]], axis[1]]
+            transfer = prober.scale(op, axis, tuple(parameters))
+            for o, dim in transfer.passes:
+                v = op.outputs[o]
+                carried[v, dim] = norm
+                if v in outputs:
+                    _add(result.others, norm, "it is an output of the model")
+            result.translates[norm] &= transfer.translates or not transfer.passes
+            if any(op.outputs[o] in live for o in transfer.other):
+                _add(result.others, norm, f"{op.name} in {op.module or 'the model'} consumes it")
+            for absorber in transfer.absorbers[:1]:
+                position, dim = absorber.parameter
+                name, pdim = derived[op.inputs[position], dim]
+                bias = None
+                if absorber.bias is not None:
+                    held = made_of.get(op.inputs[absorber.bias], set())
+                    bias = next(iter(held)) if len(held) == 1 else None
+                reader = Reader(name, pdim, op.module, bias, absorber.grows)
+                if reader not in result.readers[norm]:
+                    result.readers[norm].append(reader)
+                result.uses.setdefault((name, op.module), set()).add(norm)
+                read.add(name)
+                if bias is not None:
+                    result.uses.setdefault((bias, op.module), set()).add(norm)
+                    read.add(bias)
+        for name in names - read:
+            result.uses.setdefault((name, op.module), set()).add("")
+    return result
+
+
+def _dims(trace: Trace, v: int) -> range:
+    return range(len(trace.values[v].shape))
+
+
+def _add(reasons: dict[str, list[str]], norm: str, reason: str) -> None:
+    if reason not in reasons.setdefault(norm, []):
+        reasons[norm].append(reason)
