@@ -1,26 +1,29 @@
-"""Two models side by side on the same inputs: their outputs, and what reaches each of their norms."""
+"""Two models side by side on the same inputs: their outputs, and what reaches and leaves each of their norms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from normswap.errors import ObserveError, VerificationError
+from normswap.errors import VerificationError
 from normswap.verification.metrics import Record, TokenComparison, TokenMetrics, compare_logits
-from normswap.verification.precision import LiftFloat32
-from normswap.verification.sites import SiteComparison, SiteMetrics, SiteSpec, site_inputs
+from normswap.verification.outputs import (
+    Inputs,
+    OutputComparison,
+    OutputMetrics,
+    check_alike,
+    main_output,
+    outputs_of,
+)
+from normswap.verification.sites import SiteComparison, SiteMetrics, SiteSpec, site_calls
 
-Inputs = Mapping[str, object]
 Progress = Callable[[int, int], None]
 
 #: The largest relative error of a row that rounding explains, by the coarsest dtype among weights and arithmetic.
 #: An exact conversion of a trained 6-layer model measures 2e-15, 8e-7 and (bfloat16) 2e-2; deeper ones round more.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-# Normalised inputs smaller than this (1 is usual) are rounding around a constant, and tell nothing.
-_NO_POWER = 1e-6
 # Relative change of logits that a token they cannot see may cause, by another order of sums (expert routing).
 _UNCHANGED = 1e-4
 
@@ -29,14 +32,16 @@ class Comparison(Record):
     """Model B against model A.
 
     Attributes:
-        output_name: which output was compared; `logits` where there are any.
+        output_name: which output was compared token by token; `logits` where there are any.
         output: its metrics.
-        sites: metrics of each norm's input, in execution order.
+        others: every other floating output, caches excepted.
+        sites: metrics of each norm's input and output, in execution order.
         unmatched: norms that ran in one model only, or not alike in both.
         not_run: norms of both that these inputs did not reach.
         dtype: what both models computed in.
         tolerance: the relative error above which something counts as different.
-        first_divergence: path of the first site that differs in some row, `output` if only the output does, else None.
+        first_divergence: path of the first site that differs in some row; `output` if none does and the output does,
+            `output` and its name for another one; else None.
     """
 
     output_name: str
@@ -47,6 +52,16 @@ class Comparison(Record):
     dtype: str
     tolerance: float
     first_divergence: str | None
+    others: tuple[OutputMetrics, ...] = ()
+
+    @property
+    def worst_error(self) -> float:
+        """The largest relative error anywhere: of an output, or at a site that says something."""
+        errors = [
+            error for site in self.sites if site.says_something for error in (site.error_max, site.output_error_max)
+        ]
+        errors += [other.error_max for other in self.others]
+        return max(errors, default=0.0) if self.output.error is None else max([*errors, self.output.error.max])
 
 
 @torch.no_grad()
@@ -64,12 +79,13 @@ def compare_models(
 ) -> Comparison:
     """Run both models on every batch and measure how far B is from A.
 
-    Memory holds one batch's outputs and norm inputs; of earlier batches, a few numbers per token.
+    Memory holds one batch's outputs, and inputs and outputs of norms; of earlier batches, a few numbers per token.
 
     Args:
         model_a, model_b: in eval mode, of one dtype.
         batches: `input_ids` of shape `(batch, length)`, or keyword arguments of `forward`.
-        sites_a, sites_b: each model's norms as `(path, NormSpec)`. Sites at one path are compared.
+        sites_a, sites_b: each model's norms as `(path, NormSpec)`. Sites at one path are compared; what
+            stands in B where A has a norm, and behaves as none, is compared as if it were that norm.
         lift: in float64 models, make inner float32 casts float64 too (see `LiftFloat32`).
         tolerance: relative error that still counts as the same; by default that of the dtype in `TOLERANCES`.
         decode: ids -> text, to show the worst tokens.
@@ -82,17 +98,15 @@ def compare_models(
     """
     dtype = _common_dtype(model_a, model_b)
     lifted = lift and dtype == torch.float64
-    outputs, sites = None, SiteComparison()
-    with site_inputs(model_a, sites_a) as calls_a, site_inputs(model_b, sites_b) as calls_b:
+    outputs, others, sites = None, OutputComparison(), SiteComparison()
+    with site_calls(model_a, sites_a) as calls_a, site_calls(model_b, sites_b, sites_a) as calls_b:
         for done, batch in enumerate(batches):
             inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
-            name, a = _forward(model_a, inputs, lifted, "A")
-            _, b = _forward(model_b, inputs, lifted, "B")
-            if a.shape != b.shape:
-                raise VerificationError(
-                    f"expected outputs of one shape, found {tuple(a.shape)} from A and {tuple(b.shape)} from B "
-                    f"({name}). Compare checkpoints of the same task and size."
-                )
+            all_a, all_b = outputs_of(model_a, inputs, lifted, "A"), outputs_of(model_b, inputs, lifted, "B")
+            check_alike(all_a, all_b)
+            name = main_output(all_a)
+            a, b = torch.atleast_2d(all_a[name]), torch.atleast_2d(all_b[name])
+            others.add(all_a, all_b, name)
             sites.add(calls_a, calls_b)
             calls_a.clear(), calls_b.clear()
             ids = _ids_of_rows(inputs, a)
@@ -112,6 +126,7 @@ def compare_models(
             f"Run in a wider dtype, or on other inputs."
         )
     tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
+    rest = others.metrics()
     unmatched = sites.unmatched()
     reached = {site.site for site in measured} | set(unmatched)
     return Comparison(
@@ -122,16 +137,21 @@ def compare_models(
         not_run=tuple(path for path, _ in sites_a if path not in reached),
         dtype=str(dtype).removeprefix("torch."),
         tolerance=tolerance,
-        first_divergence=_first_divergence(measured, metrics, tolerance),
+        first_divergence=_first_divergence(measured, metrics, rest, tolerance),
+        others=rest,
     )
 
 
-def _first_divergence(sites: Sequence[SiteMetrics], output: TokenMetrics, tolerance: float) -> str | None:
+def _first_divergence(
+    sites: Sequence[SiteMetrics], output: TokenMetrics, others: Sequence[OutputMetrics], tolerance: float
+) -> str | None:
     for site in sites:
-        if site.mismatched or (site.error_max > tolerance and site.power > _NO_POWER):
+        if site.mismatched or (site.says_something and max(site.error_max, site.output_error_max) > tolerance):
             return site.site
-    differs = output.mismatched or (output.error is not None and output.error.max > tolerance)
-    return "output" if differs else None
+    if output.mismatched or (output.error is not None and output.error.max > tolerance):
+        return "output"
+    differing = (other.name for other in others if other.mismatched or other.error_max > tolerance)
+    return next((f"output {name}" for name in differing), None)
 
 
 def _common_dtype(model_a: nn.Module, model_b: nn.Module) -> torch.dtype:
@@ -145,44 +165,6 @@ def _common_dtype(model_a: nn.Module, model_b: nn.Module) -> torch.dtype:
     if found[0] != found[1]:
         raise VerificationError(f"expected both models in one dtype, found {found[0]} and {found[1]}; convert one.")
     return found[0]
-
-
-def _forward(model: nn.Module, inputs: Inputs, lifted: bool, name: str) -> tuple[str, torch.Tensor]:
-    """The output to compare, by name: the logits, or else the first floating tensor."""
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    moved = {key: _to_model(value, parameter) for key, value in inputs.items()}
-    try:
-        with LiftFloat32() if lifted else nullcontext():
-            output = model(**moved)
-    except Exception as error:
-        shapes = ", ".join(f"{key} {tuple(v.shape)}" for key, v in inputs.items() if isinstance(v, torch.Tensor))
-        raise ObserveError(
-            f"model {name} ({type(model).__name__}) fails in {parameter.dtype} on {shapes}: "
-            f"{type(error).__name__}: {error}. Try another dtype, fewer tokens, or another device."
-        ) from error
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), torch.Tensor):
-        return "logits", output["logits"]
-    found = next(((key, t) for key, t in _named_tensors(output) if t.is_floating_point()), None)
-    if found is None:
-        raise ObserveError(f"model {name} ({type(model).__name__}) returns no floating tensor: nothing to compare.")
-    return found
-
-
-def _to_model(value: object, parameter: torch.Tensor) -> object:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
-
-
-def _named_tensors(tree: object, name: str = "output") -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(tree, torch.Tensor):
-        yield name, tree
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _named_tensors(value, key)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from _named_tensors(value, name)
 
 
 def _ids_of_rows(inputs: Inputs, output: torch.Tensor) -> torch.Tensor | None:
@@ -203,6 +185,6 @@ def _is_causal(model: nn.Module, inputs: Inputs, logits: torch.Tensor, lifted: b
     if ids.shape[1] < 2 or int(ids.max()) >= logits.shape[-1]:
         return False
     ids[:, -1] = torch.where(ids[:, -1] == 1, 2, 1)
-    _, changed = _forward(model, {**inputs, name: ids}, lifted, "A")
+    changed = outputs_of(model, {**inputs, name: ids}, lifted, "A")["logits"]
     error = compare_logits(logits[:, :-1], changed[:, :-1]).error
     return error is not None and error.max < _UNCHANGED

@@ -24,14 +24,15 @@ from normswap.apply.modelling import load_generated
 from normswap.checkpoint.source import Source
 from normswap.errors import ObserveError, SourceError, VerificationError
 from normswap.observe.inputs import example_inputs
-from normswap.observe.recorder import tensors_in
 from normswap.observe.run import make_eager
 from normswap.planning.edits import CentreOutput, SwapNorm
 from normswap.planning.plans import Plan
 from normswap.understand.normmap import find_sites
+from normswap.verification.inputs import evaluation_inputs, redrawn
 from normswap.verification.metrics import Record
-from normswap.verification.models import TOLERANCES, compare_models
-from normswap.verification.run import Report, coarsest_dtype, evaluation_inputs, open_model, report_on, tokenizer_of
+from normswap.verification.models import TOLERANCES, Comparison, compare_models
+from normswap.verification.outputs import check_alike, outputs_of, row_errors
+from normswap.verification.run import Report, coarsest_dtype, open_model, report_on, tokenizer_of
 
 Progress = Callable[[str, int, int], None]
 # float32 casts inside float64 models, over many layers
@@ -198,27 +199,25 @@ def _check_plain(original: nn.Module, converted: nn.Module, inputs: Mapping[str,
 
     Casts to float32 stay as the model has them here, so that agreement is to float32 at best.
     """
-    dtype = coarsest_dtype(original)
-    inputs = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     try:
-        a, b = (_first_float(model(**inputs)) for model in (original, converted))
-    except Exception as error:
+        a, b = (outputs_of(model, inputs, False, name) for model, name in ((original, "A"), (converted, "B")))
+    except ObserveError as error:
         raise VerificationError(
-            f"original and converted run while they are watched, and fail when left alone ({type(error).__name__}: "
-            f"{error}): a fused path of the model does not work with its new norms. Nothing was changed."
+            f"original and converted run while they are watched, and fail when left alone ({error}): a fused path of "
+            f"the model does not work with its new norms. Nothing was changed."
         ) from error
-    finite = a.isfinite()
-    error = float((b - a)[finite].norm() / a[finite].norm().clamp_min(1e-30))
-    if not error <= _PLAIN_TOLERANCE or not torch.equal(finite, b.isfinite()):
-        raise VerificationError(
-            f"original and converted agree while they are watched, and differ by {error:.1e} when left alone: a fused "
-            f"path of the model passes its new norms by. Nothing was changed. Replace such layers "
-            f"(torch.nn.TransformerEncoderLayer is one) first."
-        )
-
-
-def _first_float(output: Any) -> torch.Tensor:
-    return next(t for t in tensors_in(output) if t.is_floating_point()).double()
+    check_alike(a, b)
+    for name in a:
+        mismatched, _ = row_errors(a[name].double(), b[name].double())
+        finite = a[name].isfinite() & b[name].isfinite()
+        difference = (b[name] - a[name])[finite].double().norm()
+        error = float(difference / a[name][finite].double().norm().clamp_min(1e-30))
+        if not error <= _PLAIN_TOLERANCE or mismatched.any():
+            raise VerificationError(
+                f"original and converted agree while they are watched, and differ by {error:.1e} ({name}) when left "
+                f"alone: a fused path of the model passes its new norms by. Nothing was changed. Replace such layers "
+                f"(torch.nn.TransformerEncoderLayer is one) first."
+            )
 
 
 def _check_files(expected: nn.Module, result: nn.Module) -> int:
@@ -257,23 +256,40 @@ def prove_live(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None) -
     Raises:
         VerificationError: an exact claim that is not met. The model is unchanged in any case.
     """
-    original = copy.deepcopy(model).double().eval()
-    make_eager(original)
-    converted = apply_plan(copy.deepcopy(original), plan)
     if inputs is None:
-        inputs = example_inputs(model)
-        vocabulary = getattr(getattr(model, "config", None), "vocab_size", 2)
-        generator = torch.Generator().manual_seed(0)
-        for name in ("input_ids", "decoder_input_ids"):
-            if name in inputs:
-                inputs[name] = torch.randint(0, vocabulary, inputs[name].shape, generator=generator)
-    _check_swapped(converted, plan, inputs)
-    sites = find_sites(original, inputs), find_sites(converted, inputs)
-    comparison = compare_models(original, converted, [inputs], *sites, tolerance=TOLERANCES[torch.float64])
+        inputs = redrawn(example_inputs(model), model.config, seed=0)
+    comparison = measure_live(model, plan, [inputs])
     if plan.claim == "exact" and comparison.first_divergence is not None:
         raise VerificationError(
             f"the plan claims to be exact and is not: original and converted part at {comparison.first_divergence}. "
             f"The model is unchanged. Please report it: this is a fault of normswap."
         )
+
+
+def measure_live(model: nn.Module, plan: Plan, batches: Sequence[Mapping[str, Any]]) -> Comparison:
+    """A live model against a converted copy, both in float64, or in float32 where the model's code does not run so.
+
+    Args:
+        batches: keyword arguments of `forward`; sites are looked for on the first.
+
+    Raises:
+        VerificationError: a norm does not behave as the plan says it does now, or the two part when left alone.
+        ObserveError: the original or the converted model cannot be run.
+    """
+    original = copy.deepcopy(model).eval()
+    make_eager(original)
+    for dtype in (torch.float64, torch.float32):
+        original = original.to(dtype)
+        try:
+            outputs_of(original, batches[0], dtype == torch.float64, "A")
+            break
+        except ObserveError:
+            if dtype == torch.float32:
+                raise
+    converted = apply_plan(copy.deepcopy(original), plan)
+    _check_swapped(converted, plan, batches[0])
+    sites = find_sites(original, batches[0]), find_sites(converted, batches[0])
+    comparison = compare_models(original, converted, batches, *sites, tolerance=TOLERANCES[dtype])
     if plan.claim == "exact":
-        _check_plain(original, converted, inputs)
+        _check_plain(original, converted, batches[0])
+    return comparison

@@ -11,17 +11,14 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from normswap.checkpoint.source import Source
-from normswap.errors import ObserveError, SourceError, VerificationError
-from normswap.observe.inputs import example_inputs, takes_one_row
-from normswap.observe.run import make_eager, observe
+from normswap.errors import SourceError, VerificationError
+from normswap.observe.run import make_eager
 from normswap.understand.normmap import find_sites
+from normswap.verification.inputs import evaluation_inputs
 from normswap.verification.metrics import Record
-from normswap.verification.models import TOLERANCES, Comparison, Inputs, Progress, compare_models
+from normswap.verification.models import TOLERANCES, Comparison, Progress, compare_models
+from normswap.verification.outputs import Inputs
 from normswap.verification.sites import SiteSpec
-from normswap.verification.text import batches as batches_of_text
-
-# Long enough to reach every row of most position tables, short enough for eager attention in float64.
-_LENGTH = 1024
 
 
 class Report(Record):
@@ -30,7 +27,7 @@ class Report(Record):
     Attributes:
         a, b: the checkpoints, as given.
         text: where the inputs are from.
-        inputs: shape of all inputs together, `(sequences, length)` of token ids or `(images, channels, ..)`.
+        inputs: shape of all main inputs together, `(sequences, length)` of token ids or `(images, channels, ..)`.
         stored: dtype of the weights of a and of b as stored; their rounding is part of what is measured.
         device: where both ran.
         versions: of torch and transformers.
@@ -226,49 +223,3 @@ def tokenizer_of(source: Source):
         return None
     # without tokenizer files some classes come up all the same, with special tokens alone
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
-
-
-def evaluation_inputs(
-    model: PreTrainedModel, tokenizer, text: str | Path | None, tokens: int
-) -> tuple[list[Inputs], tuple[int, ...], str]:
-    """Batches of keyword arguments, the shape of their main input together, and where they are from.
-
-    Args:
-        model: whose `forward` takes them.
-        tokenizer: of the model, None: random ids.
-        text: a UTF-8 file, None: the text that comes with normswap.
-        tokens: how many in all, about.
-    """
-    example = example_inputs(model)
-    if "input_ids" not in example:
-        generator = torch.Generator().manual_seed(0)
-        shape = (16, *example["pixel_values"].shape[1:])
-        pixels = torch.randn(shape, generator=generator)
-        return [{**example, "pixel_values": part} for part in pixels.split(4)], shape, "random pixels, seed 0"
-    config = model.config.get_text_config()
-    length = min(_LENGTH, getattr(config, "max_position_embeddings", _LENGTH), tokens)
-    if not hasattr(config, "max_position_embeddings"):
-        length = _longest(model, example, length)
-    if length < 2:
-        raise VerificationError(f"tokens must be at least 2, found {tokens}: a token is needed to predict the next.")
-    found = batches_of_text(tokenizer, text, config.vocab_size, length, max(1, tokens // length))
-    filled = {
-        "input_ids": lambda ids: ids,
-        "decoder_input_ids": lambda ids: ids,
-        "attention_mask": torch.ones_like,
-    }
-    parts = [part for ids in found.ids for part in (ids.split(1) if takes_one_row(model) else [ids])]
-    batches = [{k: filled[k](ids) if k in filled else v for k, v in example.items()} for ids in parts]
-    return batches, (sum(len(ids) for ids in found.ids), length), found.source
-
-
-def _longest(model: PreTrainedModel, example: Inputs, length: int) -> int:
-    """`length`, halved until the model takes it: not every configuration says how many positions there are."""
-    while length > 16:
-        ids = torch.ones(1, length, dtype=torch.long)
-        try:
-            observe(model, {k: ids if isinstance(v, torch.Tensor) else v for k, v in example.items()})
-            return length
-        except ObserveError:
-            length //= 2
-    return length

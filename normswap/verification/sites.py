@@ -1,4 +1,4 @@
-"""What reaches each norm: the inputs of two models' sites, compared in a form that folding does not change.
+"""What reaches and leaves each norm: two models' sites compared in a form that folding does not change.
 
 A site's input `x` is normalised by the site's own kind and eps, without gain and bias:
 
@@ -6,8 +6,15 @@ A site's input `x` is normalised by the site's own kind and eps, without gain an
     rmsnorm:   n = x / sqrt(mean(x^2) + eps)
 
 For centred `x` the two are the same, so `n` agrees between a LayerNorm model and its exact RMSNorm form, and it does
-not matter into which reader a gain or bias was folded. Inputs are compared and not only the output because the output
-is blind to some sites: a norm that feeds a top-k choice, an unused head.
+not matter into which reader a gain or bias was folded. Its output `y` is what the module gives, with the gain `g` and
+the bias `b` that the module has put back to those of the first model:
+
+    y_a  against  g_a (y_b - b_b) / g_b + b_a
+
+and without its mean where the second model takes the mean out of it (an explicit centring). Sites are compared and not
+only the model's output because that is blind to some of them: a norm that feeds a top-k choice, an unused head.
+
+Norms that no conversion rewrites (over a batch, over groups) are compared by their output alone.
 """
 
 from __future__ import annotations
@@ -22,14 +29,19 @@ from torch import nn
 
 from normswap.norms.spec import NormSpec
 from normswap.verification.metrics import Record, ratio
+from normswap.verification.outputs import row_errors
 
 SiteSpec = tuple[str, NormSpec]
 
-_COMPARED_KINDS = ("layernorm", "rmsnorm")
+_NORMALISED_KINDS = ("layernorm", "rmsnorm")
+# Normalised inputs smaller than this (1 is usual) are rounding around a constant, and tell nothing.
+_NO_POWER = 1e-6
+# A mean smaller than this part of a row's root mean square is rounding, by the dtype of the run.
+_NO_MEAN = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 class SiteMetrics(Record):
-    """The input of one norm in model B against model A, each normalised as the module docstring says.
+    """One norm in model B against model A, its input and output each in the form the module docstring gives.
 
     Attributes:
         site: module path.
@@ -39,7 +51,8 @@ class SiteMetrics(Record):
         power: root mean square of `n_a`; 1 when the input's variance is well above eps. Near 0 nothing but rounding
             is compared, and the site says nothing.
         mean_a, mean_b: largest `|mean(x)| / rms(x)` of a row in each model: 0 is centred, 1 is constant.
-        mismatched: rows that are finite in one model only; they count in nothing else.
+        mismatched: rows that are finite in one model only, of input or output; they count in nothing else.
+        output_error_max: the largest error of a row of the output, measured as that of the input is.
     """
 
     site: str
@@ -50,35 +63,61 @@ class SiteMetrics(Record):
     mean_a: float
     mean_b: float
     mismatched: int = 0
+    output_error_max: float = 0.0
+
+    @property
+    def says_something(self) -> bool:
+        """Whether more than rounding around a constant is compared."""
+        return self.power > _NO_POWER
 
 
 @dataclass
 class Seen:
-    """One call of one site: its normalised input `(rows, width)` and each row's `|mean| / rms`, `(rows,)`."""
+    """One call of one site, in rows of the normalised width.
+
+    Attributes:
+        normalised: the input `n`, `(rows, width)`; of kinds that are not normalised here, the output.
+        off_centre: each row's `|mean(x)| / rms(x)`, `(rows,)`.
+        output: `y`, `(rows, width)`.
+        gain, bias: as the module has them, of the output's shape; None where it has none.
+        dtype: of the output as it came.
+    """
 
     normalised: torch.Tensor
     off_centre: torch.Tensor
+    output: torch.Tensor
+    gain: torch.Tensor | None
+    bias: torch.Tensor | None
+    dtype: torch.dtype
 
 
 Calls = dict[str, list[Seen]]
 
 
 @contextmanager
-def site_inputs(model: nn.Module, sites: Sequence[SiteSpec]) -> Iterator[Calls]:
-    """While active, gather what each site of `model` receives: path -> calls, in execution order.
+def site_calls(model: nn.Module, sites: Sequence[SiteSpec], expected: Sequence[SiteSpec] = ()) -> Iterator[Calls]:
+    """While active, gather what each site of `model` receives and gives: path -> calls, in execution order.
 
-    Clear the dict between forward passes. Kinds other than layernorm and rmsnorm are skipped.
+    Clear the dict between forward passes.
+
+    Args:
+        sites: the model's own norms.
+        expected: norms of another model; a module that stands in the place of one and is none of `sites` is watched
+            by that one's spec.
     """
     calls: Calls = {}
+    modules = dict(model.named_modules())
+    watched = {path: spec for path, spec in expected if path in modules} | dict(sites)
 
     def watch(path: str, spec: NormSpec):
-        def hook(module, args, kwargs):
+        def hook(module, args, kwargs, output):
             x = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-            calls.setdefault(path, []).append(_normalise(x, spec))
+            y = output if isinstance(output, torch.Tensor) else next(t for t in output if isinstance(t, torch.Tensor))
+            calls.setdefault(path, []).append(_seen(module, x, y, spec))
 
-        return model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+        return modules[path].register_forward_hook(hook, with_kwargs=True)
 
-    handles = [watch(path, spec) for path, spec in sites if spec.kind in _COMPARED_KINDS]
+    handles = [watch(path, spec) for path, spec in watched.items()]
     try:
         yield calls
     finally:
@@ -86,14 +125,46 @@ def site_inputs(model: nn.Module, sites: Sequence[SiteSpec]) -> Iterator[Calls]:
             handle.remove()
 
 
-def _normalise(x: torch.Tensor, spec: NormSpec) -> Seen:
-    last = tuple(range(-len(spec.axes), 0))
-    x = x.detach().double().movedim(spec.axes, last).reshape(-1, spec.width)
+def _seen(module: nn.Module, x: torch.Tensor, y: torch.Tensor, spec: NormSpec) -> Seen:
+    plain = y.detach().double()
+    if spec.kind not in _NORMALISED_KINDS:
+        # a channel's values do not lie along one axis of the input: rows are those of the output's last axis
+        rows = plain.reshape(-1, plain.shape[-1])
+        return Seen(rows, torch.zeros(len(rows)), rows, None, None, y.dtype)
+    gain = _parameter(module, spec.weight, spec, plain)
+    if gain is not None and spec.gain == "1 + w":
+        gain = 1 + gain
+    bias = _parameter(module, spec.bias, spec, plain)
+    normalised, off_centre = _normalise(x, spec)
+    return Seen(normalised, off_centre, _rows(plain, spec), gain, bias, y.dtype)
+
+
+def _normalise(x: torch.Tensor, spec: NormSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    x = _rows(x.detach().double(), spec)
     mean = x.mean(-1)
     off_centre = ratio(mean.abs(), x.square().mean(-1).sqrt())
     if spec.kind == "layernorm":
         x = x - mean.unsqueeze(-1)
-    return Seen(x * (x.square().mean(-1, keepdim=True) + spec.eps).rsqrt(), off_centre)
+    return x * (x.square().mean(-1, keepdim=True) + spec.eps).rsqrt(), off_centre
+
+
+def _rows(x: torch.Tensor, spec: NormSpec) -> torch.Tensor:
+    last = tuple(range(-len(spec.axes), 0))
+    return x.movedim(spec.axes, last).reshape(-1, spec.width)
+
+
+def _parameter(module: nn.Module, name: str | None, spec: NormSpec, y: torch.Tensor) -> torch.Tensor | None:
+    """A gain or bias in rows as those of the output `y`; None where the module has none."""
+    parameter = getattr(module, name, None) if name else None
+    if parameter is None:
+        return None
+    value = parameter.detach().double()
+    if value.shape == (spec.width,):
+        return value  # one value per normalised channel: the same in every row
+    if value.ndim == 1 and value.numel() == y.shape[-1]:
+        return _rows(value.expand(y.shape), spec)
+    # one value per head and channel, or per channel of a map
+    return _rows(torch.broadcast_to(value, y.shape), spec)
 
 
 @dataclass
@@ -105,6 +176,7 @@ class _Totals:
     mean_a: float = 0.0
     mean_b: float = 0.0
     mismatched: int = 0
+    output_error_max: float = 0.0
 
 
 class SiteComparison:
@@ -115,11 +187,11 @@ class SiteComparison:
         self._unmatched: set[str] = set()
 
     def add(self, calls_a: Calls, calls_b: Calls) -> None:
-        """Take in what the sites of both models received in one batch."""
+        """Take in what the sites of both models received and gave in one batch."""
         self._unmatched |= calls_a.keys() ^ calls_b.keys()
         for path in calls_a.keys() & calls_b.keys():
             seen_a, seen_b = calls_a[path], calls_b[path]
-            if [s.normalised.shape for s in seen_a] != [s.normalised.shape for s in seen_b]:
+            if [_shapes(seen) for seen in seen_a] != [_shapes(seen) for seen in seen_b]:
                 self._unmatched.add(path)
         for path in calls_a:  # in execution order
             if path not in self._unmatched:
@@ -138,6 +210,7 @@ class SiteComparison:
                 mean_a=t.mean_a,
                 mean_b=t.mean_b,
                 mismatched=t.mismatched,
+                output_error_max=t.output_error_max,
             )
             for path, t in self._totals.items()
             if path not in self._unmatched
@@ -148,20 +221,51 @@ class SiteComparison:
         return tuple(sorted(self._unmatched))
 
 
+def _shapes(seen: Seen) -> tuple[torch.Size, torch.Size]:
+    return seen.normalised.shape, seen.output.shape
+
+
 def _accumulate(totals: _Totals, a: Seen, b: Seen) -> None:
-    b = Seen(b.normalised.to(a.normalised.device), b.off_centre.to(a.normalised.device))
-    finite_a, finite_b = a.normalised.isfinite().all(-1), b.normalised.isfinite().all(-1)
-    totals.mismatched += int((finite_a != finite_b).sum())
+    device = a.normalised.device
+    finite_a, finite_b = a.normalised.isfinite().all(-1), b.normalised.isfinite().all(-1).to(device)
     good = finite_a & finite_b
+    n_a, n_b = a.normalised[good], b.normalised.to(device)[good]
+    odd_output, output_error = row_errors(*_outputs(a, b))
+    totals.mismatched += max(int((finite_a != finite_b).sum()), int(odd_output.sum()))
+    totals.output_error_max = max(totals.output_error_max, output_error.max().item() if len(output_error) else 0.0)
     if not good.any():
         return
-    n_a, n_b = a.normalised[good], b.normalised[good]
-    size = n_a.norm(dim=-1)
-    typical = size.square().mean().sqrt()
-    error = ratio((n_b - n_a).norm(dim=-1), size.clamp(min=typical))
+    _, error = row_errors(n_a, n_b)
     totals.rows += len(n_a)
     totals.error_sum += error.sum().item()
     totals.error_max = max(totals.error_max, error.max().item())
     totals.square_sum += n_a.square().mean(-1).sum().item()
     totals.mean_a = max(totals.mean_a, a.off_centre[good].max().item())
-    totals.mean_b = max(totals.mean_b, b.off_centre[good].max().item())
+    totals.mean_b = max(totals.mean_b, b.off_centre.to(device)[good].max().item())
+
+
+def _outputs(a: Seen, b: Seen) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two outputs, B's with A's gain and bias, both without their means where B's has none."""
+    y_a, y_b = a.output, b.output.to(a.output.device)
+    if _has_no_mean(y_b, b.dtype) and not _has_no_mean(y_a, a.dtype) and _same(a.gain, b.gain):
+        return _centred(y_a), _centred(y_b)
+    if not _same(a.bias, b.bias):
+        y_b = y_b - (0 if b.bias is None else b.bias.to(y_b.device))
+    if not _same(a.gain, b.gain):
+        y_b = y_b / (1 if b.gain is None else b.gain.to(y_b.device)) * (1 if a.gain is None else a.gain)
+    if not _same(a.bias, b.bias):
+        y_b = y_b + (0 if a.bias is None else a.bias)
+    return y_a, y_b
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b.to(a.device)))
+
+
+def _has_no_mean(y: torch.Tensor, dtype: torch.dtype) -> bool:
+    off_centre = ratio(y.mean(-1).abs(), y.square().mean(-1).sqrt())
+    return bool((off_centre[off_centre.isfinite()] < _NO_MEAN.get(dtype, 0.0)).all())
+
+
+def _centred(y: torch.Tensor) -> torch.Tensor:
+    return y - y.mean(-1, keepdim=True)

@@ -1,0 +1,105 @@
+"""Every model type of transformers, small and random: inspected, converted in every way, and measured.
+
+.venv/bin/python scripts/coverage.py                        # the whole sweep; goes on where it stopped
+.venv/bin/python scripts/coverage.py --only 'gpt*,bert'     # some types, or globs
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import sys
+from datetime import date
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+EXAMPLE = """\b
+Examples:
+  python scripts/coverage.py --out coverage.jsonl --jobs 2 --table coverage.md
+  python scripts/coverage.py --only 'gpt*,bert' --redo --json
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("coverage.jsonl"), show_default=True,
+              help="Records, one line of JSON per type; those that are there are not made again.")
+@click.option("--only", default="*", help="Model types, or globs of them, with commas between.")
+@click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="Processes.")
+@click.option("--redo", is_flag=True, help="Make records again that are there.")
+@click.option("--disk", is_flag=True, help="Save, convert and load each type as well, in a process without normswap.")
+@click.option("--seconds", default=180.0, show_default=True, help="Time that one type may take.")
+@click.option("--gibibytes", default=6.0, show_default=True, help="Memory that one process may take.")
+@click.option("--table", type=click.Path(path_type=Path), help="Write summary and table there, as Markdown.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def main(out: Path, only: str, jobs: int, redo: bool, disk: bool, seconds: float, gibibytes: float,
+         table: Path | None, as_json: bool) -> None:  # fmt: skip
+    """Inspect and convert a small random model of each type that transformers has, and measure each conversion.
+
+    Prints the summary. Ends with status 1 where a conversion is wrong, or anything crashed.
+    """
+    import zoo
+    from coverage_table import summary, summary_lines, table_lines
+    from examine import versions
+
+    globs = [glob.strip() for glob in only.split(",")]
+    types = [name for name in zoo.model_types() if any(fnmatch.fnmatch(name, glob) for glob in globs)]
+    if not types:
+        raise click.BadParameter(f"no model type of transformers is like {only}", param_hint="--only")
+    key = versions() | {"disk": disk}
+    have = _read(out, key)
+    todo = [name for name in types if redo or name not in have]
+    if todo:
+        have |= _sweep(todo, key, out, jobs, seconds, gibibytes)
+    records = [have[name] for name in types]
+    found = summary(records)
+    about = ", ".join(f"{name} {version}" for name, version in versions().items()) + f", {date.today():%Y-%m-%d}"
+    if table is not None:
+        lines = [about, "", *summary_lines(found), "", *table_lines(records)]
+        table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(json.dumps({"versions": versions(), **found}, indent=1) if as_json else "\n".join([about, "", *summary_lines(found)]))
+    if any(bad["result"] in ("WRONG", "crashed") for bad in found["bad"]):
+        sys.exit(1)
+
+
+def _read(out: Path, key: dict[str, object]) -> dict[str, dict]:
+    """The records made under `key`, by type; of several the last. A line that was cut off is made again."""
+    found = {}
+    for line in out.read_text(encoding="utf-8").splitlines() if out.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["key"] == key:
+            found[record["type"]] = record
+    return found
+
+
+def _sweep(
+    types: list[str], key: dict[str, object], out: Path, jobs: int, seconds: float, gibibytes: float
+) -> dict[str, dict]:
+    """Examine the types, and append each record to `out` as it is made."""
+    from examine import examine
+    from workers import run_all
+
+    found = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress, out.open("a", encoding="utf-8") as file:
+        task = progress.add_task("examining", total=len(types))
+        for name, record, why in run_all(examine, types, (key["disk"],), jobs, seconds, gibibytes):
+            record = record or {"type": name, "status": "crashed", "why": why, "seconds": {}}
+            found[name] = record | {"key": key}
+            file.write(json.dumps(found[name]) + "\n")
+            file.flush()
+            progress.update(task, advance=1, description=name[:24].ljust(24))
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""One model type examined: what inspect finds in it, and each conversion measured against the original."""
+
+from __future__ import annotations
+
+import re
+import time
+import traceback
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+import zoo
+from torch import nn
+
+import normswap
+from normswap.errors import NormswapError, ObserveError, RefusedError, VerificationError
+from normswap.planning.planner import make_plan
+from normswap.planning.plans import Plan, Request
+from normswap.understand.normmap import NormMap
+from normswap.verification.inputs import redrawn
+from normswap.verification.outputs import outputs_of
+from normswap.verification.proof import measure_live
+from normswap.verification.untying import check_untying
+
+#: every conversion, in the words of the command line; each is asked for with `--partial`
+CONVERSIONS = {
+    "--norm rmsnorm": dict(norm="rmsnorm"),
+    "--fold": dict(fold=True),
+    "--norm rmsnorm --fold": dict(norm="rmsnorm", fold=True),
+}
+#: what a record's conversion may be
+RESULTS = ("exact", "refused", "WRONG", "crashed", "nothing")
+
+
+def examine(model_type: str, disk: bool = False) -> dict[str, Any]:
+    """A record of the type's small model, as plain data for JSON; never raises.
+
+    Its `status` is `missing` (transformers has no model that could be built here), `refused` or `crashed` (by inspect),
+    or `inspected`, and then it has `sites`, `streams`, `audit` and `conversions`, each with a `result`:
+
+    - `exact`: measured equal at every site and output; `error` is the worst, `converted` the sites, `refused` the rest;
+    - `refused`: no site can be converted; `refused` has the reasons;
+    - `WRONG`, `crashed`: `why`;
+    - `nothing`: the model has no norm of the kind.
+    """
+    _quieten()
+    record: dict[str, Any] = {"type": model_type, "seconds": {}}
+    start = time.perf_counter()
+    try:
+        model = zoo.build(model_type)
+        inputs = zoo.inputs_for(model)
+    except zoo.CannotBuild as error:
+        return record | {"status": "missing", "why": str(error)}
+    except NormswapError as error:
+        return record | {"status": "refused", "why": str(error)}
+    except Exception as error:
+        return record | {"status": "missing", "why": _short(error)}
+    record |= {"class": type(model).__name__}
+    record["seconds"]["build"] = time.perf_counter() - start
+    return record | examine_model(model, inputs, record["seconds"])
+
+
+def examine_model(model: nn.Module, inputs: Mapping[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """The record of a live model, without its type; times are put into `seconds`."""
+    start = time.perf_counter()
+    try:
+        normmap = NormMap.of(model, inputs)
+    except NormswapError as error:
+        return {"status": "refused", "why": str(error)}
+    except Exception as error:
+        return {"status": "crashed", "why": _short(error)}
+    seconds["inspect"] = time.perf_counter() - start
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    batches = _batches(model, inputs)
+    conversions: dict[str, Any] = {}
+    for words, request in CONVERSIONS.items():
+        tied: tuple[str, ...] = ("keep", "untie") if normmap.aliases else ("keep",)
+        before = None
+        for way in tied:
+            start = time.perf_counter()
+            asked = words if way == "keep" else f"{words} --tied untie"
+            found, plan = _convert(model, normmap, batches, Request(**request, tied=way, partial=True))
+            if before is not None and plan is not None and plan.edits == before.edits:
+                continue  # nothing is tied that matters: the same plan, measured already
+            found["refused"] = {site: [why, _pattern(why, names)] for site, why in found.get("refused", {}).items()}
+            conversions[asked], before = found, plan
+            seconds[asked] = time.perf_counter() - start
+    return {
+        "status": "inspected",
+        "sites": [_site(normmap, path) for path in normmap.sites],
+        "streams": [_stream(stream) for stream in normmap.streams],
+        "loose": normmap.loose,
+        "audit": _audit(model, inputs, normmap),
+        "conversions": conversions,
+    }
+
+
+def _convert(model, normmap: NormMap, batches, request: Request) -> tuple[dict[str, Any], Plan | None]:
+    """The result of one conversion, and its plan; a plan that was measured before is not measured again."""
+    try:
+        plan = make_plan(normmap, request, model.config.model_type)
+        check_untying(model, plan, batches[0])
+    except RefusedError as error:
+        sites = {site: why for site, why in error.refusals if site in normmap.sites}
+        asked = [path for path, site in normmap.sites.items() if _is_asked(site, request)]
+        if not asked:
+            return {"result": "nothing"}, None
+        whole = str(error).split("\n")[0]
+        return {"result": "refused", "refused": {site: sites.get(site, whole) for site in asked}}, None
+    except Exception as error:
+        return {"result": "crashed", "why": _short(error)}, None
+    found: dict[str, Any] = {"converted": list(plan.converted), "refused": {r.site: r.reason for r in plan.refused}}
+    try:
+        comparison = measure_live(model, plan, batches)
+    except VerificationError as error:
+        return found | {"result": "WRONG", "why": str(error)}, plan
+    except Exception as error:
+        return found | {"result": "crashed", "why": _short(error)}, plan
+    found |= {"error": comparison.worst_error, "dtype": comparison.dtype, "not_run": list(comparison.not_run)}
+    if comparison.first_divergence is not None:
+        return found | {"result": "WRONG", "why": f"they part at {comparison.first_divergence}"}, plan
+    if comparison.unmatched:
+        return found | {"result": "WRONG", "why": f"not run alike: {', '.join(comparison.unmatched)}"}, plan
+    return found | {"result": "exact"}, plan
+
+
+def _is_asked(site, request: Request) -> bool:
+    folds = request.fold and site.spec.kind in ("layernorm", "rmsnorm") and (site.spec.weight or site.spec.bias)
+    return bool(folds) or (request.norm is not None and site.spec.kind == "layernorm")
+
+
+def _batches(model: nn.Module, inputs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The inputs, and the same with other values where the model takes them."""
+    other = redrawn(inputs, getattr(model, "config", None), seed=1)
+    try:
+        outputs_of(model, other, False, "A")
+    except ObserveError:
+        return [inputs]
+    return [inputs, other]
+
+
+def _site(normmap: NormMap, path: str) -> dict[str, Any]:
+    site = normmap.sites[path]
+    spec = site.spec.model_dump(include={"kind", "axes", "gain", "bias", "eps", "casting", "weight"})
+    linear = bool(site.readers) and not site.other_consumers
+    return {"path": path, **spec, "role": site.role, "stream": site.stream, "linear": linear}
+
+
+def _stream(stream) -> dict[str, Any]:
+    placements = list(dict.fromkeys(block.placement for block in stream.blocks))
+    closed = any(block.n_out for block in stream.blocks)
+    return {"name": stream.name, "width": stream.width, "placements": placements, "pre": not closed}
+
+
+def _audit(model: nn.Module, inputs: Mapping[str, Any], normmap: NormMap) -> list[str]:
+    from audit import audit
+
+    try:
+        return audit(model, inputs, normmap)
+    except Exception as error:
+        return [f"the audit crashed: {_short(error)}"]
+
+
+def _pattern(reason: str, names: set[str]) -> str:
+    """A reason without what is particular to one model: its modules, and numbers."""
+    own = {name for name in names if "." in name or "_" in name}
+    reason = re.sub(r"[\w.]+\w", lambda word: "_" if word[0] in own or word[0].count(".") else word[0], reason)
+    return re.sub(r"\b\d+\b", "*", reason.split("\n")[0])[:160]
+
+
+def _short(error: BaseException) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {str(error)[:300]} ({where.name}, line {where.lineno})"
+
+
+def _quieten() -> None:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
+def versions() -> dict[str, str]:
+    """What a record depends on beside the code."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "normswap": normswap.__version__}
