@@ -134,6 +134,7 @@ class Recorder(TorchFunctionMode):
             call = open_calls.pop()
             call.outputs = tuple(self._value(t) for t in tensors_in(output))
             call.end = len(self.trace.operations)
+            call.bare = isinstance(output, torch.Tensor)
 
         handles = []
         try:

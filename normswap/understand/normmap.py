@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -174,18 +175,17 @@ class NormMap:
 
     def _writers(self, stream) -> list[Writer]:
         """Everything that adds to the stream: norms as they run, then parameters in the model's order."""
-        terms = self.centrings[stream.width].terms
+        centring = self.centrings[stream.width]
         ran = dict.fromkeys(op.norm for op in self.trace.norm_operations())
         rank = {name: i for i, name in enumerate([*ran, *self.parameters])}
         found = {
             term
             for v in stream.values
-            for (value, _), held in terms.items()
-            if value == v
-            for term in held
+            for dim in range(len(self.trace.values[v].shape))
+            for term in centring.leaves(centring.terms.get((v, dim)))
             if isinstance(term, Writer) and term.groups == 1
         }
-        return sorted(found, key=lambda w: (rank[w.name], w.axis, w.module))
+        return sorted(found, key=lambda w: (rank.get(w.name, -1), w.axis, w.module))
 
     def names(self, parameter: str) -> list[str]:
         """All names of a parameter, its first one first."""
@@ -197,8 +197,16 @@ class NormMap:
 
     def users(self, parameter: str) -> set[str]:
         """Paths of the modules in which operations read `parameter`."""
-        value = next(v.index for v in self.trace.values if v.name == parameter)
-        return {op.module for op in self.trace.operations if value in op.inputs}
+        return self._users.get(parameter, set())
+
+    @cached_property
+    def _users(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for op in self.trace.operations:
+            for v in op.inputs:
+                if (name := self.trace.values[v].name) is not None:
+                    found.setdefault(name, set()).add(op.module)
+        return found
 
     def summary(self) -> dict[str, Any]:
         """All of the map as plain data, for JSON."""
