@@ -74,7 +74,7 @@ def _watched(model: nn.Module, sites: Collection[str]):
             tensors = [t.clone() for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
             acts = any(id(t) not in parameters for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
             if acts and len(calls.setdefault(path, [])) < 3:
-                calls[path].append((tensors, output))
+                calls[path].append((tensors, output.clone() if isinstance(output, torch.Tensor) else output))
 
         return hook
 

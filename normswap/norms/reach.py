@@ -54,14 +54,14 @@ def probe_shapes(module: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[in
 
     On a map of one pixel a group norm cannot be told from a norm of channels, and nothing is gained by large maps.
     """
-    own = {n for t in (*module.parameters(), *module.buffers()) for n in t.shape}
+    own = {n for t in (*module.parameters(), *module.buffers()) for n in t.shape if n > 1}
     own |= {n for value in vars(module).values() for n in (value if isinstance(value, tuple) else (value,)) if _whole(n)}
     free = (n for n in count(3) if n not in own)
     channels_first = len(shape) > 2 and shape[1] in own and shape[-1] not in own
     small = [min(max(shape[0], 2), 3)]
     for axis, n in enumerate(shape[1:], 1):
         position = axis < len(shape) - 1 or channels_first
-        fixed = n in own and n > 1 or not position or (axis == 1 and channels_first)
+        fixed = n in own or not position or (axis == 1 and channels_first)
         small.append(n if fixed else next(free))
     yield tuple(small)
     if tuple(small) != tuple(shape):
@@ -69,7 +69,7 @@ def probe_shapes(module: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[in
 
 
 def _whole(n: object) -> bool:
-    return isinstance(n, int) and not isinstance(n, bool)
+    return isinstance(n, int) and n > 1
 
 
 def reach(

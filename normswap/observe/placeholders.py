@@ -14,12 +14,20 @@ META = torch.device("meta")
 Hits = Literal["ends", "first", "every"]
 
 LIKE_FACTORIES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
+#: of their second argument these look at shape, dtype and device alone
+LIKENING = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
 LARGEST_STAND_IN = 1 << 26  # elements
 
 
 def off_meta(leaf):
     on_meta = isinstance(leaf, torch.device | str) and str(leaf) == "meta"
     return torch.device("cpu") if on_meta else leaf
+
+
+def likeness(leaf):
+    """A tensor off the meta device with the shape and dtype of `leaf`, and no memory for its values."""
+    on_meta = isinstance(leaf, torch.Tensor) and leaf.is_meta
+    return torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) if on_meta else off_meta(leaf)
 
 
 def to_meta(leaf):

@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 from normswap.observe.placeholders import (
     HITS,
     LIKE_FACTORIES,
+    LIKENING,
     META,
     PLACEHOLDERS,
     Hits,
+    likeness,
     off_meta,
     on_meta,
     whole_parts,
@@ -213,6 +215,9 @@ class Recorder(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name in LIKE_FACTORIES:  # their values depend on no input's values
             return function(*args, **{**kwargs, "device": "cpu"}), True
+        if name in LIKENING and not args[0].is_meta:
+            args, kwargs = tree_map(likeness, (args, kwargs))
+            return function(*args, **kwargs), self.trace.values[self.ids[id(args[0])]].kind == "constant"
         result = NotImplemented
         if name in PLACEHOLDERS:
             result = PLACEHOLDERS[name](*args, **kwargs)
