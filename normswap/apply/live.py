@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from normswap.errors import PlanError
-from normswap.norms.centred import centre_output
+from normswap.norms.centred import centre_input, centre_output
 from normswap.norms.rms_norm import RMSNorm
-from normswap.planning.edits import CentreOutput, GrowBias, ModuleEdit, SwapNorm, TensorEdit, Untie
+from normswap.planning.edits import CentreInput, CentreOutput, GrowBias, ModuleEdit, SwapNorm, TensorEdit, Untie
 from normswap.planning.plans import Plan
 
 Tensors = dict[str, torch.Tensor]
@@ -67,7 +67,7 @@ def apply_structure(model: nn.Module, plan: Plan) -> None:
             new_norms[edit.module] = _rms_norm(module, edit, dropped)
         elif isinstance(edit, GrowBias):
             _check_grows(module, edit)
-        elif not isinstance(edit, CentreOutput):
+        elif not isinstance(edit, CentreOutput | CentreInput):
             raise PlanError(f"the edit {edit.edit!r} of {edit.module} is not known here; update normswap.")
     config_changes = [(_config(model, edit.key), edit.value) for edit in plan.config_edits()]
     owners = _tying_submodels(model, unties)
@@ -86,7 +86,9 @@ def _edit_module(model: nn.Module, edit: ModuleEdit, new_norms: dict[str, nn.Mod
     if isinstance(edit, SwapNorm):
         model.set_submodule(edit.module, new_norms[edit.module])
     elif isinstance(edit, CentreOutput):
-        centre_output(model.get_submodule(edit.module))
+        centre_output(model.get_submodule(edit.module), edit.axis)
+    elif isinstance(edit, CentreInput):
+        centre_input(model.get_submodule(edit.module), edit.axis)
     elif isinstance(edit, GrowBias):
         module = model.get_submodule(edit.module)
         # the weight says where and in which precision; a layer of another kind takes the model's
@@ -99,15 +101,15 @@ def _rms_norm(old: nn.Module, edit: SwapNorm, dropped: set[str]) -> RMSNorm:
     theirs = dict(old.named_parameters())
     like = next(iter(theirs.values()), None)
     with torch.device(like.device if like is not None else "cpu"):
-        new = RMSNorm(edit.width, edit.eps, edit.gain, edit.bias, edit.casting)
+        new = RMSNorm(edit.width, edit.eps, edit.gain, edit.bias, edit.casting, edit.axis, edit.shape)
     if like is not None:
         new.to(like.dtype)
     for name in dict(new.named_parameters()):
         if name not in theirs:
             continue
-        if theirs[name].shape != (edit.width,):
+        if theirs[name].shape != (expected := edit.shape or (edit.width,)):
             raise PlanError(
-                f"{edit.module}.{name}: expected shape ({edit.width},), found {tuple(theirs[name].shape)}; "
+                f"{edit.module}.{name}: expected shape {expected}, found {tuple(theirs[name].shape)}; "
                 "the plan was made for a model of another size."
             )
         setattr(new, name, theirs.pop(name))

@@ -20,9 +20,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from normswap.apply import rebuild
 from normswap.apply.folding import fold
-from normswap.norms.centred import Centred, centre_output
+from normswap.norms.centred import CentredInput, CentredOutput, centre_input, centre_output
 from normswap.norms.rms_norm import RMSNorm
-from normswap.planning.edits import CentreOutput, GrowBias, ModuleEdit, SwapNorm
+from normswap.planning.edits import CentreInput, CentreOutput, GrowBias, ModuleEdit, SwapNorm
 from normswap.planning.plans import Plan
 
 PREFIX = "Normswap"
@@ -47,12 +47,13 @@ class Tables:
 
     Attributes:
         norms: `dict(...)` of arguments of RMSNorm.
-        centred: patterns alone; the values are empty.
+        outputs, inputs: axes along which a module's output or first input is centred.
         biases: sizes.
     """
 
     norms: Mapping[str, str] = field(default_factory=dict)
-    centred: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
     biases: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -60,12 +61,13 @@ class Tables:
         """`edits` by path, folded over layers; `paths` are all modules of the model that the paths belong to."""
         paths = list(paths)
         norms = {path: _arguments(edit) for path, edit in edits.items() if isinstance(edit, SwapNorm)}
-        centred = {path: "" for path, edit in edits.items() if isinstance(edit, CentreOutput)}
+        outputs = {path: str(edit.axis) for path, edit in edits.items() if isinstance(edit, CentreOutput)}
+        inputs = {path: str(edit.axis) for path, edit in edits.items() if isinstance(edit, CentreInput)}
         biases = {path: str(edit.size) for path, edit in edits.items() if isinstance(edit, GrowBias)}
-        return cls(fold(norms, paths), fold(centred, paths), fold(biases, paths))
+        return cls(*(fold(found, paths) for found in (norms, outputs, inputs, biases)))
 
     def patterns(self) -> list[str]:
-        return [*self.norms, *self.centred, *self.biases]
+        return [*self.norms, *self.outputs, *self.inputs, *self.biases]
 
 
 def render(
@@ -81,8 +83,8 @@ def render(
         base: edits within the base model, by path in it.
         head: edits outside the base model, by path in the whole model.
     """
-    norms, centred = base.norms or head.norms, base.centred or head.centred
-    biases = base.biases or head.biases
+    norms, biases = base.norms or head.norms, base.biases or head.biases
+    outputs, inputs = base.outputs or head.outputs, base.inputs or head.inputs
     auto_models = [offer for offer in offers if "AutoModel" in offer.autos]
     renamed = _renamed(config_class.model_type, model_type, offers)
 
@@ -90,7 +92,7 @@ def render(
         _docstring(plan),
         _imports(
             {config_class, *(offer.stock for offer in offers)},
-            torch=bool(norms or biases),
+            torch=bool(norms or biases or inputs),
             auto_model=bool(auto_models),
             conversions=bool(renamed),
         ),
@@ -99,10 +101,12 @@ def render(
     ]
     copied = [
         *([RMSNorm] if norms else []),
-        *([Centred, centre_output] if centred else []),
+        *([CentredOutput, centre_output] if outputs else []),
+        *([CentredInput, centre_input] if inputs else []),
         rebuild.find,
         *([rebuild.swap_norms] if norms else []),
-        *([rebuild.centre_outputs] if centred else []),
+        *([rebuild.centre_outputs] if outputs else []),
+        *([rebuild.centre_inputs] if inputs else []),
         *([rebuild.grow_biases] if biases else []),
     ]
     config_name = PREFIX + config_class.__name__
@@ -121,7 +125,8 @@ def render(
 
 
 def _arguments(edit: SwapNorm) -> str:
-    names = ("width", "eps", "gain", "bias", "casting")
+    names = ["width", "eps", "gain", "bias", "casting"]
+    names += [name for name, usual in (("axis", -1), ("shape", None)) if getattr(edit, name) != usual]
     return f"dict({', '.join(f'{name}={_literal(getattr(edit, name))}' for name in names)})"
 
 
@@ -173,9 +178,10 @@ def _tables(tables: Tables, prefix: str, where: str) -> str:
             f"# Norms that become RMSNorm: path in {where} (`*`: every layer) and arguments.\n{prefix}NORMS = {{"
         )
         texts += [_entry(pattern, arguments) for pattern, arguments in tables.norms.items()] + ["}"]
-    if tables.centred:
-        texts.append(f"# Modules whose output is centred: path in {where}.\n{prefix}CENTRED = [")
-        texts += [f"    {_literal(pattern)}," for pattern in tables.centred] + ["]"]
+    for name, axes in (("output", tables.outputs), ("input", tables.inputs)):
+        if axes:
+            texts.append(f"# Modules whose {name} is centred: path in {where} and axis.\n{prefix}{name.upper()}S = {{")
+            texts += [f"    {_literal(pattern)}: {axis}," for pattern, axis in axes.items()] + ["}"]
     if tables.biases:
         texts.append(f"# Modules that get a bias: path in {where} and size.\n{prefix}BIASES = {{")
         texts += [f"    {_literal(pattern)}: {size}," for pattern, size in tables.biases.items()] + ["}"]
@@ -193,7 +199,8 @@ def _entry(pattern: str, call: str) -> str:
 def _calls(tables: Tables, prefix: str, model: str) -> list[str]:
     return [
         *([f"swap_norms({model}, {prefix}NORMS)"] if tables.norms else []),
-        *([f"centre_outputs({model}, {prefix}CENTRED)"] if tables.centred else []),
+        *([f"centre_outputs({model}, {prefix}OUTPUTS)"] if tables.outputs else []),
+        *([f"centre_inputs({model}, {prefix}INPUTS)"] if tables.inputs else []),
         *([f"grow_biases({model}, {prefix}BIASES)"] if tables.biases else []),
     ]
 

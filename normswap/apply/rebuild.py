@@ -5,7 +5,7 @@ import re
 import torch
 from torch import nn
 
-from normswap.norms.centred import centre_output
+from normswap.norms.centred import centre_input, centre_output
 from normswap.norms.rms_norm import RMSNorm
 
 
@@ -25,11 +25,18 @@ def swap_norms(model, norms):
             model.set_submodule(path, RMSNorm(**arguments))
 
 
-def centre_outputs(model, patterns):
-    """Centre the output of each module that `patterns` name."""
-    for pattern in patterns:
+def centre_outputs(model, axes):
+    """Centre the output of each module that `axes` names along the axis it gives."""
+    for pattern, axis in axes.items():
         for path in find(model, pattern):
-            centre_output(model.get_submodule(path))
+            centre_output(model.get_submodule(path), axis)
+
+
+def centre_inputs(model, axes):
+    """Centre the first input of each module that `axes` names along the axis it gives."""
+    for pattern, axis in axes.items():
+        for path in find(model, pattern):
+            centre_input(model.get_submodule(path), axis)
 
 
 def grow_biases(model, sizes):

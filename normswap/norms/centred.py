@@ -1,17 +1,40 @@
-"""An explicit centring of a module's output. This file is copied into the output, so it imports torch alone."""
+"""Explicit centring of what a module gives or takes. This file is copied into the output, so it imports torch alone."""
 
+import torch
 from torch import nn
 
 
-class Centred(nn.Module):
-    """Mixin: what the class beside it computes, less its mean along the last axis, `(..., width) -> (..., width)`."""
+class CentredOutput(nn.Module):
+    """Mixin: what the class beside it computes, less its mean along the axis `centred_output`."""
 
     def forward(self, *args, **kwargs):
         y = super().forward(*args, **kwargs)
-        return y - y.mean(-1, keepdim=True)
+        return y - y.mean(self.centred_output, keepdim=True)
 
 
-def centre_output(module):
-    """Make `module` a `Centred` form of its own class, in place: same parameters, same names, same hooks."""
+def centre_output(module, axis=-1):
+    """Make `module` a `CentredOutput` form of its own class, in place: same parameters, same names, same hooks."""
     cls = type(module)
-    module.__class__ = type(f"Centred{cls.__name__}", (Centred, cls), {"__module__": cls.__module__})
+    own = {"__module__": cls.__module__, "centred_output": axis}
+    module.__class__ = type(f"CentredOutput{cls.__name__}", (CentredOutput, cls), own)
+
+
+class CentredInput(nn.Module):
+    """Mixin: what the class beside it computes of its first tensor less its mean along the axis `centred_input`."""
+
+    def forward(self, *args, **kwargs):
+        given = [*enumerate(args), *kwargs.items()]
+        first, x = next((key, value) for key, value in given if isinstance(value, torch.Tensor))
+        x = x - x.mean(self.centred_input, keepdim=True)
+        if isinstance(first, int):
+            args = (*args[:first], x, *args[first + 1 :])
+        else:
+            kwargs[first] = x
+        return super().forward(*args, **kwargs)
+
+
+def centre_input(module, axis=-1):
+    """Make `module` a `CentredInput` form of its own class, in place: same parameters, same names, same hooks."""
+    cls = type(module)
+    own = {"__module__": cls.__module__, "centred_input": axis}
+    module.__class__ = type(f"CentredInput{cls.__name__}", (CentredInput, cls), own)

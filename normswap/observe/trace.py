@@ -121,7 +121,11 @@ class Operation:
 
 @dataclass(eq=False)
 class ModuleCall:
-    """One call of one module: the values that went in and came out, the range of operations inside, who called."""
+    """One call of one module: the values that went in and came out, the range of operations inside, who called.
+
+    Attributes:
+        bare: it gave out one tensor, not a structure that holds tensors.
+    """
 
     path: str
     inputs: tuple[int, ...]
@@ -130,6 +134,7 @@ class ModuleCall:
     end: int = 0
     parent: str = ""
     span: Span | None = None
+    bare: bool = False
 
 
 @dataclass(eq=False)
@@ -190,25 +195,31 @@ def collapse_norms(trace: Trace, paths: set[str]) -> Trace:
     """The same trace with each call of a norm module as one opaque operation.
 
     Args:
-        paths: the norm modules. Each call must take one float tensor and give one of the same shape.
+        paths: the norm modules. Each call takes a float tensor, and a second one if the norm is gated; it gives one of
+            the same shape.
     """
     starts = {call.start: call for call in trace.calls if call.path in paths and call.end > call.start}
     operations: list[Operation] = []
+    moved: list[int] = []  # per operation, where it or what takes its place now stands
     position = 0
     while position < len(trace.operations):
         op = trace.operations[position]
+        moved += [len(operations)] * (position + 1 - len(moved))
         call = starts.get(position)
         if call is None:
             operations.append(op)
             position += 1
             continue
-        x = next(v for v in call.inputs if trace.values[v].is_float)
+        taken = tuple(dict.fromkeys(v for v in call.inputs if trace.values[v].is_float))
         operations.append(
-            Operation(op.index, None, [], None, (x,), call.outputs[:1], (), call.path, call.span, norm=call.path)
+            Operation(op.index, None, [], None, taken, call.outputs[:1], (), call.path, call.span, norm=call.path)
         )
         position = call.end
+        moved += [len(operations)] * (position - len(moved))
+    moved += [len(operations)] * (len(trace.operations) + 1 - len(moved))
+    calls = [replace(call, start=moved[call.start], end=moved[call.end]) for call in trace.calls]
     for index, op in enumerate(operations):
         op.index = index
         for v in op.outputs:
             trace.values[v].producer = index
-    return replace(trace, operations=operations)
+    return replace(trace, operations=operations, calls=calls)

@@ -133,7 +133,13 @@ class ModuleEdit(Edit):
 
 
 class SwapNorm(ModuleEdit):
-    """The norm at `module` becomes one of another kind; parameters that stay keep their names."""
+    """The norm at `module` becomes one of another kind; parameters that stay keep their names.
+
+    Attributes:
+        width: size of the normalised axis.
+        axis: the normalised axis, counted from the end.
+        shape: of gain and bias; None: `(width,)`.
+    """
 
     edit: Literal["swap_norm"] = "swap_norm"
     kind: Literal["rmsnorm"]
@@ -142,12 +148,22 @@ class SwapNorm(ModuleEdit):
     gain: GainForm | None
     bias: bool
     casting: Casting
+    axis: int = -1
+    shape: tuple[int, ...] | None = None
 
 
 class CentreOutput(ModuleEdit):
-    """The module's output is centred along its last axis, in the module itself (see `norms.centred`)."""
+    """The module's output is centred along `axis`, counted from the end, in the module itself (`norms.centred`)."""
 
     edit: Literal["centre_output"] = "centre_output"
+    axis: int = -1
+
+
+class CentreInput(ModuleEdit):
+    """The module's first input is centred along `axis`, counted from the end, in the module itself."""
+
+    edit: Literal["centre_input"] = "centre_input"
+    axis: int = -1
 
 
 class GrowBias(ModuleEdit):
@@ -166,6 +182,6 @@ class SetConfig(Edit):
 
 
 AnyEdit = Annotated[
-    Centre | Untie | FoldGain | FoldBias | Drop | Fill | SwapNorm | CentreOutput | GrowBias | SetConfig,
+    Centre | Untie | FoldGain | FoldBias | Drop | Fill | SwapNorm | CentreOutput | CentreInput | GrowBias | SetConfig,
     Field(discriminator="edit"),
 ]

@@ -6,11 +6,21 @@ import re
 
 from normswap.errors import RefusedError
 from normswap.paths import blurred, folded
-from normswap.planning.edits import AnyEdit, Centre, CentreOutput, FoldBias, GrowBias, ModuleEdit, SwapNorm, TensorEdit
+from normswap.planning.edits import (
+    AnyEdit,
+    Centre,
+    CentreInput,
+    CentreOutput,
+    FoldBias,
+    GrowBias,
+    ModuleEdit,
+    SwapNorm,
+    TensorEdit,
+)
 from normswap.planning.plans import Plan, Refusal, Request
 from normswap.planning.rewrites import centre as centring
 from normswap.planning.rewrites.centre import centre
-from normswap.planning.rewrites.fold import fold
+from normswap.planning.rewrites.fold import Folding, fold
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
 
@@ -40,7 +50,7 @@ def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_pre
     swaps, wanted = _sites_to_swap(normmap, request), _sites_to_fold(normmap, request)
     for untied in (False, True):
         ties = Ties(normmap, untied)
-        centred = centre(normmap, swaps, ties, request.tied)
+        centred = centre(normmap, swaps, ties, request.tied, request.explicit)
         swapped = {site.path for site in centred.sites}
         folding = fold(normmap, wanted, ties, request.tied, swapped)
         if request.tied == "keep" or not ties.wanted:
@@ -65,7 +75,7 @@ def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_pre
     edits += [edit for edit in folding.edits if isinstance(edit, TensorEdit)]
     edits += [edit for edit in centred.edits if isinstance(edit, TensorEdit)]
     edits += _centre_grown(folding.edits, centred.edits)
-    edits += [_swap(site, bare) for site in centred.sites]
+    edits += [_swap(normmap, site, bare) for site in centred.sites]
     edits += [edit for edit in (*folding.edits, *centred.edits) if isinstance(edit, ModuleEdit)]
     _check_all_ran(normmap, edits)
     return Plan(
@@ -113,8 +123,10 @@ def _centre_grown(folded: list[AnyEdit], centred: list[AnyEdit]) -> list[Centre]
     ]
 
 
-def _swap(site: Site, bare: set[str]) -> SwapNorm:
+def _swap(normmap: NormMap, site: Site, bare: set[str]) -> SwapNorm:
     spec, keeps = site.spec, site.path not in bare
+    name = spec.weight or spec.bias
+    shape = normmap.parameters[f"{site.path}.{name}"] if name and keeps else (spec.width,)
     # a LayerNorm that casts does so once, at the end; the swapped norm keeps the site's own casting
     return SwapNorm(
         module=site.path,
@@ -124,6 +136,8 @@ def _swap(site: Site, bare: set[str]) -> SwapNorm:
         gain=spec.gain if keeps else None,
         bias=spec.bias is not None and keeps,
         casting=spec.casting,
+        axis=spec.axes[0],
+        shape=None if shape == (spec.width,) else shape,
     )
 
 
@@ -152,7 +166,7 @@ def _listed(reasons: dict[str, str]) -> str:
     return "\n".join(f"  {path}: {reasons[paths[0]]}" for path, paths in shown)
 
 
-def _reasons(centred: centring.Centred, folded, edits: list[AnyEdit]) -> tuple[str, ...]:
+def _reasons(centred: centring.Centred, folding: Folding, edits: list[AnyEdit]) -> tuple[str, ...]:
     reasons = []
     if centred.sites:
         tensors = len([edit for edit in centred.edits if isinstance(edit, TensorEdit)])
@@ -160,11 +174,13 @@ def _reasons(centred: centring.Centred, folded, edits: list[AnyEdit]) -> tuple[s
             f"LayerNorm to RMSNorm at {len(centred.sites)} sites: {tensors} writers of the stream are centred, and "
             f"everything that reads it is invariant to its mean; the variance of a zero-mean vector is its mean square."
         )
-    outputs = [edit.module for edit in edits if isinstance(edit, CentreOutput)]
-    if outputs:
-        reasons.append(f"The outputs of {', '.join(outputs)} are centred as they come out, in the module.")
-    if folded.sites:
-        reasons.append(f"Gain and bias of {len(folded.sites)} norms are moved into the linear maps that read them.")
+    for kind, what, how in ((CentreOutput, "outputs", "come out"), (CentreInput, "inputs", "go in")):
+        paths = [(edit.module, None) for edit in edits if isinstance(edit, kind)]
+        if paths:
+            shown = ", ".join(path for path, _ in folded(paths))
+            reasons.append(f"The {what} of {shown} are centred as they {how}, in the module.")
+    if folding.sites:
+        reasons.append(f"Gain and bias of {len(folding.sites)} norms are moved into the linear maps that read them.")
     return tuple(reasons)
 
 

@@ -22,11 +22,13 @@ class Request(BaseModel):
     fold: bool = False
     tied: Literal["keep", "untie"] = "keep"
     partial: bool = False
+    explicit: bool = False
 
     def words(self) -> str:
         """The request as options of the command line."""
         options = [f"--norm {self.norm}" if self.norm else "", "--fold" if self.fold else ""]
         options += ["--tied untie" if self.tied == "untie" else "", "--partial" if self.partial else ""]
+        options.append("--explicit" if self.explicit else "")
         return " ".join(filter(None, options))
 
 

@@ -75,7 +75,7 @@ def _last(path: str, module: str) -> str:
 
 def _axis(writers: list[Writer], paths: list[str]) -> str:
     writer = next(w for w in writers if w.name == paths[0])
-    return "(output)" if writer.kind == "norm" else f"[{writer.axis}]"
+    return f"({writer.kind})" if writer.kind in ("output", "input") else f"[{writer.axis}]"
 
 
 def _site_table(normmap: NormMap) -> Table:

@@ -1,9 +1,12 @@
 """Which writers make up each value along one width, and who would notice a shift of them.
 
 One pass over a trace, in execution order: every axis of every value that could be centred carries its terms: the
-sources (a parameter used in a module, or a norm's output) that would have to be centred, and the operations that put in
-a mean nothing controls. A source is blocked when a shift of it reaches an operation that answers with anything but a
-shift.
+sources (a parameter used in a module, or what a module gives out or takes in) that would have to be centred, and the
+operations that put in a mean nothing controls. A source is blocked when a shift of it reaches an operation that answers
+with anything but a shift.
+
+A value that crosses a boundary of a module (see `boundary`) is a source of its own, and holds the terms it had before:
+either those can be centred, or the value can be centred explicitly as it crosses.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from dataclasses import dataclass, field
 
 from normswap.norms.spec import NormSpec
 from normswap.observe.trace import Operation, Trace
+from normswap.understand.boundary import boundaries
 from normswap.understand.transfer import Prober
 
 ValueAxis = tuple[int, int]
@@ -22,9 +26,9 @@ class Writer:
     """Something that can be centred so that what it adds to a stream has no mean.
 
     Attributes:
-        name: the parameter's or buffer's name, or the path of the norm module whose output it is.
-        kind: `parameter`, `buffer` or `norm`.
-        axis: the axis along the stream; of the output for a norm.
+        name: the parameter's or buffer's name, or the path of the module whose output or first input it is.
+        kind: `parameter`, `buffer`, `output` or `input`.
+        axis: the axis along the stream; counted from the end for an output or input.
         groups: how many runs of the stream's width lie side by side in that axis.
         module: path of the module that uses it.
     """
@@ -44,103 +48,167 @@ class Uncentred:
 
 
 Term = Writer | Uncentred
+#: what a value consists of; None: nothing is known of it
+Terms = frozenset[Term] | None
 
 
 @dataclass
 class Centring:
-    """Result of the first pass.
+    """Result of the pass.
 
     Attributes:
         terms: per (value, dimension) what it consists of. An axis that is missing cannot be centred at all.
+        held: per output and input, in execution order, the terms it had before; None if nothing but the crossing
+            itself can be centred.
         blocked: per writer, why a shift of what it writes would be noticed (empty: nobody notices).
         inputs: per norm path, the terms of its input along the normalised axis; None where the input has none.
     """
 
     terms: dict[ValueAxis, frozenset[Term]] = field(default_factory=dict)
+    held: dict[Writer, Terms] = field(default_factory=dict)
     blocked: dict[Writer, list[str]] = field(default_factory=dict)
-    inputs: dict[str, frozenset[Term] | None] = field(default_factory=dict)
+    inputs: dict[str, Terms] = field(default_factory=dict)
+
+    def leaves(self, terms: Terms) -> set[Term]:
+        """The terms that are left when outputs and inputs are replaced by what they held."""
+        found, todo = set(), list(terms or ())
+        seen = set(todo)
+        while todo:
+            term = todo.pop()
+            inner = self.held.get(term)
+            if inner is None:
+                found.add(term)
+            else:
+                todo += inner - seen
+                seen |= inner
+        return found
 
 
 def centring(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Centring:
     """Follow shifts along axes of `prober.width` channels through the trace."""
-    result = Centring()
-    live = trace.live()
-    for op in trace.operations:
-        if not any(v in live for v in op.outputs):
-            continue
-        if op.norm is not None:
-            _through_norm(trace, op, norms[op.norm], prober, result)
-            continue
+    return _Pass(trace, norms, prober).run()
+
+
+class _Pass:
+    def __init__(self, trace: Trace, norms: dict[str, NormSpec], prober: Prober):
+        self.trace, self.norms, self.prober = trace, norms, prober
+        self.live = trace.live()
+        self.boundaries = boundaries(trace)
+        self.result = Centring()
+
+    def run(self) -> Centring:
+        for value in self.trace.values:
+            if value.producer is None and value.kind not in ("parameter", "buffer"):
+                self._cross(value.index)
+        for op in self.trace.operations:
+            if not any(v in self.live for v in op.outputs):
+                continue
+            if op.norm is not None:
+                self._through_norm(op)
+            else:
+                self._through(op)
+                for v in op.outputs:
+                    self._cross(v)
+        for v in self.trace.outputs:
+            for dim in self.prober.axes(self.trace.values[v].shape):
+                self._block(self.result.terms.get((v, dim)), "the stream itself is an output of the model")
+        self._pass_blocks_on()
+        return self.result
+
+    def _through(self, op: Operation) -> None:
         tracked: dict[tuple[int, int], frozenset[Term]] = {}
         for position, v in enumerate(op.inputs):
-            for dim in prober.axes(trace.values[v].shape):
-                if (terms := _terms(trace, op, v, dim, prober, result)) is not None:
+            for dim in self.prober.axes(self.trace.values[v].shape):
+                if (terms := self._terms(op, v, dim)) is not None:
                     tracked[position, dim] = terms
         if not tracked:
-            continue
-        transfer = prober.shift(op, tuple(tracked))
+            return
+        transfer = self.prober.shift(op, tuple(tracked))
         for axis, outputs in transfer.blocked.items():
-            if any(op.outputs[o] in live for o in outputs):
-                _block(
-                    result, tracked[axis], f"{op.name} in {op.module or 'the model'} would notice a shift of its input"
-                )
+            if any(op.outputs[o] in self.live for o in outputs):
+                reason = f"{op.name} in {op.module or 'the model'} would notice a shift of its input"
+                self._block(tracked[axis], reason)
         for (o, dim), joint in transfer.joint.items():
             terms = frozenset().union(*(tracked[axis] for axis in joint.passers))
-            terms |= {_uncentred(trace, op, culprit) for culprit in joint.culprits}
-            result.terms[op.outputs[o], dim] = terms
-    for v in trace.outputs:
-        for dim in prober.axes(trace.values[v].shape):
-            _block(result, result.terms.get((v, dim), frozenset()), "the stream itself is an output of the model")
-    return result
+            terms |= {self._uncentred(op, culprit) for culprit in joint.culprits}
+            self.result.terms[op.outputs[o], dim] = terms
 
+    def _terms(self, op: Operation, v: int, dim: int) -> Terms:
+        value = self.trace.values[v]
+        if (v, dim) in self.result.terms:
+            return self.result.terms[v, dim]
+        if value.kind in ("parameter", "buffer") and value.is_float:
+            groups = value.shape[dim] // self.prober.width
+            return frozenset({self._source(Writer(value.name, value.kind, dim, groups, op.module))})
+        if value.known is not None and value.is_float and not value.known.any():
+            return frozenset()  # zeros, to be added into
+        return None
 
-def _terms(trace: Trace, op: Operation, v: int, dim: int, prober: Prober, result: Centring) -> frozenset[Term] | None:
-    value = trace.values[v]
-    if (v, dim) in result.terms:
-        return result.terms[v, dim]
-    if value.kind in ("parameter", "buffer") and value.is_float:
-        groups = value.shape[dim] // prober.width
-        writer = Writer(value.name, value.kind, dim, groups, op.module)
-        result.blocked.setdefault(writer, [])
-        return frozenset({writer})
-    if value.known is not None and value.is_float and not value.known.any():
-        return frozenset()  # zeros, to be added into
-    return None
+    def _source(self, writer: Writer) -> Writer:
+        self.result.blocked.setdefault(writer, [])
+        return writer
 
+    def _cross(self, v: int) -> None:
+        """Where `v` crosses a boundary, its terms are hidden behind it."""
+        boundary = self.boundaries.get(v)
+        if boundary is None or v not in self.live:
+            return
+        value = self.trace.values[v]
+        ndim = len(value.shape)
+        wide = [dim for dim, size in enumerate(value.shape) if size == self.prober.width]
+        known = [dim for dim in wide if (v, dim) in self.result.terms]
+        for dim in known or wide:
+            before = self.result.terms.get((v, dim))
+            if before == frozenset():
+                continue  # centred as it is
+            writer = self._source(Writer(boundary.module, boundary.kind, dim - ndim, 1, boundary.module))
+            earlier = self.result.held.get(writer, frozenset())
+            self.result.held[writer] = None if before is None or earlier is None else before | earlier
+            self.result.terms[v, dim] = frozenset({writer})
 
-def _block(result: Centring, terms: frozenset[Term], reason: str) -> None:
-    for term in terms:
-        if isinstance(term, Writer) and reason not in result.blocked[term]:
-            result.blocked[term].append(reason)
+    def _through_norm(self, op: Operation) -> None:
+        spec, width, result = self.norms[op.norm], self.prober.width, self.result
+        x, y = op.inputs[0], op.outputs[0]
+        ndim = len(self.trace.values[x].shape)
+        own = {axis % ndim for axis in spec.axes}
+        for dim in self.prober.axes(self.trace.values[x].shape):
+            terms = result.terms.get((x, dim))
+            along = own == {dim} and spec.width == width
+            if along:
+                before = result.inputs.get(op.norm, frozenset())
+                result.inputs[op.norm] = None if terms is None or before is None else before | terms
+            if not (along and spec.kind == "layernorm"):
+                self._block(terms, f"the {spec.kind} {op.norm} is not invariant to shifts")
+            if along:
+                writer = self._source(Writer(op.norm, "output", dim - ndim, 1, op.norm))
+                result.held[writer] = None
+                result.terms[y, dim] = frozenset({writer})
 
+    def _block(self, terms: Terms, reason: str) -> None:
+        for term in terms or ():
+            if isinstance(term, Writer) and reason not in self.result.blocked[term]:
+                self.result.blocked[term].append(reason)
 
-def _uncentred(trace: Trace, op: Operation, culprit: int) -> Uncentred:
-    """The term that input `culprit` of `op` adds, or the operation itself (-1)."""
-    where = op.module or "the model"
-    if culprit < 0:
-        return Uncentred(f"{op.name} in {where} gives its output a mean")
-    value = trace.values[op.inputs[culprit]]
-    if value.producer is None:
-        return Uncentred(f"{op.name} in {where} adds {value.name or 'an input of the model'}, which has a mean")
-    source = trace.operations[value.producer]
-    return Uncentred(
-        f"the result of {source.name} in {source.module or 'the model'} enters the stream in {where}, "
-        f"and nothing here can centre it"
-    )
+    def _pass_blocks_on(self) -> None:
+        """A shift of what a crossing held is a shift of the crossing: whoever notices the one notices the other."""
+        todo = list(self.result.held)
+        while todo:
+            writer = todo.pop()
+            for term in self.result.held.get(writer) or ():
+                if isinstance(term, Writer) and self.result.blocked[writer] and not self.result.blocked[term]:
+                    self._block({term}, self.result.blocked[writer][0])
+                    todo.append(term)
 
-
-def _through_norm(trace: Trace, op: Operation, spec: NormSpec, prober: Prober, result: Centring) -> None:
-    x, y = op.inputs[0], op.outputs[0]
-    ndim = len(trace.values[x].shape)
-    own = {axis % ndim for axis in spec.axes}
-    for dim in prober.axes(trace.values[x].shape):
-        terms = result.terms.get((x, dim))
-        if own == {dim} and spec.width == prober.width:
-            before = result.inputs.get(op.norm, frozenset())
-            result.inputs[op.norm] = None if terms is None or before is None else before | terms
-        if terms and not (own == {dim} and spec.width == prober.width and spec.kind == "layernorm"):
-            _block(result, terms, f"the {spec.kind} {op.norm} is not invariant to shifts")
-        if own == {dim} and spec.width == prober.width:
-            writer = Writer(op.norm, "norm", dim - ndim, 1, op.norm)
-            result.blocked.setdefault(writer, [])
-            result.terms[y, dim] = frozenset({writer})
+    def _uncentred(self, op: Operation, culprit: int) -> Uncentred:
+        """The term that input `culprit` of `op` adds, or the operation itself (-1)."""
+        where = op.module or "the model"
+        if culprit < 0:
+            return Uncentred(f"{op.name} in {where} gives its output a mean")
+        value = self.trace.values[op.inputs[culprit]]
+        if value.producer is None:
+            return Uncentred(f"{op.name} in {where} adds {value.name or 'an input of the model'}, which has a mean")
+        source = self.trace.operations[value.producer]
+        return Uncentred(
+            f"the result of {source.name} in {source.module or 'the model'} enters the stream in {where}, "
+            f"and nothing here can centre it"
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ class NormMap:
     def of(cls, model: nn.Module, inputs: Mapping[str, Any]) -> NormMap:
         """Observe `model` once on `inputs` and understand it. Raises ObserveError where it cannot be run."""
         trace = observe(model, inputs)
-        norms = find_norms(model, trace)
+        found_norms = find_norms(model, trace)
+        norms = found_norms.specs
         trace = collapse_norms(trace, set(norms))
         widths = {
             spec.width for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")
@@ -128,6 +130,7 @@ class NormMap:
                     f"{module or 'the model'} calls {name} as a function, which stays as it is"
                     for module, name in called.items()
                 ),
+                *(f"{path} resembles a norm and is none that is known: it stays as it is" for path in found_norms.like),
                 *(f"{note}, and what depends on it was not observed" for note in dict.fromkeys(trace.notes)),
             ],
         )
@@ -174,18 +177,17 @@ class NormMap:
 
     def _writers(self, stream) -> list[Writer]:
         """Everything that adds to the stream: norms as they run, then parameters in the model's order."""
-        terms = self.centrings[stream.width].terms
+        centring = self.centrings[stream.width]
         ran = dict.fromkeys(op.norm for op in self.trace.norm_operations())
         rank = {name: i for i, name in enumerate([*ran, *self.parameters])}
         found = {
             term
             for v in stream.values
-            for (value, _), held in terms.items()
-            if value == v
-            for term in held
+            for dim in range(len(self.trace.values[v].shape))
+            for term in centring.leaves(centring.terms.get((v, dim)))
             if isinstance(term, Writer) and term.groups == 1
         }
-        return sorted(found, key=lambda w: (rank[w.name], w.axis, w.module))
+        return sorted(found, key=lambda w: (rank.get(w.name, -1), w.axis, w.module))
 
     def names(self, parameter: str) -> list[str]:
         """All names of a parameter, its first one first."""
@@ -197,8 +199,16 @@ class NormMap:
 
     def users(self, parameter: str) -> set[str]:
         """Paths of the modules in which operations read `parameter`."""
-        value = next(v.index for v in self.trace.values if v.name == parameter)
-        return {op.module for op in self.trace.operations if value in op.inputs}
+        return self._users.get(parameter, set())
+
+    @cached_property
+    def _users(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for op in self.trace.operations:
+            for v in op.inputs:
+                if (name := self.trace.values[v].name) is not None:
+                    found.setdefault(name, set()).add(op.module)
+        return found
 
     def summary(self) -> dict[str, Any]:
         """All of the map as plain data, for JSON."""
@@ -259,7 +269,7 @@ def _common_path(paths: list[str]) -> str:
 def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list[tuple[str, NormSpec]]:
     """`(path, behaviour)` of every norm that runs in a live model, in execution order; nothing else is analysed."""
     trace = observe(model, example_inputs(model) if inputs is None else inputs)
-    return list(find_norms(model, trace).items())
+    return list(find_norms(model, trace).specs.items())
 
 
 def inspect(

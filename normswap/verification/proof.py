@@ -25,7 +25,7 @@ from normswap.checkpoint.source import Source
 from normswap.errors import ObserveError, SourceError, VerificationError
 from normswap.observe.inputs import example_inputs
 from normswap.observe.run import make_eager
-from normswap.planning.edits import CentreOutput, SwapNorm
+from normswap.planning.edits import CentreInput, CentreOutput, SwapNorm
 from normswap.planning.plans import Plan
 from normswap.understand.normmap import find_sites
 from normswap.verification.inputs import evaluation_inputs, redrawn
@@ -182,8 +182,8 @@ def _check_swapped(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | Non
         return
     kept = {refusal.site for refusal in plan.refused}
     swapped = {edit.module for edit in plan.edits if isinstance(edit, SwapNorm)}
-    # a norm whose output is centred as well behaves as no kind of norm; its edit has to do
-    centred = swapped & {edit.module for edit in plan.edits if isinstance(edit, CentreOutput)}
+    # a norm whose output or input is centred as well behaves as another kind or none; its edit has to do
+    centred = swapped & {edit.module for edit in plan.edits if isinstance(edit, CentreOutput | CentreInput)}
     kinds = dict.fromkeys(centred, plan.request.norm) | {path: spec.kind for path, spec in find_sites(model, inputs)}
     for path in plan.converted:
         if path not in kept and kinds.get(path) != plan.request.norm:

@@ -6,20 +6,24 @@ the mean can be taken out of all that is written to it, `W <- W - mean(W)` along
     LN(x) = g (x - 0) / sqrt(mean(x^2) - 0 + eps) + b = RMSNorm(x) + b,
 
 since the variance of a vector without mean is its mean square. Gain, bias and eps stay as they are. A term that no
-parameter controls (the output of an embedding norm, say) is centred where it comes out of its module instead.
+parameter controls (the output of an embedding norm, of an activation, of an image tower) is centred explicitly where
+it crosses a boundary of a module, as early as possible, so that one subtraction serves all norms behind it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from normswap.planning.edits import AnyEdit, Centre, CentreOutput
+from normswap.planning.edits import AnyEdit, Centre, CentreInput, CentreOutput
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.centring import Term, Uncentred, Writer
 from normswap.understand.normmap import NormMap, Site
 
 SOURCE, TARGET = "layernorm", "rmsnorm"
+#: what has to be done for a term to have no mean
+Edits = dict[Writer, AnyEdit]
 
 
 @dataclass
@@ -31,95 +35,161 @@ class Centred:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def centre(normmap: NormMap, sites: Iterable[Site], ties: Ties, tied: str) -> Centred:
+def centre(normmap: NormMap, sites: Iterable[Site], ties: Ties, tied: str, explicit: bool = False) -> Centred:
     """Plan the centring of everything that `sites` read.
 
     Args:
         tied: `keep` centres the output of a module whose parameter is tied; `untie` stores the parameter twice.
+        explicit: where nothing else does, subtract the mean in front of a single norm, too.
     """
     result = Centred()
-    chosen: dict[Writer, AnyEdit] = {}
+    solvers: dict[int, _Solver] = {}
+    found: dict[str, Edits | str] = {}
+    sites = list(sites)
     for site in sites:
-        reason = _obstacle(normmap, site)
-        edits: dict[Writer, AnyEdit] = {}
-        if reason is None:
-            for writer in sorted(_terms(normmap, site), key=lambda w: (w.name, w.module)):
-                edit = chosen.get(writer) or _edit(normmap, writer, site.spec.width, ties, tied)
-                if isinstance(edit, str):
-                    reason = edit
-                    break
-                edits[writer] = edit
-        if reason is not None:
-            result.refused[site.path] = reason
-            continue
-        chosen.update(edits)
-        result.sites.append(site)
+        width = site.spec.width
+        if width not in solvers:
+            solvers[width] = _Solver(normmap, width, ties, tied)
+        found[site.path] = _shape_obstacle(normmap, site) or solvers[width].site(site)
+        if explicit and isinstance(found[site.path], str) and _shape_obstacle(normmap, site) is None:
+            own = Writer(site.path, "input", site.spec.axes[0], 1, site.path)
+            found[site.path] = {own: CentreInput(module=site.path, axis=site.spec.axes[0])}
+    if not explicit:
+        _refuse_lone(solvers, sites, found)
+    chosen: Edits = {}
+    for site in sites:
+        edits = found[site.path]
+        if isinstance(edits, str):
+            result.refused[site.path] = edits
+        else:
+            chosen |= edits
+            result.sites.append(site)
     order = {name: i for i, name in enumerate(normmap.parameters)}
     result.edits = sorted(dict.fromkeys(chosen.values()), key=lambda e: order.get(getattr(e, "tensor", ""), len(order)))
     return result
 
 
-def _terms(normmap: NormMap, site: Site):
-    return normmap.centrings[site.spec.width].inputs.get(site.path)
+def _refuse_lone(solvers: dict[int, _Solver], sites: list[Site], found: dict[str, Edits | str]) -> None:
+    """A subtraction of the mean from all that a single norm reads, and for it alone, is what that LayerNorm does."""
+    lone: dict[str, str] | None = None
+    while lone is None or lone:
+        serves = Counter(writer for edits in found.values() if isinstance(edits, dict) for writer in edits)
+        lone = {}
+        for site in sites:
+            solver, edits = solvers[site.spec.width], found[site.path]
+            terms = solver.centring.inputs.get(site.path) or ()
+            for term in terms if len(terms) == 1 and isinstance(edits, dict) else ():
+                if term in edits and serves[term] == 1 and (why := solver.why.get(term)) is not None:
+                    lone[site.path] = (
+                        f"{why}; to subtract the mean in front of this norm alone is what the {SOURCE} does itself "
+                        f"(--explicit does it all the same)"
+                    )
+        found |= lone
 
 
-def _obstacle(normmap: NormMap, site: Site) -> str | None:
-    """Why the input of `site` cannot be centred, None if it can."""
-    if site.spec.axes != (-1,):
-        return f"it normalises axis {site.spec.axes} of its input; only norms over the last axis can be swapped yet"
-    if site.spec.weight and (shape := normmap.parameters[f"{site.path}.{site.spec.weight}"]) != (site.spec.width,):
-        return f"it has a gain of shape {shape}; only norms with one gain per channel can be swapped yet"
-    terms = _terms(normmap, site)
-    if site.path not in normmap.centrings[site.spec.width].inputs:
-        return "nothing that the model gives out depends on it"
-    if terms is None:
-        return "its input is not a sum of writers: what comes before it leaves nothing to centre"
-    for term in sorted((t for t in terms if isinstance(t, Uncentred)), key=lambda t: t.reason):
-        return term.reason
-    blocked = normmap.centrings[site.spec.width].blocked
-    for writer in sorted((t for t in terms if isinstance(t, Writer)), key=lambda w: (w.name, w.module)):
-        if blocked[writer]:
-            return f"{writer.name} writes to its input and cannot be centred: {blocked[writer][0]}"
+def _shape_obstacle(normmap: NormMap, site: Site) -> str | None:
+    """Why the norm at `site` has no counterpart whatever its input, None if it has."""
+    if len(site.spec.axes) != 1:
+        return f"it normalises the axes {site.spec.axes} of its input together; only norms over one axis can be swapped"
+    for name in (site.spec.weight, site.spec.bias):
+        shape = normmap.parameters[f"{site.path}.{name}"] if name else (site.spec.width,)
+        if shape[-1] != site.spec.width or (site.spec.axes != (-1,) and len(shape) > 1):
+            return f"it has a {name} of shape {shape}; expected one value per channel"
     return None
 
 
-def _edit(normmap: NormMap, writer: Writer, width: int, ties: Ties, tied: str) -> AnyEdit | str:
-    """The edit that centres what `writer` adds, or the reason why there is none."""
-    if writer.kind == "norm":
-        if writer.axis != -1:
-            return f"{writer.name} gives its output a mean along axis {writer.axis}; only the last can be centred yet"
-        return CentreOutput(module=writer.name)
-    if writer.kind == "buffer" and writer.name not in normmap.stored:
-        return _at_output(normmap, writer, width) or f"{writer.name} is a buffer that checkpoints do not store"
-    blocked = normmap.centrings[width].blocked
-    alike = (writer.name, writer.axis, writer.groups)
-    unnoticed = {w.module for w in blocked if (w.name, w.axis, w.groups) == alike and not blocked[w]}
-    others = ties.users(writer.name, writer.module) - unnoticed
-    if not others:
-        return Centre(tensor=ties.name(writer.name, writer.module), axis=writer.axis, groups=writer.groups)
-    ties.want(writer.name)
-    edit = _at_output(normmap, writer, width) if tied == "keep" else None
-    return edit or (
-        f"{writer.name} writes to its input in {writer.module or 'the model'} and is used otherwise in "
-        f"{', '.join(user or 'the model' for user in sorted(others))}; "
-        f"it cannot be centred for the one without changing the other (try --tied "
-        f"{'untie' if tied == 'keep' else 'keep'})"
-    )
+class _Solver:
+    """What has to be done so that the terms of one width have no mean, each term answered once."""
+
+    def __init__(self, normmap: NormMap, width: int, ties: Ties, tied: str):
+        self.normmap, self.width, self.ties, self.tied = normmap, width, ties, tied
+        self.centring = normmap.centrings[width]
+        self.known: dict[Writer, Edits | str] = {}
+        self.why: dict[Writer, str] = {}  # per crossing centred explicitly, what no weights can help
+        self.open: list[Writer] = []  # crossings being solved: a module that is called again meets itself
+        for crossing in self.centring.held:  # in execution order, so that no answer has to go deep
+            self.term(crossing)
+
+    def site(self, site: Site) -> Edits | str:
+        """The edits that centre the input of `site`, or the reason why it cannot be centred."""
+        if site.path not in self.centring.inputs:
+            return "nothing that the model gives out depends on it"
+        terms = self.centring.inputs[site.path]
+        if terms is None:
+            return "its input is not a sum of writers: what comes before it leaves nothing to centre"
+        return self.all(terms)
+
+    def all(self, terms: Iterable[Term]) -> Edits | str:
+        edits: Edits = {}
+        for term in sorted(terms, key=_rank):
+            found = self.term(term)
+            if isinstance(found, str):
+                return found
+            edits |= found
+        return edits
+
+    def term(self, term: Term) -> Edits | str:
+        if isinstance(term, Uncentred):
+            return term.reason
+        if term in self.open:
+            return {}  # centred if everything else it is made of is
+        if term not in self.known:
+            self.open.append(term)
+            found = self._solve(term)
+            self.open.pop()
+            if self.open and term in self.centring.held:
+                return found  # it may rest on a crossing that is still open
+            self.known[term] = found
+        return self.known[term]
+
+    def _solve(self, term: Writer) -> Edits | str:
+        if reasons := self.centring.blocked[term]:
+            return f"{_what(term)} cannot be centred: {reasons[0]}"
+        if term.kind not in ("output", "input"):
+            edit = self._parameter(term)
+            return edit if isinstance(edit, str) else {term: edit}
+        held = self.centring.held[term]
+        inner = f"{_computed(self.normmap, term)} cannot be centred in weights" if held is None else self.all(held)
+        if isinstance(inner, dict):
+            return inner
+        if not all(
+            isinstance(leaf, Writer) and leaf.kind in ("parameter", "buffer") and not self.centring.blocked[leaf]
+            for leaf in self.centring.leaves({term})
+        ):
+            self.why[term] = inner
+        edit = CentreOutput if term.kind == "output" else CentreInput
+        return {term: edit(module=term.name, axis=term.axis)}
+
+    def _parameter(self, writer: Writer) -> AnyEdit | str:
+        """The edit that centres what a parameter adds, or the reason why there is none."""
+        if writer.kind == "buffer" and writer.name not in self.normmap.stored:
+            return f"{writer.name} is a buffer that checkpoints do not store"
+        blocked = self.centring.blocked
+        alike = (writer.name, writer.axis, writer.groups)
+        unnoticed = {w.module for w in blocked if (w.name, w.axis, w.groups) == alike and not blocked[w]}
+        others = self.ties.users(writer.name, writer.module) - unnoticed
+        if not others:
+            return Centre(tensor=self.ties.name(writer.name, writer.module), axis=writer.axis, groups=writer.groups)
+        self.ties.want(writer.name)
+        return (
+            f"{writer.name} writes to its input in {writer.module or 'the model'} and is used otherwise in "
+            f"{', '.join(user or 'the model' for user in sorted(others))}; "
+            f"it cannot be centred for the one without changing the other (try --tied "
+            f"{'untie' if self.tied == 'keep' else 'keep'})"
+        )
 
 
-def _only_from(module: str, terms: frozenset[Term] | None) -> bool:
-    return terms is not None and all(isinstance(term, Writer) and term.module == module for term in terms)
+def _computed(normmap: NormMap, writer: Writer) -> str:
+    """What crosses there, in words."""
+    site = normmap.sites.get(writer.name)
+    return f"the {writer.kind} of {writer.name}{f' (a {site.spec.kind})' if site and writer.kind == 'output' else ''}"
 
 
-def _at_output(normmap: NormMap, writer: Writer, width: int) -> CentreOutput | None:
-    """Centre the output of the module that uses the writer, if all of that output is what the writer makes of it."""
-    terms = normmap.centrings[width].terms
-    calls = [call for call in normmap.trace.calls if call.path == writer.module]
-    for call in calls:
-        if len(call.outputs) != 1:
-            return None
-        value = normmap.trace.values[call.outputs[0]]
-        held = terms.get((value.index, len(value.shape) - 1))
-        if value.shape[-1] != width or not _only_from(writer.module, held):
-            return None
-    return CentreOutput(module=writer.module) if calls else None
+def _rank(term: Term) -> tuple:
+    """Reasons that name no writer first; writers by name."""
+    return (0, term.reason, "") if isinstance(term, Uncentred) else (1, term.name, term.module)
+
+
+def _what(writer: Writer) -> str:
+    where = {"output": "the output of ", "input": "the input of "}.get(writer.kind, "")
+    return f"{where}{writer.name} writes to its input and"
