@@ -28,8 +28,13 @@ Examples:
 
 
 @click.command(epilog=EXAMPLE)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("coverage.jsonl"), show_default=True,
-              help="Records, one line of JSON per type; those that are there are not made again.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("coverage.jsonl"),
+    show_default=True,
+    help="Records, one line of JSON per type; those that are there are not made again.",
+)
 @click.option("--only", default="*", help="Model types, or globs of them, with commas between.")
 @click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="Processes.")
 @click.option("--redo", is_flag=True, help="Make records again that are there.")
@@ -63,7 +68,11 @@ def main(out: Path, only: str, jobs: int, redo: bool, disk: bool, seconds: float
     if table is not None:
         lines = [about, "", *summary_lines(found), "", *table_lines(records)]
         table.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(json.dumps({"versions": versions(), **found}, indent=1) if as_json else "\n".join([about, "", *summary_lines(found)]))
+    print(
+        json.dumps({"versions": versions(), **found}, indent=1)
+        if as_json
+        else "\n".join([about, "", *summary_lines(found)])
+    )
     if any(bad["result"] in ("WRONG", "crashed") for bad in found["bad"]):
         sys.exit(1)
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 Record = dict[str, Any]
+#: results that need a person to look
+BAD = ("WRONG", "unstable", "crashed")
 
 # How the analysis names a stream that more than norms read, or that the model gives out.
 _OUTPUT, _READ = "is an output of the model", "would notice a shift"
@@ -34,7 +36,7 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
             {"type": record["type"], "conversion": words, "result": found["result"], "why": found["why"]}
             for record in inspected
             for words, found in record["conversions"].items()
-            if found["result"] in ("WRONG", "crashed")
+            if found["result"] in BAD
         ]
         + [
             {"type": record["type"], "conversion": "inspect", "result": record["status"], "why": record["why"]}
@@ -107,15 +109,15 @@ def summary_lines(found: dict[str, Any], reasons: int = 12) -> list[str]:
         f"Of {found['types']} model types, {found['built']} can be built; inspect succeeds on {found['inspected']} of "
         f"them ({share:.1%}), with {kinds} sites; its audit finds fault with {len(found['audit'])}.",
         "",
-        "| conversion | types exact | WRONG | crashed | worst error | sites | on pre-norm streams | linear readers |",
-        "|---|---|---|---|---|---|---|---|",
+        "| conversion | types exact | WRONG | unstable | crashed | worst error | sites | on pre-norm streams | linear readers |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for words, totals in found["conversions"].items():
         results = totals["results"]
         cells = [_share(totals["groups"][group]) for group in ("all", "pre", "linear")]
+        counts = " | ".join(str(results.get(result, 0)) for result in ("exact", *BAD))
         lines.append(
-            f"| `{words}` | {results.get('exact', 0)} | {results.get('WRONG', 0)} | {results.get('crashed', 0)} "
-            f"| {totals['worst error']:.1e} | {' | '.join(cells)} |"
+            f"| `{words}` | {counts} | {totals['worst error']:.1e} | {' | '.join(cells)} |"
         )
     for words, totals in found["conversions"].items():
         groups = totals["groups"]
@@ -145,7 +147,13 @@ def table_lines(records: Iterable[Record]) -> list[str]:
     rows = []
     for record in records:
         if record["status"] != "inspected":
-            cells = [record.get("class", ""), f"{record['status']}: {_line(record['why'])}", "", *("" for _ in asked), ""]
+            cells = [
+                record.get("class", ""),
+                f"{record['status']}: {_line(record['why'])}",
+                "",
+                *("" for _ in asked),
+                "",
+            ]
         else:
             found = [_cell(record["conversions"].get(words), numbers) for words in asked]
             audit = "; ".join(record["audit"]).replace("|", "/")
@@ -174,7 +182,7 @@ def _cell(found: Record | None, numbers: dict[str, int]) -> str:
     words = f"{found['result']} {len(converted)} of {len(converted) + len(refused)}"
     if found["result"] == "exact":
         words += f", {found['error']:.0e}"
-    if found["result"] in ("WRONG", "crashed"):
+    if found["result"] in BAD:
         words = f"**{found['result']}**: {_line(found['why'])}"
     counts = Counter(pattern for _, pattern in refused.values())
     return "; ".join([words, *_numbered(counts, numbers)])

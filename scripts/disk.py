@@ -64,7 +64,9 @@ def save(model: nn.Module, folder: Path, form: Form) -> None:
         path = folder / "model.safetensors"
         old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
         tensors = load_file(path)
-        renamed = {next((k.replace(new, was) for new, was in old.items() if new in k), k): t for k, t in tensors.items()}
+        renamed = {
+            next((k.replace(new, was) for new, was in old.items() if new in k), k): t for k, t in tensors.items()
+        }
         if renamed.keys() == tensors.keys():
             raise ValueError(f"{type(model).__name__} has no parameter that was once named otherwise")
         save_file(renamed, path, metadata={"format": "pt"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 import traceback
@@ -20,6 +21,7 @@ from normswap.planning.planner import make_plan
 from normswap.planning.plans import Plan, Request
 from normswap.understand.normmap import NormMap
 from normswap.verification.inputs import redrawn
+from normswap.verification.models import compare_models
 from normswap.verification.outputs import outputs_of
 from normswap.verification.proof import measure_live
 from normswap.verification.untying import check_untying
@@ -31,7 +33,9 @@ CONVERSIONS = {
     "--norm rmsnorm --fold": dict(norm="rmsnorm", fold=True),
 }
 #: what a record's conversion may be
-RESULTS = ("exact", "refused", "WRONG", "crashed", "nothing")
+RESULTS = ("exact", "refused", "WRONG", "unstable", "crashed", "nothing")
+# a conversion rounds each weight it edits a few times, each rounding of the size that the noise is made of
+_UNSTABLE = 30
 
 
 def examine(model_type: str, disk: bool = False) -> dict[str, Any]:
@@ -42,6 +46,7 @@ def examine(model_type: str, disk: bool = False) -> dict[str, Any]:
 
     - `exact`: measured equal at every site and output; `error` is the worst, `converted` the sites, `refused` the rest;
     - `refused`: no site can be converted; `refused` has the reasons;
+    - `unstable`: the random model itself turns roundings of its weights into errors as large, so nothing is known;
     - `WRONG`, `crashed`: `why`;
     - `nothing`: the model has no norm of the kind.
     """
@@ -75,7 +80,10 @@ def examine_model(model: nn.Module, inputs: Mapping[str, Any], seconds: dict[str
     names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     batches = _batches(model, inputs)
     conversions: dict[str, Any] = {}
+    has_layernorm = any(site.spec.kind == "layernorm" for site in normmap.sites.values())
     for words, request in CONVERSIONS.items():
+        if len(request) > 1 and not has_layernorm:
+            continue  # the same as folding alone
         tied: tuple[str, ...] = ("keep", "untie") if normmap.aliases else ("keep",)
         before = None
         for way in tied:
@@ -112,18 +120,35 @@ def _convert(model, normmap: NormMap, batches, request: Request) -> tuple[dict[s
     except Exception as error:
         return {"result": "crashed", "why": _short(error)}, None
     found: dict[str, Any] = {"converted": list(plan.converted), "refused": {r.site: r.reason for r in plan.refused}}
+    sites = [(site.path, site.spec) for site in normmap.sites.values()]
     try:
-        comparison = measure_live(model, plan, batches)
+        comparison = measure_live(model, plan, batches, sites)
     except VerificationError as error:
         return found | {"result": "WRONG", "why": str(error)}, plan
     except Exception as error:
         return found | {"result": "crashed", "why": _short(error)}, plan
     found |= {"error": comparison.worst_error, "dtype": comparison.dtype, "not_run": list(comparison.not_run)}
     if comparison.first_divergence is not None:
-        return found | {"result": "WRONG", "why": f"they part at {comparison.first_divergence}"}, plan
+        noise = _own_noise(model, batches, sites)
+        why = f"they part at {comparison.first_divergence} by {comparison.worst_error:.0e}, and so does the original by "
+        why += f"{noise:.0e} from itself when its weights are rounded otherwise"
+        result = "unstable" if comparison.worst_error < _UNSTABLE * noise else "WRONG"
+        return found | {"result": result, "why": why}, plan
     if comparison.unmatched:
         return found | {"result": "WRONG", "why": f"not run alike: {', '.join(comparison.unmatched)}"}, plan
     return found | {"result": "exact"}, plan
+
+
+@torch.no_grad()
+def _own_noise(model: nn.Module, batches, sites) -> float:
+    """How far the original is from itself in float64 when each weight is another by one part in 2^52."""
+    original = copy.deepcopy(model).double().eval()
+    rounded = copy.deepcopy(original)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in rounded.parameters():
+        if parameter.is_floating_point():
+            parameter *= 1 + 2**-52 * torch.randint(-1, 2, parameter.shape, generator=generator).double()
+    return compare_models(original, rounded, batches, sites, sites).worst_error
 
 
 def _is_asked(site, request: Request) -> bool:

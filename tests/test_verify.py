@@ -15,19 +15,25 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
 
+import normswap
+from normswap.apply.live import apply_plan
 from normswap.errors import ObserveError, SourceError, VerificationError
 from normswap.norms.rms_norm import RMSNorm
 from normswap.norms.spec import NormSpec
 from normswap.report.comparison import comparison_table, verdict
 from normswap.understand.normmap import find_sites
+from normswap.verification.inputs import evaluation_inputs, redrawn
 from normswap.verification.metrics import TokenComparison, compare_logits
 from normswap.verification.models import compare_models
+from normswap.verification.proof import measure_live
 from normswap.verification.run import Report, verify
 
 IDS = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -205,6 +211,82 @@ def test_a_site_the_output_is_blind_to_is_found():
     assert found.first_divergence == "gpt_neox.layers.1.post_attention_layernorm"
 
 
+def test_what_a_site_gives_is_compared_where_the_output_is_blind_to_it():
+    model = tiny("gpt_neox", use_parallel_residual=True).double()
+    with torch.no_grad():
+        model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight.zero_()
+    changed = copy.deepcopy(model)
+    changed.gpt_neox.layers[1].post_attention_layernorm.eps *= 1.01
+    sites = find_sites(model)
+    found = compare_models(model, changed, [IDS], sites, sites)
+    site = next(site for site in found.sites if site.output_error_max > 0)
+    assert found.output.error.max == site.error_max == 0
+    assert found.first_divergence == site.site == "gpt_neox.layers.1.post_attention_layernorm"
+    assert 1e-9 < site.output_error_max < 1e-3
+
+
+@pytest.mark.parametrize("request_", [dict(norm="rmsnorm"), dict(norm="rmsnorm", fold=True), dict(fold=True)])
+def test_an_output_that_is_centred_or_folded_is_put_back(request_):
+    """BLOOM's embedding norm writes to the stream: its output is centred, and there is no such kind of norm."""
+    model = tiny("bloom").double()
+    plan = normswap.plan(model, **request_, tied="untie", partial=True)
+    found = measure_live(model, plan, [{"input_ids": IDS}])
+    centred = any(edit.edit == "centre_output" for edit in plan.edits)
+    assert centred == ("norm" in request_) and len(found.sites) == 6 and found.unmatched == ()
+    assert found.first_divergence is None and found.worst_error <= 1e-12  # measured 3e-15
+    off = apply_plan(copy.deepcopy(model), plan)
+    off.transformer.word_embeddings_layernorm.register_forward_hook(lambda m, args, y: y * (1 + 1e-6))
+    worse = compare_models(model, off, [IDS], find_sites(model), find_sites(off))
+    assert worse.first_divergence == "transformer.word_embeddings_layernorm"
+
+
+class SeveralOutputs(nn.Module):
+    """A norm whose output is given out in several places, beside noise that is drawn anew in every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, input_ids):
+        x = self.norm(torch.sin(input_ids.double().unsqueeze(-1) * torch.arange(1, 9)))
+        noisy = x + torch.randn(x.shape, dtype=x.dtype)
+        masked = x.masked_fill(input_ids.unsqueeze(-1) % 2 == 0, -torch.inf)
+        nested = {"states": (x, masked), "mems": [torch.rand(3)], "loss": x.mean()}
+        return {"counts": input_ids, "first": noisy, "nested": nested}
+
+
+def test_every_floating_output_is_compared_under_the_same_noise():
+    model = SeveralOutputs().double().eval()
+    torch.manual_seed(7)
+    found = compare_models(model, copy.deepcopy(model), [IDS])
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    assert drawn == torch.rand(1)  # the generator is where it was
+    assert found.output_name == "first" and found.output.error.max == 0
+    names = ["nested.states.0", "nested.states.1", "nested.loss"]  # what is kept for generation is not among them
+    assert [other.name for other in found.others] == names and all(other.error_max == 0 for other in found.others)
+    assert found.others[0].rows == IDS.numel() and found.others[2].rows == 1
+
+    for place, name in ((0, "output nested.states.0"), (1, "output nested.states.1")):
+        changed = copy.deepcopy(model)
+
+        def disturb(module, args, output, place=place):
+            states = list(output["nested"]["states"])
+            states[place] = torch.where(states[place].isfinite(), states[place], 0.0) if place else 2 * states[place]
+            return {**output, "nested": {**output["nested"], "states": tuple(states)}}
+
+        changed.register_forward_hook(disturb)
+        found = compare_models(model, changed, [IDS])
+        assert found.first_divergence == name
+        assert (found.others[1].mismatched > 0) == (place == 1)  # finite where the original is not
+
+
+def test_the_encoders_output_counts():
+    model = tiny("t5").double()
+    batch = {"input_ids": IDS, "decoder_input_ids": IDS[:, :9], "use_cache": False}
+    assert [other.name for other in compare(model, model, [batch]).others] == ["encoder_last_hidden_state"]
+
+
 def test_exact_conversion_agrees_at_every_site_and_folding_does_not_matter():
     model = tiny("gpt2").double()
     converted = centre_gpt2(copy.deepcopy(model))
@@ -217,6 +299,7 @@ def test_exact_conversion_agrees_at_every_site_and_folding_does_not_matter():
     found = compare(model, converted)
     assert len(found.sites) == 5
     assert max(site.error_max for site in found.sites) <= 1e-12  # measured 3e-15
+    assert 0 < max(site.output_error_max for site in found.sites) <= 1e-12  # measured 3e-15
     assert found.output.error.max <= 1e-12
     assert found.first_divergence is None
     assert min(site.mean_a for site in found.sites) > 0.1 and max(site.mean_b for site in found.sites) < 1e-12
@@ -265,15 +348,11 @@ def test_nan_in_one_model_is_reported_at_its_first_site():
 def test_sites_of_one_model_only_are_named():
     model = tiny("gpt2").double()
     other = copy.deepcopy(model)
-    other.transformer.h[1].ln_2.forward = lambda x: x  # no norm any more, and yet in the place of one
-    found = compare(model, other)
-    assert found.unmatched == () and found.first_divergence == "transformer.h.1.ln_2"
-    other.transformer.h[1].ln_2 = model.transformer.h[1].ln_2
-    other.transformer.h[1].mlp, other.transformer.h[1].skipped = nn.Identity(), other.transformer.h[1].mlp
-    other.transformer.h[1].ln_2, other.transformer.h[1].moved = nn.Sequential(), other.transformer.h[1].ln_2
-    other.transformer.h[1].forward = lambda x, *args, **kwargs: x
+    other.transformer.h[1].forward = lambda x, *args, **kwargs: x  # its norms do not run
+    other.transformer.ln_f = nn.Identity()  # no norm, and yet in the place of one: compared as if it were
     found = compare(model, other)
     assert found.unmatched == ("transformer.h.1.ln_1", "transformer.h.1.ln_2")
+    assert found.first_divergence == "transformer.ln_f"
 
 
 class ConstantInput(nn.Module):
@@ -327,6 +406,34 @@ def test_models_that_cannot_be_compared():
         compare_models(model, model, [torch.ones(1, 65, dtype=torch.long)])
     with pytest.raises(VerificationError, match="nothing to compare"):
         compare_models(model, model, [])
+
+
+# -- inputs --------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_drawn_again_keep_what_has_a_meaning():
+    config = BertConfig(vocab_size=50, pad_token_id=0, image_token_id=7)
+    mask = torch.tensor([[1.0, 1.0, 0.0]])
+    example = {"input_ids": torch.tensor([[7, 7, 3, 4, 0]]), "pixel_values": torch.arange(6.0).view(1, 2, 3),
+               "attention_mask": torch.ones(1, 5), "sizes": torch.tensor([[2, 3]]), "use_cache": False}  # fmt: skip
+    first, second = (redrawn(example, config, seed) for seed in (0, 1))
+    for drawn in (first, second):
+        ids = drawn["input_ids"]
+        assert ids[0, :2].tolist() == [7, 7] and ids[0, 4] == 0 and not set(ids[0, 2:4].tolist()) & {0, 7}
+        assert drawn["pixel_values"].flatten().sort().values.tolist() == list(range(6))
+        assert drawn["attention_mask"].all() and drawn["sizes"] is example["sizes"] and drawn["use_cache"] is False
+    assert not torch.equal(first["pixel_values"], second["pixel_values"])
+    assert not torch.equal(first["input_ids"], second["input_ids"])
+    assert torch.equal(redrawn({"mask": mask}, None, 0)["mask"].sum(), mask.sum())
+
+
+def test_windows_are_as_long_as_the_model_takes():
+    """Some count their positions from the padding's id on: fewer are left than the configuration says."""
+    config = RobertaConfig(**{**SMALL, "max_position_embeddings": 34}, pad_token_id=1)
+    model = randomise(RobertaForMaskedLM(config)).eval()
+    batches, shape, described = evaluation_inputs(model, None, None, 200)
+    assert 16 <= shape[1] <= 32 and "random" in described
+    assert all(torch.isfinite(model(**batch).logits).all() for batch in batches)
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------

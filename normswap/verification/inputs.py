@@ -104,7 +104,8 @@ def _longest(model: PreTrainedModel, example: Inputs, length: int) -> int:
     for tried in (length, length - 8, *(length >> k for k in range(1, 8))):
         if tried < 2:
             break
-        ids = torch.randint(1, 3, (1, tried), generator=generator)
+        # no padding among them: some do not count its positions
+        ids = _other_tokens(torch.full((1, tried), -1), model.config, generator)
         try:
             outputs_of(model, _on(ids, example), False, "A")
             return tried

@@ -33,6 +33,7 @@ from normswap.verification.metrics import Record
 from normswap.verification.models import TOLERANCES, Comparison, compare_models
 from normswap.verification.outputs import check_alike, outputs_of, row_errors
 from normswap.verification.run import Report, coarsest_dtype, open_model, report_on, tokenizer_of
+from normswap.verification.sites import SiteSpec
 
 Progress = Callable[[str, int, int], None]
 # float32 casts inside float64 models, over many layers
@@ -120,11 +121,14 @@ def prove(
         described = Path(text).name  # of the user's folders nothing is published
     names = source.title, "the converted folder"
 
+    sites = find_sites(original), find_sites(result)
+    _check_swapped(sites[1], plan)
+
     def measure(what: str, a: nn.Module, b: nn.Module, dtypes: Sequence[torch.dtype]) -> Report:
         return report_on(
             names,
             (a, b),
-            (find_sites(a), find_sites(b)),
+            sites,
             batches,
             shape=shape,
             text=described,
@@ -141,7 +145,6 @@ def prove(
         stored = measure("comparing as stored", *wide, dtypes)
         del wide
     mathematics, converted = _mathematics(original, plan, measure)
-    _check_swapped(converted, plan)
     checked = _check_files(converted, result)
     if plan.claim == "exact":
         _check_exact(mathematics)
@@ -176,15 +179,15 @@ def _check_exact(report: Report) -> None:
         )
 
 
-def _check_swapped(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = None) -> None:
-    """Every norm that the plan says it converts behaves as the kind that was asked for."""
+def _check_swapped(sites: Sequence[SiteSpec], plan: Plan) -> None:
+    """Every norm that the plan says it converts is among `sites`, those of the result, as the kind asked for."""
     if plan.request.norm is None:
         return
     kept = {refusal.site for refusal in plan.refused}
     swapped = {edit.module for edit in plan.edits if isinstance(edit, SwapNorm)}
     # a norm whose output or input is centred as well behaves as another kind or none; its edit has to do
     centred = swapped & {edit.module for edit in plan.edits if isinstance(edit, CentreOutput | CentreInput)}
-    kinds = dict.fromkeys(centred, plan.request.norm) | {path: spec.kind for path, spec in find_sites(model, inputs)}
+    kinds = {path: spec.kind for path, spec in sites} | dict.fromkeys(centred, plan.request.norm)
     for path in plan.converted:
         if path not in kept and kinds.get(path) != plan.request.norm:
             raise VerificationError(
@@ -266,11 +269,14 @@ def prove_live(model: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None) -
         )
 
 
-def measure_live(model: nn.Module, plan: Plan, batches: Sequence[Mapping[str, Any]]) -> Comparison:
+def measure_live(
+    model: nn.Module, plan: Plan, batches: Sequence[Mapping[str, Any]], sites: Sequence[SiteSpec] | None = None
+) -> Comparison:
     """A live model against a converted copy, both in float64, or in float32 where the model's code does not run so.
 
     Args:
         batches: keyword arguments of `forward`; sites are looked for on the first.
+        sites: the norms of `model`, if they are known.
 
     Raises:
         VerificationError: a norm does not behave as the plan says it does now, or the two part when left alone.
@@ -287,9 +293,10 @@ def measure_live(model: nn.Module, plan: Plan, batches: Sequence[Mapping[str, An
             if dtype == torch.float32:
                 raise
     converted = apply_plan(copy.deepcopy(original), plan)
-    _check_swapped(converted, plan, batches[0])
-    sites = find_sites(original, batches[0]), find_sites(converted, batches[0])
-    comparison = compare_models(original, converted, batches, *sites, tolerance=TOLERANCES[dtype])
+    sites = find_sites(original, batches[0]) if sites is None else sites
+    now = find_sites(converted, batches[0])
+    _check_swapped(now, plan)
+    comparison = compare_models(original, converted, batches, sites, now, tolerance=TOLERANCES[dtype])
     if plan.claim == "exact":
         _check_plain(original, converted, batches[0])
     return comparison

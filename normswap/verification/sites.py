@@ -126,7 +126,7 @@ def site_calls(model: nn.Module, sites: Sequence[SiteSpec], expected: Sequence[S
 
 
 def _seen(module: nn.Module, x: torch.Tensor, y: torch.Tensor, spec: NormSpec) -> Seen:
-    plain = y.detach().double()
+    plain = y.detach().to(torch.float64, copy=True)  # what follows may write into it
     if spec.kind not in _NORMALISED_KINDS:
         # a channel's values do not lie along one axis of the input: rows are those of the output's last axis
         rows = plain.reshape(-1, plain.shape[-1])
