@@ -109,16 +109,14 @@ def summary_lines(found: dict[str, Any], reasons: int = 12) -> list[str]:
         f"Of {found['types']} model types, {found['built']} can be built; inspect succeeds on {found['inspected']} of "
         f"them ({share:.1%}), with {kinds} sites; its audit finds fault with {len(found['audit'])}.",
         "",
-        "| conversion | types exact | WRONG | unstable | crashed | worst error | sites | on pre-norm streams | linear readers |",
+        f"| conversion | exact | {' | '.join(BAD)} | worst error | sites | on pre-norm streams | with linear readers |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for words, totals in found["conversions"].items():
         results = totals["results"]
         cells = [_share(totals["groups"][group]) for group in ("all", "pre", "linear")]
         counts = " | ".join(str(results.get(result, 0)) for result in ("exact", *BAD))
-        lines.append(
-            f"| `{words}` | {counts} | {totals['worst error']:.1e} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| `{words}` | {counts} | {totals['worst error']:.1e} | {' | '.join(cells)} |")
     for words, totals in found["conversions"].items():
         groups = totals["groups"]
         lines += [

@@ -41,8 +41,8 @@ _UNSTABLE = 30
 def examine(model_type: str, disk: bool = False) -> dict[str, Any]:
     """A record of the type's small model, as plain data for JSON; never raises.
 
-    Its `status` is `missing` (transformers has no model that could be built here), `refused` or `crashed` (by inspect),
-    or `inspected`, and then it has `sites`, `streams`, `audit` and `conversions`, each with a `result`:
+    Its `status` is `missing` (transformers has no model that could be built and run here), `refused` or `crashed` (by
+    inspect), or `inspected`, and then it has `sites`, `streams`, `audit` and `conversions`, each with a `result`:
 
     - `exact`: measured equal at every site and output; `error` is the worst, `converted` the sites, `refused` the rest;
     - `refused`: no site can be converted; `refused` has the reasons;
@@ -63,6 +63,10 @@ def examine(model_type: str, disk: bool = False) -> dict[str, Any]:
     except Exception as error:
         return record | {"status": "missing", "why": _short(error)}
     record |= {"class": type(model).__name__}
+    try:
+        outputs_of(model, inputs, False, "A")
+    except ObserveError as error:
+        return record | {"status": "missing", "why": f"it cannot be run: {error}"}
     record["seconds"]["build"] = time.perf_counter() - start
     return record | examine_model(model, inputs, record["seconds"])
 
@@ -130,9 +134,10 @@ def _convert(model, normmap: NormMap, batches, request: Request) -> tuple[dict[s
     found |= {"error": comparison.worst_error, "dtype": comparison.dtype, "not_run": list(comparison.not_run)}
     if comparison.first_divergence is not None:
         noise = _own_noise(model, batches, sites)
-        why = f"they part at {comparison.first_divergence} by {comparison.worst_error:.0e}, and so does the original by "
-        why += f"{noise:.0e} from itself when its weights are rounded otherwise"
-        result = "unstable" if comparison.worst_error < _UNSTABLE * noise else "WRONG"
+        error = comparison.worst_error
+        why = f"they part at {comparison.first_divergence} by {error:.0e}; with its weights rounded otherwise the "
+        why += f"original parts from itself by {noise:.0e}"
+        result = "unstable" if error < _UNSTABLE * noise else "WRONG"
         return found | {"result": result, "why": why}, plan
     if comparison.unmatched:
         return found | {"result": "WRONG", "why": f"not run alike: {', '.join(comparison.unmatched)}"}, plan
