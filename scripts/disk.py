@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 import zoo
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -88,7 +89,11 @@ def load_all(folders: Iterable[Path], cache: Path) -> dict[str, dict[str, Any]]:
     return {found["name"]: found for found in map(json.loads, done.stdout.splitlines())}
 
 
-def check_type(model_type: str, folder: Path, form: Form = "published") -> str | None:
-    """`prepare` on the type's model."""
-    model = zoo.build(model_type)
+def check_type(model_type: str, folder: Path, form: Form = "published", head: str | None = None) -> str | None:
+    """`prepare` on the type's model, or on that with another head, the transformers class `head`."""
+    if head is None:
+        model = zoo.build(model_type)
+    else:
+        torch.manual_seed(0)
+        model = zoo.randomise(getattr(transformers, head)(zoo.tiny_config(model_type)).eval())
     return prepare(model, zoo.inputs_for(model), folder, form)
