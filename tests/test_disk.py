@@ -1,0 +1,69 @@
+"""Conversions from folder to folder over a spread of types, loaded by transformers in a process without normswap.
+
+Every source is a small random model in float64. Source and result are loaded as a user loads them and compared, on
+inputs for every tower, at every output.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import normswap
+from normswap.errors import VerificationError
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+from disk import check_type, load_all  # noqa: E402
+
+TOLERANCE = 1e-6  # 2e-14 is measured; code that casts to float32 inside, which nothing lifts here, gives up to 1e-7
+
+# type, or type:head, and how the source is stored. Renamed, split and merged keys come with the types.
+TEXT = (
+    "gpt2 gpt2:GPT2ForSequenceClassification:sharded gpt2:GPT2DoubleHeadsModel bert:BertForMaskedLM:legacy "
+    "bert:BertForPreTraining bert:BertForTokenClassification bert:BertModel bert:BertForQuestionAnswering:legacy "
+    "gpt_neox:GPTNeoXModel:sharded opt:OPTForSequenceClassification bloom deberta-v2 xlm-roberta:None:sharded"
+)
+EXPERTS = (
+    "mixtral phimoe:None:sharded qwen3_moe:None:merged jetmoe jamba:None:merged gemma2 cohere mamba starcoder2 "
+    "stablelm falcon:None:sharded llama olmo2"
+)
+PAIRS = (
+    "t5 t5:T5EncoderModel bart bart:BartForCausalLM:sharded bart:BartModel mbart marian whisper "
+    "whisper:WhisperForAudioClassification whisper:WhisperModel:sharded layoutlm"
+)
+PICTURES = (
+    "vit vit:ViTModel vit:ViTForMaskedImageModeling:merged siglip videomae segformer convnext swin:None:sharded clip "
+    "blip dinov2 deit"
+)
+
+
+def _check(cases: str, folder: Path, capfd) -> dict[str, float]:
+    """The error of each case; fails where one cannot be converted or loaded, or differs."""
+    wrong, folders = {}, []
+    for case in cases.split():
+        model_type, head, form = (*case.split(":"), None, None)[:3]
+        head = None if head == "None" else head
+        place = folder / case.replace(":", "_")
+        why = check_type(model_type, place, form or "published", head)
+        if why is None:
+            folders.append(place)
+        else:
+            wrong[case] = why
+    found = load_all(folders, folder / "cache")
+    assert len(found) == len(folders)
+    wrong |= {name: said for name, said in found.items() if not said.get("error", 1.0) < TOLERANCE}
+    assert not wrong
+    return {name: said["error"] for name, said in found.items()}
+
+
+@pytest.mark.parametrize("cases", [TEXT, EXPERTS, PAIRS, PICTURES], ids=["text", "experts", "pairs", "pictures"])
+def test_converted_folders_load_in_stock_transformers_and_agree(cases, tmp_path, capfd):
+    errors = _check(cases, tmp_path, capfd)
+    assert len(errors) == len(cases.split()) >= 10
+    # nothing is trivially equal: something was computed anew in nearly every one
+    assert sum(error > 0 for error in errors.values()) > len(errors) / 2
+    for name in errors:
+        record = json.loads((tmp_path / name / "converted" / "normswap.json").read_text())
+        assert record["plan"]["converted"] and record["report"]["mathematics"]["comparison"]["first_divergence"] is None
