@@ -1,0 +1,109 @@
+"""What a model asks for: the parameters of its forward, the sizes its configuration states, sizes that are free."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from normswap.errors import ObserveError
+
+#: parameters of a forward that steer it, or hold what it would compute itself
+_NOT_DATA = ("return_", "output_", "use_", "past_key", "cache", "labels", "inputs_embeds", "position_ids", "kwargs", "args")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What `model.forward` takes and the sizes to make it in."""
+
+    model: PreTrainedModel
+    taken: frozenset[str]
+    required: frozenset[str]
+    batch: int
+    length: int
+    target: int
+    generator: torch.Generator
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Needs:
+        try:
+            parameters = inspect.signature(model.forward).parameters
+        except (TypeError, ValueError):
+            parameters = {}
+        named = [p for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if not named or getattr(model.forward, "__name__", "") == "_forward_unimplemented":
+            raise ObserveError(
+                f"{type(model).__name__} has no forward of its own; its parts run one after another. "
+                f"Give one of the parts."
+            )
+        sizes = {size for p in model.parameters() for size in p.shape}
+        free = (n for n in count(3) if n not in sizes and all(n % k for k in range(2, n)))
+        batch, length, target = next(free), next(free), next(free)
+        return cls(
+            model,
+            frozenset(p.name for p in named),
+            frozenset(p.name for p in named if p.default is p.empty),
+            1 if takes_one_row(model) else batch,
+            length,
+            target,
+            torch.Generator().manual_seed(0),
+        )
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    def stated(self, *names: str, within: PretrainedConfig | None = None, default: Any = None) -> Any:
+        """The first of `names` that the configuration, or one nested in it, gives a value for."""
+        for config in walk(within or self.config):
+            for name in names:
+                value = getattr(config, name, None)
+                if value is not None:
+                    return value
+        return default
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def ids(self, *shape: int) -> torch.Tensor:
+        """Small ids, more than one, none of which the configuration gives a meaning of its own."""
+        special = set(special_ids(self.config))
+        plain = [n for n in range(1, 64) if n not in special][:2] or [1, 2]
+        return torch.tensor(plain)[torch.arange(max(1, torch.Size(shape).numel())) % len(plain)].reshape(shape)
+
+    def optional(self) -> list[dict[str, torch.Tensor]]:
+        """What a model may take besides, to be given where parts of it do not run otherwise."""
+        if "encoder_hidden_states" not in self.taken - self.required:
+            return []
+        names = ("encoder_hidden_size", "cross_attention_hidden_size", "encoder_width", "hidden_size", "d_model", "n_embd")
+        widths = dict.fromkeys(v for n in names if isinstance(v := self.stated(n), int))
+        return [{"encoder_hidden_states": self.randn(self.batch, self.target, width)} for width in widths]
+
+    def switches(self) -> dict[str, bool]:
+        return {"use_cache": False} if "use_cache" in self.taken else {}
+
+
+def takes_one_row(model: PreTrainedModel) -> bool:
+    """Heads that pool the last token need to know what padding is, or batches of one."""
+    return getattr(model.config, "pad_token_id", None) is None and not model.can_generate()
+
+
+def walk(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """The configuration and those nested in it, outer ones first."""
+    level = [config]
+    while level:
+        yield from level
+        level = [v for c in level for v in vars(c).values() if isinstance(v, PretrainedConfig)]
+
+
+def special_ids(config: PretrainedConfig) -> Iterator[int]:
+    """Every id that the configuration names."""
+    for part in walk(config):
+        for name, value in vars(part).items():
+            if name.endswith(("token_id", "token_index", "_token", "_id", "token_ids")):
+                yield from (v for v in (value if isinstance(value, list) else [value]) if type(v) is int)
