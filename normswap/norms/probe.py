@@ -1,59 +1,80 @@
 """What a module does to probe inputs tells whether it is a norm, and which: no class name is ever read.
 
-    scale-invariant, shift-invariant                 layernorm (groupnorm when it spans positions too)
-    scale-invariant only                             rmsnorm
-    a frozen affine that, in training mode, is both  batchnorm
+    scale-invariant, shift-invariant                     layernorm (groupnorm when it spans positions too)
+    scale-invariant only                                 rmsnorm
+    affine, by two vectors that act as mean and variance batchnorm
 
-Gain, bias, eps, axes and casting are measured as well, and the formula of `NormSpec` built from them must reproduce
-the module's output; a module that resembles a norm but is none of these is not called one.
+Gain, bias, eps, axes, gate and casting are measured as well, and the formula of `NormSpec` built from them must
+reproduce the module's output; what resembles a norm but is none of these is not called one.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from normswap.norms.spec import NormSpec
+from normswap.norms.formula import formula
+from normswap.norms.reach import Reach, probe_shapes, reach
+from normswap.norms.running import Running, exact_eps
+from normswap.norms.spec import Gate, NormSpec
 from normswap.observe.trace import ModuleCall, Trace
+from normswap.verification.precision import LiftFloat32
 
-# norms that cast to float32 inside agree with float64 formulas to about 1e-7
-TOLERANCE = 1e-4
+TOLERANCE = 1e-8  # float64 throughout, casts to float32 lifted: about 1e-15 is measured
 #: torch's own norms that a forward may call without a module; there is nothing there to exchange
 FUNCTIONS = {F.layer_norm: "layernorm", torch.layer_norm: "layernorm", F.rms_norm: "rmsnorm", torch.rms_norm: "rmsnorm"}
-_SCALE = 1e3  # probe inputs are large, so that eps plays no part until it is looked for
+_SCALE = 1e6  # probe inputs are large, so that eps plays no part until it is looked for
+_OPENING = 1.3  # what a gate reads while the rest is measured
+_ACTIVATIONS = ("silu", "sigmoid", "gelu", "relu", "tanh", "softplus")
+_FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError, AssertionError)
 
 
-def find_norms(model: nn.Module, trace: Trace) -> dict[str, NormSpec]:
+@dataclass
+class Found:
+    """The norms of a model: `specs` per module path, and modules that are `like` a norm and none that is known."""
+
+    specs: dict[str, NormSpec] = field(default_factory=dict)
+    like: list[str] = field(default_factory=list)
+
+
+def find_norms(model: nn.Module, trace: Trace) -> Found:
     """Every norm module that ran, by path, with its behaviour."""
     modules = dict(model.named_modules())
     inner = {call.parent for call in trace.calls}
-    known: dict[tuple, NormSpec | None] = {}
-    found: dict[str, NormSpec] = {}
+    known: dict[tuple, NormSpec | bool] = {}
+    found = Found()
     for call in trace.calls:
-        if call.path in found or call.path in inner or (shape := _norm_shape(trace, call)) is None:
+        if call.path in found.specs or call.path in found.like or call.path in inner:
             continue
         module = modules[call.path]
-        if not _could_be_norm(module, shape):
+        shapes = _shapes(trace, call)
+        if shapes is None or not _could_be_norm(module, shapes[0]):
             continue
-        key = _likeness(module, shape)
+        key = _likeness(module, shapes)
         if key not in known:
-            known[key] = probe(module, shape)
-        if known[key] is not None:
-            found[call.path] = known[key]
+            known[key] = _examined(module, shapes)
+        if isinstance(known[key], NormSpec):
+            found.specs[call.path] = known[key]
+        elif known[key]:
+            found.like.append(call.path)
     return found
 
 
-def _norm_shape(trace: Trace, call: ModuleCall) -> tuple[int, ...] | None:
-    """Shape of the input when the call maps one float tensor to another of its shape."""
-    floats = [v for v in call.inputs if trace.values[v].is_float]
+def _shapes(trace: Trace, call: ModuleCall) -> tuple[tuple[int, ...], ...] | None:
+    """Shapes of the input, of the gate if there is one, and of the output, when a call could be one of a norm."""
+    floats = [trace.values[v] for v in call.inputs if trace.values[v].is_float]
     outputs = [trace.values[v] for v in call.outputs]
-    if len(floats) != 1 or len(outputs) != 1 or call.end == call.start or call.outputs[0] in call.inputs:
+    if not 1 <= len(floats) <= 2 or len(outputs) != 1 or call.end == call.start or call.outputs[0] in call.inputs:
         return None
-    shape = trace.values[floats[0]].shape
-    return shape if outputs[0].is_float and outputs[0].shape == shape and len(shape) > 1 else None
+    if floats[0].kind == "parameter" or not outputs[0].is_float or len(floats[0].shape) < 2:
+        return None
+    if len(floats) == 2 and floats[1].shape != floats[0].shape:
+        return None
+    return (*(value.shape for value in floats), outputs[0].shape)
 
 
 def _could_be_norm(module: nn.Module, shape: tuple[int, ...]) -> bool:
@@ -65,87 +86,91 @@ def _could_be_norm(module: nn.Module, shape: tuple[int, ...]) -> bool:
     return all(p.numel() <= per_token and (p.squeeze().ndim <= 1 or p.shape == shape[-p.ndim :]) for p in parameters)
 
 
-def _likeness(module: nn.Module, shape: tuple[int, ...]) -> tuple:
+def _likeness(module: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> tuple:
     """Two modules with the same key behave alike: same class, same plain attributes, same parameter shapes."""
     plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | bool | tuple | torch.Size)}
     tensors = {k: tuple(t.shape) for k, t in (*module.named_parameters(), *module.named_buffers())}
-    return type(module), repr(sorted(plain.items())), repr(sorted(tensors.items())), shape
+    return type(module), repr(sorted(plain.items())), repr(sorted(tensors.items())), shapes
 
 
-def probe(module: nn.Module, shape: tuple[int, ...]) -> NormSpec | None:
+def probe(module: nn.Module, shape: tuple[int, ...], gated: bool = False) -> NormSpec | None:
     """The norm that `module` is, on inputs of `shape` (batch first), or None if it is no norm this tool knows.
 
-    The module may be on the meta device; a float64 copy on the CPU with random parameters is what runs.
+    Args:
+        module: may be on the meta device; a float64 copy on the CPU with random parameters is what runs.
+        gated: whether it takes a second input, of the same shape.
     """
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return _Probe(module, shape).spec()
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError):
-        return None  # it does not run alone on a plain tensor
+    found = _examined(module, (shape,) * (3 if gated else 2))
+    return found if isinstance(found, NormSpec) else None
+
+
+def _examined(module: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> NormSpec | bool:
+    """The norm that `module` is, or whether it resembles one."""
+    resembles = False
+    for shape in probe_shapes(module, shapes[0]) if shapes[0] == shapes[-1] else [shapes[0]]:
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), LiftFloat32():
+                torch.manual_seed(0)
+                probing = _Probe(module, shape, len(shapes) == 3)
+                spec = probing.spec(shapes[0]) if shapes[0] == shapes[-1] else None
+                resembles |= spec is None and probing.resembles()
+        except _FAILURES:
+            continue  # it does not run alone on a plain tensor of this shape
+        if spec is not None:
+            return spec
+    return resembles
 
 
 class _Probe:
-    def __init__(self, module: nn.Module, shape: tuple[int, ...]):
-        self.shape = shape
+    def __init__(self, module: nn.Module, shape: tuple[int, ...], gated: bool):
+        self.shape, self.gated = shape, gated
         self.original = module
         self.module = _randomised(module)
         self.parameters = dict(self.module.named_parameters())
+        self.z = torch.full(shape, _OPENING, dtype=torch.float64)
         self.x = torch.randn(shape, dtype=torch.float64) * _SCALE
-        self.y = self.module(self.x)
+        self.y = self.run(self.x)
 
-    def spec(self) -> NormSpec | None:
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x, self.z) if self.gated else self.module(x)
+
+    def invariant(self) -> bool:
+        return bool(torch.isfinite(self.y).all()) and not _close(self.y, self.x) and _close(self.run(3 * self.x), self.y)
+
+    def resembles(self) -> bool:
+        """Whether scales are taken out of the input by a statistic of several values."""
+        low = self.run(self.x * (10 / _SCALE))  # where a softmax, say, is no longer all or nothing
+        if not self.invariant() or (low - self.y).abs().max() > 1e-2 * self.y.abs().max():
+            return False
+        x = self.x.clone()
+        x[(0,) * x.ndim] *= -3  # a sign is invariant to scales too, but moves alone
+        return int(((self.run(x) - self.y).abs() > TOLERANCE * self.y.abs().max()).sum()) > 1
+
+    def spec(self, shape: tuple[int, ...]) -> NormSpec | None:
+        """The norm, or None; `shape` is the one that the model runs it on."""
         if not torch.isfinite(self.y).all() or _close(self.y, self.x):
             return None
-        if not _close(self.module(3 * self.x), self.y):
-            return self._batchnorm()
-        touched = self._touched()
-        if touched is None:
+        if not self.invariant():
+            return None if self.gated else Running(self.module, self.original, self.x / _SCALE).spec()
+        found = reach(self.run, self.x, self.y, self.parameters)
+        if found is None:
             return None
-        axes, width, whole = touched
-        shift_invariant = _close(self.module(self.x + 7 * _SCALE), self.y)
-        kind = ("layernorm" if shift_invariant else "rmsnorm") if whole else "groupnorm"
+        shift_invariant = _close(self.run(self.x + 7 * _SCALE), self.y)
+        if found.positions and not shift_invariant:
+            return None
+        kind = "groupnorm" if found.positions else "layernorm" if shift_invariant else "rmsnorm"
         gain, weight, bias = self._affine()
-        eps = self._eps(axes)
-        spec = NormSpec(kind=kind, axes=axes, width=width, gain=gain, weight=weight, bias=bias, eps=eps)
-        if not (self._reproduces(spec) if whole else self._standardises(spec)):
-            return None
-        return spec.model_copy(update={"casting": self._casting(spec)}) if whole else spec
-
-    def _touched(self) -> tuple[tuple[int, ...], int, bool] | None:
-        """Which outputs one input moves: the normalised axes, how many values, and whether those axes are whole."""
-        x = self.x.clone()
-        x[(0,) * x.ndim] += 100 * _SCALE  # large enough to move every output that shares the statistic
-        moved = self.module(x) != self.y
-        if not moved[0].any() or moved[1:].any():
-            return None
-        reached = [sorted(set(column)) for column in moved.nonzero().T.tolist()]
-        axes = tuple(i - x.ndim for i, positions in enumerate(reached) if len(positions) > 1)
-        width = int(moved.sum())
-        on_channels = self._stands_on_channels(axes)
-        if not axes or on_channels is None:
-            return None
-        return axes, width, all(len(reached[axis]) == self.shape[axis] for axis in axes) and on_channels
-
-    def _stands_on_channels(self, axes: tuple[int, ...]) -> bool | None:
-        """A gain that lies along other axes than those normalised belongs to an instance or group norm.
-
-        None where one value of a gain moves all outputs: something comes after it, as in a norm centred at its output.
-        """
-        for p in self.parameters.values():
-            before = p.clone()
-            p.view(-1)[0] += 1
-            differs = (self.module(self.x) - self.y).abs() > TOLERANCE * self.y.abs().mean()
-            p.copy_(before)
-            if p.numel() == 1 or not differs.any():
-                continue
-            reached = [set(column) for column in differs.nonzero().T.tolist()]
-            across = {i - self.x.ndim for i, at in enumerate(reached) if len(at) == 1 < self.shape[i]}
-            if not across:
-                return None
-            if not across & set(axes):
-                return False
-        return True
+        eps = self._eps(found)
+        width, groups = found.on(self.shape, self.shape)
+        spec = NormSpec(
+            kind=kind, axes=found.axes, width=width, groups=groups, gain=gain, weight=weight, bias=bias, eps=eps
+        )
+        for gate in self._gates():
+            gated = spec.model_copy(update={"gate": gate, "eps": self._eps_behind(gate, eps)})
+            if self._reproduces(gated):
+                width, groups = found.on(self.shape, shape)
+                return gated.model_copy(update={"casting": self._casting(gated), "width": width, "groups": groups})
+        return None
 
     def _affine(self):
         """Gain form, and the names of gain and bias, from what setting each parameter to 0 and 1 does."""
@@ -154,9 +179,9 @@ class _Probe:
             saved = {k: q.clone() for k, q in self.parameters.items()}
             for q in self.parameters.values():
                 q.zero_()
-            at_zero = self.module(self.x)
+            at_zero = self.run(self.x)
             p.fill_(1)
-            at_one = self.module(self.x)
+            at_one = self.run(self.x)
             for k, q in self.parameters.items():
                 q.copy_(saved[k])
             if _close(at_one - at_zero, torch.ones_like(at_one)):
@@ -166,117 +191,57 @@ class _Probe:
                 gain = "w" if not at_zero.any() else "1 + w"
         return gain, weight, bias
 
-    def _eps(self, axes: tuple[int, ...]) -> float:
+    def _eps(self, found: Reach) -> float:
         """On inputs with statistics of exactly `d^2` the output is `r = d / sqrt(d^2 + eps)` of that on large ones."""
-        offset = self.module(torch.zeros_like(self.x)).nan_to_num()  # the bias, if any
-        unit = self.x - self.x.mean(axes, keepdim=True)
-        unit = unit / unit.square().mean(axes, keepdim=True).sqrt()
-        full = (self.module(unit * _SCALE) - offset).norm()
+        offset = self.run(torch.zeros_like(self.x)).nan_to_num()  # the bias, if any
+        unit = found.standardised(self.x)
+        full = (self.run(unit * _SCALE) - offset).norm()
         d = 1.0
         while d > 1e-12:
-            r = float((self.module(unit * d) - offset).norm() / full)
+            r = float((self.run(unit * d) - offset).norm() / full)
             if r < 0.9:
-                return self._exact_eps(d * d * (1 / (r * r) - 1))
+                return d * d * (1 / (r * r) - 1)
             d /= 3
         return 0.0
 
-    def _exact_eps(self, measured: float) -> float:
-        """The number the module itself holds, where one agrees with the measurement; else the measurement, rounded."""
-        held = [v for v in _numbers(self.original) if v and abs(v / measured - 1) < 1e-3]
-        return held[0] if held else float(f"{measured:.4g}")
+    def _gates(self) -> list[Gate | None]:
+        places = [(place, name) for place in ("after", "before") for name in _ACTIVATIONS]
+        return [Gate(place=place, activation=name) for place, name in places] if self.gated else [None]
+
+    def _eps_behind(self, gate: Gate | None, measured: float) -> float:
+        """The norm's own eps: a gate before it scales what the measurement put in."""
+        if gate is not None and gate.place == "before":
+            measured *= float(getattr(F, gate.activation)(torch.tensor(_OPENING, dtype=torch.float64))) ** 2
+        return exact_eps(self.original, measured)
 
     def _reproduces(self, spec: NormSpec) -> bool:
         """Whether the formula gives the module's output, at sizes where eps matters and where it does not."""
         small = max(spec.eps, 1e-12) ** 0.5
+        z = torch.randn_like(self.x)
         for x in (self.x, torch.randn_like(self.x) * small):
-            if not _close(formula(x, spec, self.parameters), self.module(x)):
+            out = self.module(x, z) if self.gated else self.module(x)
+            if not _close(formula(x, spec, self.parameters, z), out):
                 return False
         return True
-
-    def _standardises(self, spec: NormSpec) -> bool:
-        """Whether, without gain and bias, the values of the first group have mean 0 and variance 1."""
-        saved = {name: p.clone() for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            p.fill_(1.0 if name == spec.weight and spec.gain == "w" else 0.0)
-        y, x = self.module(self.x), self.x.clone()
-        x[(0,) * x.ndim] += 100 * _SCALE
-        group = y[self.module(x) != y]
-        for name, p in self.parameters.items():
-            p.copy_(saved[name])
-        return bool(group.mean().abs() < TOLERANCE and (group.square().mean() - 1).abs() < 10 * TOLERANCE)
 
     def _casting(self, spec: NormSpec):
         """In which precision bfloat16 is computed: the form that agrees with the module on the most elements."""
         half = copy.deepcopy(self.module).to(torch.bfloat16)
-        x = torch.randn(self.shape, dtype=torch.bfloat16)
+        x, z = torch.randn(self.shape).bfloat16(), torch.randn(self.shape).bfloat16()
         parameters = dict(half.named_parameters())
-        try:
-            y = half(x)
-        except RuntimeError:
-            return "float32"
-        if y.dtype != torch.bfloat16:
-            return "float32"
         forms = ("float32", "float32-before-gain", "input") if spec.gain else ("float32", "input")
-        agree = {
-            c: float((formula(x, spec.model_copy(update={"casting": c}), parameters) == y).float().mean())
-            for c in forms
-        }
+        with torch._C.DisableTorchFunction():  # here float32 means float32
+            try:
+                y = half(x, z) if self.gated else half(x)
+            except _FAILURES:
+                return "float32"
+            if y.dtype != torch.bfloat16:
+                return "float32"
+            agree = {
+                c: float((formula(x, spec.model_copy(update={"casting": c}), parameters, z) == y).float().mean())
+                for c in forms
+            }
         return max(agree, key=agree.get)
-
-    def _batchnorm(self) -> NormSpec | None:
-        """A frozen per-channel affine with running statistics that normalises over the batch when training."""
-        buffers = [b for b in self.module.buffers() if b.is_floating_point() and b.numel() > 1]
-        if len(buffers) < 2:
-            return None
-        training = copy.deepcopy(self.module).train()
-        if not _close(training(3 * self.x + 7), training(self.x)):
-            return None
-        axis = next((i for i, n in enumerate(self.shape) if i and n == buffers[0].numel()), None)
-        if axis is None:
-            return None
-        gain, weight, bias = self._affine()
-        return NormSpec(
-            kind="batchnorm",
-            axes=(axis - self.x.ndim,),
-            width=1,
-            gain=gain,
-            weight=weight,
-            bias=bias,
-            eps=self._running_eps(),
-        )
-
-    def _running_eps(self) -> float:
-        """eps from the slope of the affine: slope = gain / sqrt(var + eps), with var set to zero."""
-        module = copy.deepcopy(self.module)
-        for b in module.buffers():
-            if b.is_floating_point():
-                b.zero_()
-        for p in module.parameters():
-            p.fill_(1)
-        slope = (module(torch.ones_like(self.x)) - module(torch.zeros_like(self.x))).abs().max()
-        return self._exact_eps(float(slope) ** -2) if slope > 0 else 0.0
-
-
-def formula(x: torch.Tensor, spec: NormSpec, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`spec` applied to `x`: the mathematics of `NormSpec`, for layernorm and rmsnorm, with its casting."""
-    h = x if spec.casting == "input" else x.to(torch.promote_types(x.dtype, torch.float32))
-    if spec.kind == "layernorm":
-        h = h - h.mean(spec.axes, keepdim=True)
-    h = h * torch.rsqrt(h.square().mean(spec.axes, keepdim=True) + spec.eps)
-    if spec.casting == "float32-before-gain":
-        h = h.to(x.dtype)
-
-    def placed(name: str) -> torch.Tensor:
-        p = parameters[name].to(h.dtype)
-        if p.ndim > 1 or len(spec.axes) > 1 or spec.axes == (-1,):
-            return p
-        return p.reshape([-1 if i - x.ndim == spec.axes[0] else 1 for i in range(x.ndim)])
-
-    if spec.weight is not None:
-        h = h * (1 + placed(spec.weight) if spec.gain == "1 + w" else placed(spec.weight))
-    if spec.bias is not None:
-        h = h + placed(spec.bias)
-    return h.to(x.dtype)
 
 
 def _randomised(module: nn.Module) -> nn.Module:
@@ -290,9 +255,5 @@ def _randomised(module: nn.Module) -> nn.Module:
     return real
 
 
-def _numbers(module: nn.Module) -> list[float]:
-    return [v for v in vars(module).values() if isinstance(v, float)]
-
-
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
+    return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 META = torch.device("meta")
 #: which entries of an unknown mask count as set
 Hits = Literal["ends", "first", "every"]
 
 LIKE_FACTORIES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
-INDEXING = {"__getitem__", "__setitem__"}
+#: of their second argument these look at shape, dtype and device alone
+LIKENING = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
+LARGEST_STAND_IN = 1 << 26  # elements
 
 
 def off_meta(leaf):
     on_meta = isinstance(leaf, torch.device | str) and str(leaf) == "meta"
     return torch.device("cpu") if on_meta else leaf
+
+
+def likeness(leaf):
+    """A tensor off the meta device with the shape and dtype of `leaf`, and no memory for its values."""
+    on_meta = isinstance(leaf, torch.Tensor) and leaf.is_meta
+    return torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) if on_meta else off_meta(leaf)
 
 
 def to_meta(leaf):
@@ -25,13 +36,58 @@ def to_meta(leaf):
     return leaf.to(META) if isinstance(leaf, torch.Tensor) and not leaf.is_meta else leaf
 
 
-def known_index(leaf):
-    """An index that meta tensors can be indexed by."""
-    if isinstance(leaf, torch.Tensor) and leaf.is_meta and leaf.dtype == torch.bool and leaf.ndim == 1:
-        return torch.tensor(sorted({0, len(leaf) - 1}))  # the two ends, as with `nonzero`
-    if isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.ndim == 0 and not leaf.is_floating_point():
-        return leaf.item()
-    return leaf
+def numbers(leaf):
+    """A size that is a known tensor, as a number: meta tensors take no other."""
+    whole = isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.ndim == 0 and not leaf.is_floating_point()
+    return leaf.item() if whole and leaf.dtype != torch.bool else leaf
+
+
+def on_meta(function: Callable, args: tuple, kwargs: dict, which: Hits) -> tuple[object, bool]:
+    """Call `function` on tensors without values, and give back such, and whether unknown values were guessed for it.
+
+    Where the meta device cannot say what comes out (the shape depends on values: a mask as an index, counts of
+    repeats), the call is made for real: known values as they are, others replaced by a stand-in.
+    """
+    try:
+        return function(*tree_map(to_meta, args), **tree_map(to_meta, kwargs)), False
+    except (NotImplementedError, RuntimeError) as failed:
+        error = failed
+    with suppress(NotImplementedError, RuntimeError):
+        numbered = tree_map(numbers, (args, kwargs))
+        args_on_meta, kwargs_on_meta = tree_map(to_meta, numbered)
+        return function(*args_on_meta, **kwargs_on_meta), False
+    with suppress(NotImplementedError, RuntimeError):
+        return _on_stand_ins(function, args, kwargs, which)
+    raise error
+
+
+def _on_stand_ins(function: Callable, args: tuple, kwargs: dict, which: Hits) -> tuple[object, bool]:
+    leaves, spec = tree_flatten((args, kwargs))
+    stand_ins = {id(t): _stand_in(t, which) for t in leaves if isinstance(t, torch.Tensor) and t.is_meta}
+    if sum(t.numel() for t in stand_ins.values()) > LARGEST_STAND_IN:
+        raise NotImplementedError("too large to be tried for real")
+    before = {name: t._version for name, t in stand_ins.items()}
+    args, kwargs = tree_unflatten([stand_ins.get(id(leaf), off_meta(leaf)) for leaf in leaves], spec)
+    returned = function(*args, **kwargs)
+    made, spec = tree_flatten(returned)
+    memory = {t.untyped_storage()._cdata for t in stand_ins.values()}
+    original = {id(stand_ins[id(t)]): t for t in leaves if id(t) in stand_ins}
+    for t in made:
+        if isinstance(t, torch.Tensor) and id(t) not in original and t.untyped_storage()._cdata in memory:
+            raise NotImplementedError("a view of a stand-in is none of the original")
+    for t in original.values():
+        if stand_ins[id(t)]._version != before[id(t)]:
+            t.zero_()  # it was written to
+    guessed = any(not t.is_floating_point() for t in original.values())
+    return tree_unflatten([original.get(id(t), to_meta(t)) for t in made], spec), guessed
+
+
+def _stand_in(tensor: torch.Tensor, which: Hits) -> torch.Tensor:
+    """Zeros in the place of unknown values; an unknown mask is set at the entries that count as hits."""
+    real = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    if tensor.dtype == torch.bool and tensor.ndim and tensor.numel():
+        real[_hits(which, tensor, as_tuple=True)] = True
+    return real
 
 
 def _hits(which: Hits, mask: torch.Tensor, as_tuple: bool = False) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -51,6 +107,17 @@ def _where(which: Hits, condition, *rest, **kwargs):
 
 def _zero(tensor, *_, **__):
     return torch.zeros((), dtype=tensor.dtype).item()
+
+
+def whole_parts(name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Arguments of a `split` whose sizes were read from unknown values: the parts become as equal as can be."""
+    if name not in ("split", "split_with_sizes") or len(args) < 2 or not isinstance(args[1], list | tuple):
+        return args, kwargs
+    sizes, dim = args[1], kwargs.get("dim", args[2] if len(args) > 2 else 0)
+    whole, parts = args[0].shape[dim], len(sizes)
+    if not parts or any(isinstance(n, torch.Tensor) for n in sizes) or sum(sizes) == whole:
+        return args, kwargs
+    return (args[0], [whole // parts + (i < whole % parts) for i in range(parts)], *args[2:]), kwargs
 
 
 PLACEHOLDERS = {

@@ -15,14 +15,15 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from normswap.observe.placeholders import (
     HITS,
-    INDEXING,
     LIKE_FACTORIES,
+    LIKENING,
     META,
     PLACEHOLDERS,
     Hits,
-    known_index,
+    likeness,
     off_meta,
-    to_meta,
+    on_meta,
+    whole_parts,
 )
 from normswap.observe.trace import ModuleCall, Operation, Ref, Span, Trace, Value
 
@@ -38,6 +39,7 @@ class Recorder(TorchFunctionMode):
         self.hits = hits
         self.trace = Trace()
         self.read_value = False
+        self.varies_inside = False
         self.stack: list[str] = []
         self.modules = list(model.modules())
         self.ids: dict[int, int] = {}
@@ -77,7 +79,8 @@ class Recorder(TorchFunctionMode):
         elif id(tensor) not in self.ids:
             if tensor.is_meta and tensor.is_floating_point() and self.stack:
                 self.trace.strays.append(self.stack[-1])
-            self._new_value(tensor, "computed" if tensor.is_meta else "constant")
+            index = self._new_value(tensor, "computed" if tensor.is_meta else "constant")
+            self.trace.values[index].varies = self.varies_inside and not tensor.is_meta
         return self.ids[id(tensor)]
 
     def _outdate_aliases(self, tensor: torch.Tensor) -> None:
@@ -149,9 +152,11 @@ class Recorder(TorchFunctionMode):
     # -- calls -------------------------------------------------------------------------------------------------
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        args, kwargs = whole_parts(getattr(function, "__name__", ""), args, kwargs or {})
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+            return self._inside_transform(function, args, kwargs, tensors)
         inputs = [self._value(t) for t in tensors]
         self._surrender_target(function, leaves, tensors)
         versions = [t._version for t in tensors]
@@ -176,6 +181,21 @@ class Recorder(TorchFunctionMode):
             self.trace.reads.append(self.ids[id(sink)])
         return returned
 
+    def _inside_transform(self, function, args, kwargs, tensors):
+        """Calls inside a `vmap` (a mask made position by position) are run and not recorded.
+
+        What comes out is known by its values where the model's inputs alone went in, and then varies with them; of
+        anything else nothing is said, so what a parameter had a part in counts as read.
+        """
+        for t in tensors:
+            if not torch._C._functorch.is_functorch_wrapped_tensor(t):
+                value = self.trace.values[self._value(t)]
+                self.varies_inside |= value.varies
+                if value.kind != "constant":
+                    self.trace.reads.append(value.index)
+        args, kwargs = tree_map(off_meta, (args, kwargs))
+        return function(*args, **kwargs)
+
     def _surrender_target(self, function, leaves, tensors) -> None:
         """A real tensor about to be written with unknown values becomes a meta tensor, keeping its identity."""
         first = leaves[0] if leaves else None
@@ -195,6 +215,9 @@ class Recorder(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name in LIKE_FACTORIES:  # their values depend on no input's values
             return function(*args, **{**kwargs, "device": "cpu"}), True
+        if name in LIKENING and not args[0].is_meta:
+            args, kwargs = tree_map(likeness, (args, kwargs))
+            return function(*args, **kwargs), self.trace.values[self.ids[id(args[0])]].kind == "constant"
         result = NotImplemented
         if name in PLACEHOLDERS:
             result = PLACEHOLDERS[name](*args, **kwargs)
@@ -202,12 +225,16 @@ class Recorder(TorchFunctionMode):
             result = HITS[name](self.hits, *args, **kwargs)
         if result is not NotImplemented:
             self.read_value = not isinstance(result, torch.Tensor)
-            self.trace.notes.append(f"{self.stack[-1] if self.stack else 'model'} reads the value of a result ({name})")
+            self._note_read(name)
             return result, False
-        if name in INDEXING:
-            args = (args[0], tree_map(known_index, args[1]), *args[2:])
-        args, kwargs = tree_map(to_meta, (args, kwargs))
-        return function(*args, **kwargs), False
+        result, guessed = on_meta(function, args, kwargs, self.hits)
+        if guessed:
+            self._note_read(name)
+        return result, False
+
+    def _note_read(self, name: str) -> None:
+        where = self.stack[-1] if self.stack else "model"
+        self.trace.notes.append(f"{where or 'model'} reads the value of a result ({name.strip('_')})")
 
     def _span(self) -> Span | None:
         frame = sys._getframe(2)

@@ -195,7 +195,8 @@ def collapse_norms(trace: Trace, paths: set[str]) -> Trace:
     """The same trace with each call of a norm module as one opaque operation.
 
     Args:
-        paths: the norm modules. Each call must take one float tensor and give one of the same shape.
+        paths: the norm modules. Each call takes a float tensor, and a second one if the norm is gated; it gives one of
+            the same shape.
     """
     starts = {call.start: call for call in trace.calls if call.path in paths and call.end > call.start}
     operations: list[Operation] = []
@@ -209,9 +210,9 @@ def collapse_norms(trace: Trace, paths: set[str]) -> Trace:
             operations.append(op)
             position += 1
             continue
-        x = next(v for v in call.inputs if trace.values[v].is_float)
+        taken = tuple(dict.fromkeys(v for v in call.inputs if trace.values[v].is_float))
         operations.append(
-            Operation(op.index, None, [], None, (x,), call.outputs[:1], (), call.path, call.span, norm=call.path)
+            Operation(op.index, None, [], None, taken, call.outputs[:1], (), call.path, call.span, norm=call.path)
         )
         position = call.end
         moved += [len(operations)] * (position - len(moved))

@@ -208,6 +208,9 @@ class _Pass:
         x, y = op.inputs[0], op.outputs[0]
         ndim = len(self.trace.values[x].shape)
         own = {axis % ndim for axis in spec.axes}
+        for gate in op.inputs[1:]:
+            for dim in self.prober.axes(self.trace.values[gate].shape):
+                self._block(result.terms.get((gate, dim)), f"the gate of {op.norm} would notice a shift of it")
         for dim in self.prober.axes(self.trace.values[x].shape):
             terms = result.terms.get((x, dim))
             along = own == {dim} and spec.width == width

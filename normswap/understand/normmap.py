@@ -99,7 +99,8 @@ class NormMap:
     def of(cls, model: nn.Module, inputs: Mapping[str, Any]) -> NormMap:
         """Observe `model` once on `inputs` and understand it. Raises ObserveError where it cannot be run."""
         trace = observe(model, inputs)
-        norms = find_norms(model, trace)
+        found_norms = find_norms(model, trace)
+        norms = found_norms.specs
         trace = collapse_norms(trace, set(norms))
         widths = {
             spec.width for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")
@@ -129,6 +130,7 @@ class NormMap:
                     f"{module or 'the model'} calls {name} as a function, which stays as it is"
                     for module, name in called.items()
                 ),
+                *(f"{path} resembles a norm and is none that is known: it stays as it is" for path in found_norms.like),
                 *(f"{note}, and what depends on it was not observed" for note in dict.fromkeys(trace.notes)),
             ],
         )
@@ -267,7 +269,7 @@ def _common_path(paths: list[str]) -> str:
 def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list[tuple[str, NormSpec]]:
     """`(path, behaviour)` of every norm that runs in a live model, in execution order; nothing else is analysed."""
     trace = observe(model, example_inputs(model) if inputs is None else inputs)
-    return list(find_norms(model, trace).items())
+    return list(find_norms(model, trace).specs.items())
 
 
 def inspect(

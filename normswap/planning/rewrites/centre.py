@@ -94,6 +94,8 @@ def _refuse_lone(solvers: dict[int, _Solver], sites: list[Site], found: dict[str
 
 def _shape_obstacle(normmap: NormMap, site: Site) -> str | None:
     """Why the norm at `site` has no counterpart whatever its input, None if it has."""
+    if site.spec.gate is not None or site.spec.groups > 1:
+        return "it normalises runs of its channels, or has a gate; only norms of all channels can be swapped"
     if len(site.spec.axes) != 1:
         return f"it normalises the axes {site.spec.axes} of its input together; only norms over one axis can be swapped"
     for name in (site.spec.weight, site.spec.bias):
