@@ -219,7 +219,7 @@ class _Pass:
                 result.inputs[op.norm] = None if terms is None or before is None else before | terms
             if not (along and spec.kind == "layernorm"):
                 self._block(terms, f"the {spec.kind} {op.norm} is not invariant to shifts")
-            if along:
+            if along and spec.groups == 1:
                 writer = self._source(Writer(op.norm, "output", dim - ndim, 1, op.norm))
                 result.held[writer] = None
                 result.terms[y, dim] = frozenset({writer})
