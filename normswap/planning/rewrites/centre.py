@@ -81,10 +81,9 @@ def _refuse_lone(solvers: dict[int, _Solver], sites: list[Site], found: dict[str
         serves = Counter(writer for edits in found.values() if isinstance(edits, dict) for writer in edits)
         lone = {}
         for site in sites:
-            solver, edits = solvers[site.spec.width], found[site.path]
-            terms = solver.centring.inputs.get(site.path) or ()
-            for term in terms if len(terms) == 1 and isinstance(edits, dict) else ():
-                if term in edits and serves[term] == 1 and (why := solver.why.get(term)) is not None:
+            edits = found[site.path]
+            for writer in edits if isinstance(edits, dict) and len(edits) == 1 else ():
+                if serves[writer] == 1 and (why := solvers[site.spec.width].why.get(writer)) is not None:
                     lone[site.path] = (
                         f"{why}; to subtract the mean in front of this norm alone is what the {SOURCE} does itself "
                         f"(--explicit always does it all the same)"
