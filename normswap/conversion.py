@@ -25,7 +25,7 @@ from normswap.checkpoint.record import RECORD
 from normswap.checkpoint.source import Source
 from normswap.errors import PlanError, RefusedError, SourceError
 from normswap.planning.planner import make_plan
-from normswap.planning.plans import Plan, Request
+from normswap.planning.plans import Explicit, Plan, Request
 from normswap.report.card import write_card
 from normswap.understand.normmap import inspect
 from normswap.verification.proof import Proof, prove, prove_live
@@ -65,6 +65,7 @@ def plan(
     fold: bool = False,
     tied: Literal["keep", "untie"] = "keep",
     partial: bool = False,
+    explicit: Explicit = "shared",
     inputs: Mapping[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -77,13 +78,15 @@ def plan(
         fold: move gains and biases into the linear maps that read them.
         tied: `keep` tied embeddings, centring the embedding's output where its weights cannot be; `untie` stores both.
         partial: convert the sites that can be converted and leave the rest.
+        explicit: whether means that no weights control may be subtracted at run time: `never`; `shared`, where one
+            subtraction serves several norms; `always`, if need be in front of each norm.
         inputs, revision, trust_remote_code: as for `inspect`.
 
     Raises:
         RefusedError: the request cannot be met (everywhere, unless `partial`).
         SourceError, ObserveError: as for `inspect`.
     """
-    request = Request(norm=norm, fold=fold, tied=tied, partial=partial)
+    request = Request(norm=norm, fold=fold, tied=tied, partial=partial, explicit=explicit)
     if isinstance(model, nn.Module):
         return _plan_for(model, request, inputs)
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
@@ -138,6 +141,7 @@ def convert(
     fold: bool = False,
     tied: Literal["keep", "untie"] = "keep",
     partial: bool = False,
+    explicit: Explicit = "shared",
     plan: Plan | str | Path | None = None,
     dtype: str | None = None,
     verify: VerifyMode = "full",
@@ -154,7 +158,7 @@ def convert(
     Args:
         model: a folder, or a Hub id.
         out: the folder to make; its parents are made too.
-        norm, fold, tied, partial: what to do, see `plan`; not together with `plan`.
+        norm, fold, tied, partial, explicit: what to do, see `plan`; not together with `plan`.
         plan: a plan made before, or the file it was saved in.
         dtype: `float32`, `bfloat16`, ... for all floating tensors of the result; None keeps each one's own.
         verify: `full`, `fast` (fewer tokens, no comparison in the stored precision) or `none`.
@@ -168,8 +172,9 @@ def convert(
         VerificationError: the result measures otherwise than claimed; nothing is published.
         DestinationError: `out` cannot be written.
     """
-    if plan is not None and (norm is not None or fold or partial or tied != "keep"):
-        raise PlanError("a saved plan already says what to do: give either a plan or norm, fold, tied and partial.")
+    asked = Request(norm=norm, fold=fold, tied=tied, partial=partial, explicit=explicit)
+    if plan is not None and asked != Request():
+        raise PlanError("a saved plan already says what to do: give no norm, fold, tied, partial or explicit with it.")
     progress = progress or (lambda what, done, total: None)
     stored_dtype = _dtype(dtype)
     if text is not None and verify != "none":
@@ -181,7 +186,7 @@ def convert(
     structure = source.build()
     plan_file = None
     if plan is None:
-        plan = _plan_for(structure, Request(norm=norm, fold=fold, tied=tied, partial=partial), None)
+        plan = _plan_for(structure, asked, None)
     elif not isinstance(plan, Plan):
         plan, plan_file = Plan.load(plan), Path(plan).name
     if plan.architecture != source.model_class.__name__:
@@ -228,6 +233,7 @@ def convert_model(
     fold: bool = False,
     tied: Literal["keep", "untie"] = "keep",
     partial: bool = False,
+    explicit: Explicit = "shared",
     plan: Plan | None = None,
     inputs: Mapping[str, Any] | None = None,
     verify: bool = True,
@@ -238,7 +244,7 @@ def convert_model(
 
     Args:
         model: any module; one of transformers needs no `inputs`.
-        norm, fold, tied, partial: what to do, see `plan` the function; or `plan`, one made before.
+        norm, fold, tied, partial, explicit: what to do, see `plan` the function; or `plan`, one made before.
         inputs: keyword arguments of `forward` for one small batch.
         verify: measure a converted float64 copy against the original first (costs that copy's memory).
 
@@ -250,7 +256,7 @@ def convert_model(
         VerificationError: the copy measures otherwise than claimed; the model is unchanged.
     """
     if plan is None:
-        plan = _plan_for(model, Request(norm=norm, fold=fold, tied=tied, partial=partial), inputs)
+        plan = _plan_for(model, Request(norm=norm, fold=fold, tied=tied, partial=partial, explicit=explicit), inputs)
     if verify:
         prove_live(model, plan, inputs)
     apply_plan(model, plan)

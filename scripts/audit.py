@@ -112,8 +112,8 @@ def _attributes(module: nn.Module, spec: NormSpec) -> list[str]:
             wrong.append(f"has gain w, not {spec.gain}")
     if type(module) is nn.LayerNorm and spec.axes != tuple(range(-len(module.normalized_shape), 0)):
         wrong.append(f"normalises the last {len(module.normalized_shape)} axes, not {spec.axes}")
-    if isinstance(module, nn.GroupNorm) and spec.width * module.num_groups != module.num_channels:
-        wrong.append(f"has groups of {module.num_channels // module.num_groups} channels, not {spec.width}")
+    if isinstance(module, nn.GroupNorm) and (spec.groups, spec.width * spec.groups) != (module.num_groups, module.num_channels):
+        wrong.append(f"has {module.num_groups} groups of all channels, not {spec.groups} of {spec.width}")
     return wrong
 
 

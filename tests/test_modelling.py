@@ -76,7 +76,7 @@ def test_only_what_is_needed_is_written(published):
         "class Centred": {"tied"},
         "def grow_biases": {"weightless"},
         'HEAD_BIASES = {\n    "lm_head": 99,\n}': {"weightless"},
-        'CENTRED = [\n    "wte",\n]': {"tied"},
+        'OUTPUTS = {\n    "wte": -1,\n}': {"tied"},
         '    "normswap_phimoe": "phimoe",\n': {"experts"},
         '    "NormswapGPTNeoXForCausalLM": "GPTNeoXForCausalLM",\n': {"neox"},
     }
@@ -235,7 +235,7 @@ def test_a_task_class_that_builds_its_base_by_auto_model_is_converted_once(tmp_p
         tmp_path / "out", config=config
     )
     assert type(classifier.model).__name__ == "NormswapPhiModel"
-    assert type(classifier.model.embed_tokens).__name__ == "CentredEmbedding"
+    assert type(classifier.model.embed_tokens).__name__ == "CentredOutputEmbedding"
     assert type(classifier.model.embed_tokens).__mro__[2] is nn.Embedding
     with torch.no_grad():
         found, expected = (m.model(token_ids()).last_hidden_state for m in (classifier.eval(), model))
@@ -305,7 +305,7 @@ def silent(load, *args, **kwargs):
 
 def kinds(model):
     found = [type(m).__name__ for m in model.modules()]
-    return {name: found.count(name) for name in ("LayerNorm", "RMSNorm", "CentredEmbedding") if name in found}
+    return {name: found.count(name) for name in ("LayerNorm", "RMSNorm", "CentredOutputEmbedding") if name in found}
 
 
 def same_tokens(model, source, **ids):
@@ -396,7 +396,7 @@ def test_without_trust_nothing_loads(fresh, name):
 def test_with_trust_the_auto_classes_give_the_converted_model(fresh, name):
     found = fresh[name]
     norms = found["stock kinds"]["LayerNorm"]
-    expected = {"RMSNorm": norms} | ({"CentredEmbedding": 1} if name == "tied" else {})
+    expected = {"RMSNorm": norms} | ({"CentredOutputEmbedding": 1} if name == "tied" else {})
     assert norms >= 5 and found["report"] == []
     assert found["kinds"] == found["base"][1] == found["fresh"][0] == expected
     assert found["base"][0].startswith("Normswap") and found["base"][0].endswith("Model")
@@ -404,7 +404,7 @@ def test_with_trust_the_auto_classes_give_the_converted_model(fresh, name):
     assert found["fresh"][1] and found["can generate"] and found["gradients"]
     assert found["loss"][0] == found["loss"][1]
     assert found["dtypes"] == ["torch.bfloat16"]
-    assert found["resized"] == ("CentredEmbedding" if name == "tied" else "Embedding")
+    assert found["resized"] == ("CentredOutputEmbedding" if name == "tied" else "Embedding")
     if name == "weightless":
         assert "NormswapGPT2Config" in found["classifier"]
     else:

@@ -144,10 +144,10 @@ def test_group_norms_of_one_pixel_are_no_layernorm(make, affine):
     assert spec is None or spec.kind == "groupnorm"
 
 
-def test_one_group_on_one_pixel_computes_a_layernorm():
-    """There the two are the same function; the axis is the channels'."""
+def test_one_group_on_one_pixel_is_a_groupnorm():
+    """There it computes what a LayerNorm of the channels does; on a larger map it does not."""
     spec = probe(nn.GroupNorm(1, WIDTH), (3, WIDTH, 1, 1))
-    assert spec is None or (spec.kind, spec.axes) in (("groupnorm", (-3,)), ("layernorm", (-3,)))
+    assert (spec.kind, spec.axes, spec.width, spec.groups) == ("groupnorm", (-3, -2, -1), WIDTH, 1)
 
 
 @pytest.mark.parametrize("shape", [(3, WIDTH, 7), (3, WIDTH, WIDTH)])

@@ -29,22 +29,7 @@ from normswap.cli.options import err, json_option, out, progress_bars, quiet, re
 @click.option("--overwrite", is_flag=True, help="Replace a model folder at OUT, once the new one is complete.")
 @source_options
 @json_option
-def command(
-    model,
-    destination,
-    norm,
-    fold,
-    tied,
-    partial,
-    plan_file,
-    dtype,
-    verify,
-    text,
-    overwrite,
-    revision,
-    trust_remote_code,
-    as_json,
-) -> None:
+def command(model, destination, plan_file, as_json, **options) -> None:
     """Convert the checkpoint MODEL into the folder OUT: plan, apply, verify, publish.
 
     OUT appears whole, after verification, or not at all. MODEL is never written to.
@@ -62,18 +47,9 @@ def command(
         done = normswap.convert(
             model,
             destination,
-            norm=norm,
-            fold=fold,
-            tied=tied,
-            partial=partial,
             plan=plan_file,
-            dtype=dtype,
-            verify=verify,
-            text=text,
-            overwrite=overwrite,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
             progress=progress,
+            **options,
         )
     if as_json:
         result = {
@@ -89,6 +65,6 @@ def command(
         out().print(proof_view(done.report))
     if done.skipped:
         err().print(f"left behind (other formats hold the unconverted weights): {', '.join(done.skipped)}")
-    if verify == "none":
+    if options["verify"] == "none":
         err().print("NOT VERIFIED: the result was published without being measured (--verify none).", style="bold red")
     err().print(f"published {done.folder}", style="bold")

@@ -74,6 +74,14 @@ request_options = _together(
         help="Tied embeddings: keep the tie, centring the embedding's output instead of its weights; or store both.",
     ),
     click.option("--partial", is_flag=True, help="Convert the sites that can be, and list the rest."),
+    click.option(
+        "--explicit",
+        type=click.Choice(["never", "shared", "always"]),
+        default="shared",
+        show_default=True,
+        help="Subtract a mean at run time where no weights control it: never; once, where several norms gain by it; "
+        "or always, if need be in front of each norm.",
+    ),
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")

@@ -16,7 +16,7 @@ from normswap.cli.options import json_option, out, quiet, request_options, sourc
 @source_options
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Save the plan as JSON.")
 @json_option
-def command(model, norm, fold, tied, partial, revision, trust_remote_code, output, as_json) -> None:
+def command(model, output, as_json, **options) -> None:
     """Show what a conversion of MODEL would do: the edits, the claim and its reasons, what changes on disk.
 
     Nothing is written, except the plan itself with -o; `convert --plan` runs it.
@@ -30,16 +30,8 @@ def command(model, norm, fold, tied, partial, revision, trust_remote_code, outpu
     from normswap.conversion import preview_on_disk
     from normswap.report.plan import disk_facts, plan_view
 
-    made = normswap.plan(
-        model,
-        norm=norm,
-        fold=fold,
-        tied=tied,
-        partial=partial,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    disk = preview_on_disk(model, made, revision=revision, trust_remote_code=trust_remote_code)
+    made = normswap.plan(model, **options)
+    disk = preview_on_disk(model, made, **{name: options[name] for name in ("revision", "trust_remote_code")})
     if output is not None:
         made.save(output)
         click.echo(f"saved {output}", err=True)

@@ -56,11 +56,10 @@ def placed(p: torch.Tensor, ndim: int, spec: NormSpec) -> torch.Tensor:
 def _grouped(h: torch.Tensor, spec: NormSpec) -> torch.Tensor:
     """The groups of `h`, each normalised, without gain and bias."""
     if spec.kind == "groupnorm":
-        groups = h.reshape(h.shape[0], h.shape[1] // spec.width, -1)
-        return _normalised(groups, (-1,), spec).reshape(h.shape)
-    if len(spec.axes) == 1 and h.shape[spec.axes[0]] != spec.width:
+        return _normalised(h.reshape(h.shape[0], spec.groups, -1), (-1,), spec).reshape(h.shape)
+    if spec.groups > 1:
         axis = spec.axes[0] % h.ndim
-        return _normalised(h.unflatten(axis, (-1, spec.width)), (axis + 1,), spec).flatten(axis, axis + 1)
+        return _normalised(h.unflatten(axis, (spec.groups, -1)), (axis + 1,), spec).flatten(axis, axis + 1)
     return _normalised(h, spec.axes, spec)
 
 

@@ -161,12 +161,15 @@ class _Probe:
         kind = "groupnorm" if found.positions else "layernorm" if shift_invariant else "rmsnorm"
         gain, weight, bias = self._affine()
         eps = self._eps(found)
-        spec = NormSpec(kind=kind, axes=found.axes, width=found.width, gain=gain, weight=weight, bias=bias, eps=eps)
+        width, groups = found.on(self.shape, self.shape)
+        spec = NormSpec(
+            kind=kind, axes=found.axes, width=width, groups=groups, gain=gain, weight=weight, bias=bias, eps=eps
+        )
         for gate in self._gates():
             gated = spec.model_copy(update={"gate": gate, "eps": self._eps_behind(gate, eps)})
             if self._reproduces(gated):
-                true_width = found.true_width(self.shape, shape)
-                return gated.model_copy(update={"casting": self._casting(gated), "width": true_width})
+                width, groups = found.on(self.shape, shape)
+                return gated.model_copy(update={"casting": self._casting(gated), "width": width, "groups": groups})
         return None
 
     def _affine(self):

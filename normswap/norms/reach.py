@@ -26,12 +26,15 @@ class Reach:
     width: int
     positions: bool
 
-    def true_width(self, small: tuple[int, ...], shape: tuple[int, ...]) -> int:
-        """The width on inputs of `shape`, when it was measured on those of `small`."""
+    def on(self, small: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, int]:
+        """Width and number of groups on inputs of `shape`, when this was measured on those of `small`."""
         first = self.axes[0]
-        if (self.positions or len(self.axes) == 1) and self.width == small[first]:
-            return shape[first]
-        return self.width
+        if not self.positions and len(self.axes) > 1:
+            return self.width, 1
+        if self.positions and self.width == 1:  # an instance norm, whatever the number of channels
+            return 1, shape[first]
+        groups = small[first] // self.width
+        return shape[first] // groups, groups
 
     def standardised(self, x: torch.Tensor) -> torch.Tensor:
         """`x` with mean 0 and variance 1 in every group."""

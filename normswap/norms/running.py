@@ -42,7 +42,7 @@ class Running:
         if "gain" in does:
             gain = "w" if _close(*self._at_zero(does)) else "1 + w"
         spec = NormSpec(
-            kind="batchnorm", axes=(axis - self.x.ndim,), width=1, gain=gain, weight=does.get("gain"),
+            kind="batchnorm", axes=(axis - self.x.ndim,), width=1, groups=self.x.shape[axis], gain=gain, weight=does.get("gain"),
             bias=does.get("bias"), eps=self._eps(does),
         )  # fmt: skip
         expected = running_formula(self.x, spec, self.vectors, does["mean"], does["variance"])

@@ -38,8 +38,8 @@ class NormSpec(BaseModel):
     Attributes:
         kind: the name of the formula above.
         axes: the normalised axes of the input, counted from the end (`(-1,)` for a token's channels).
-        width: how many values share one statistic; for groupnorm, how many channels. Where the axis is longer, runs of
-            `width` are normalised side by side, and gain and bias have the length of the whole axis.
+        width: how many values share one statistic; for groupnorm, how many channels.
+        groups: how many runs of `width` are normalised side by side. Gain and bias lie along all of them.
         gain: `w` multiplies by the parameter, `1 + w` by one plus it, None: no gain.
         weight, bias: the names of the parameters (of frozen norms: buffers) inside the module, None where there is none.
         eps: the value added under the root, as measured.
@@ -54,6 +54,7 @@ class NormSpec(BaseModel):
     kind: str
     axes: tuple[int, ...]
     width: int
+    groups: int = 1
     gain: GainForm | None = None
     weight: str | None = None
     bias: str | None = None

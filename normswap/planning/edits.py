@@ -74,7 +74,10 @@ class Untie(TensorEdit):
 
 
 class FoldGain(TensorEdit):
-    """A norm's gain moved into a reader: `W <- W diag(g)` along the `axis` that meets the norm's output."""
+    """A scale per channel moved into its neighbour: `W <- W diag(g)` along the `axis` that meets it.
+
+    The gain of a norm moves into what reads it, the scale of a branch into what writes it.
+    """
 
     edit: Literal["fold_gain"] = "fold_gain"
     axis: int

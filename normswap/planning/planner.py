@@ -12,6 +12,7 @@ from normswap.planning.edits import (
     CentreInput,
     CentreOutput,
     FoldBias,
+    FoldGain,
     GrowBias,
     ModuleEdit,
     SwapNorm,
@@ -50,7 +51,7 @@ def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_pre
     swaps, wanted = _sites_to_swap(normmap, request), _sites_to_fold(normmap, request)
     for untied in (False, True):
         ties = Ties(normmap, untied)
-        centred = centre(normmap, swaps, ties, request.tied, request.explicit)
+        centred = centre(normmap, swaps, ties, request)
         swapped = {site.path for site in centred.sites}
         folding = fold(normmap, wanted, ties, request.tied, swapped)
         if request.tied == "keep" or not ties.wanted:
@@ -74,7 +75,7 @@ def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_pre
     # gains and biases move on original values; what writes to a stream is centred last
     edits += [edit for edit in folding.edits if isinstance(edit, TensorEdit)]
     edits += [edit for edit in centred.edits if isinstance(edit, TensorEdit)]
-    edits += _centre_grown(folding.edits, centred.edits)
+    edits += _treat_grown(folding.edits, centred.edits)
     edits += [_swap(normmap, site, bare) for site in centred.sites]
     edits += [edit for edit in (*folding.edits, *centred.edits) if isinstance(edit, ModuleEdit)]
     _check_all_ran(normmap, edits)
@@ -111,15 +112,15 @@ def _sites_to_fold(normmap: NormMap, request: Request) -> list[Site]:
     return [site for site in normmap.sites.values() if site.spec.kind in ("layernorm", "rmsnorm")]
 
 
-def _centre_grown(folded: list[AnyEdit], centred: list[AnyEdit]) -> list[Centre]:
-    """A reader that writes to another norm (queries to theirs) and grows a bias: centred like the weight."""
+def _treat_grown(folded: list[AnyEdit], centred: list[AnyEdit]) -> list[AnyEdit]:
+    """A reader that is also a writer (queries to their norm) and grows a bias: treated as its weight's output is."""
     grown = {f"{edit.module}.bias" for edit in folded if isinstance(edit, GrowBias)}
     return [
-        Centre(tensor=bias.tensor, axis=0, groups=weight.groups)
+        edit.model_copy(update={"tensor": bias.tensor, "axis": 0})
         for bias in folded
         if isinstance(bias, FoldBias) and bias.tensor in grown
-        for weight in centred
-        if isinstance(weight, Centre) and weight.tensor == bias.reader and weight.axis != bias.axis
+        for edit in centred
+        if isinstance(edit, Centre | FoldGain) and edit.tensor == bias.reader and edit.axis != bias.axis
     ]
 
 

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from normswap.errors import DestinationError, PlanError
 from normswap.planning.edits import AnyEdit, ModuleEdit, SetConfig, TensorEdit
 
+#: where means may be subtracted at run time
+Explicit = Literal["never", "shared", "always"]
 Claim = Literal["exact", "calibrated", "untrained"]
 
 
@@ -22,13 +24,13 @@ class Request(BaseModel):
     fold: bool = False
     tied: Literal["keep", "untie"] = "keep"
     partial: bool = False
-    explicit: bool = False
+    explicit: Explicit = "shared"
 
     def words(self) -> str:
         """The request as options of the command line."""
         options = [f"--norm {self.norm}" if self.norm else "", "--fold" if self.fold else ""]
         options += ["--tied untie" if self.tied == "untie" else "", "--partial" if self.partial else ""]
-        options.append("--explicit" if self.explicit else "")
+        options.append("" if self.explicit == "shared" else f"--explicit {self.explicit}")
         return " ".join(filter(None, options))
 
 

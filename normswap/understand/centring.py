@@ -11,12 +11,14 @@ either those can be centred, or the value can be centred explicitly as it crosse
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from normswap.norms.spec import NormSpec
 from normswap.observe.trace import Operation, Trace
 from normswap.understand.boundary import boundaries
+from normswap.understand.layerscale import Scales
 from normswap.understand.transfer import Prober
+from normswap.understand.trial import Axis
 
 ValueAxis = tuple[int, int]
 
@@ -31,6 +33,7 @@ class Writer:
         axis: the axis along the stream; counted from the end for an output or input.
         groups: how many runs of the stream's width lie side by side in that axis.
         module: path of the module that uses it.
+        scales: parameters that scale each channel of what it writes, to be folded into it.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Writer:
     axis: int
     groups: int
     module: str
+    scales: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class _Pass:
         self.trace, self.norms, self.prober = trace, norms, prober
         self.live = trace.live()
         self.boundaries = boundaries(trace)
+        self.scales = Scales(trace, self.live)
         self.result = Centring()
 
     def run(self) -> Centring:
@@ -112,6 +117,10 @@ class _Pass:
         for v in self.trace.outputs:
             for dim in self.prober.axes(self.trace.values[v].shape):
                 self._block(self.result.terms.get((v, dim)), "the stream itself is an output of the model")
+        for writer in self.result.blocked:
+            for scale in writer.scales:
+                if (obstacle := self.scales.obstacle(scale, writer.name)) is not None:
+                    self._block({writer}, obstacle)
         self._pass_blocks_on()
         return self.result
 
@@ -124,6 +133,8 @@ class _Pass:
         if not tracked:
             return
         transfer = self.prober.shift(op, tuple(tracked))
+        if transfer.blocked and self._through_scale(op, tracked):
+            return
         for axis, outputs in transfer.blocked.items():
             if any(op.outputs[o] in self.live for o in outputs):
                 reason = f"{op.name} in {op.module or 'the model'} would notice a shift of its input"
@@ -132,6 +143,29 @@ class _Pass:
             terms = frozenset().union(*(tracked[axis] for axis in joint.passers))
             terms |= {self._uncentred(op, culprit) for culprit in joint.culprits}
             self.result.terms[op.outputs[o], dim] = terms
+            self.scales.made[op.outputs[o], dim] = op, joint.passers, joint.scales and not joint.culprits
+
+    def _through_scale(self, op: Operation, tracked: dict[Axis, frozenset[Term]]) -> bool:
+        """Whether `op` multiplies by one parameter's value per channel, which folds into the writers of the rest."""
+        for scale in tracked:
+            rest = tuple(axis for axis in tracked if axis[0] != scale[0])
+            transfer = self.prober.scaled(op, rest, scale) if rest else None
+            if transfer is None or transfer.blocked or any(joint.culprits for joint in transfer.joint.values()):
+                continue
+            folds = [self.scales.fold(op, *((op.inputs[i], dim) for i, dim in (axis, scale))) for axis in rest]
+            if not transfer.joint or None in folds:
+                continue
+            for axis in rest:  # before it is scaled, a shift is none of the stream's
+                self._block(tracked[axis], f"{op.name} in {op.module or 'the model'} scales it by {folds[0][0]}")
+            for (o, dim), joint in transfer.joint.items():
+                terms = self.result.leaves(frozenset().union(*(tracked[axis] for axis in joint.passers)))
+                if any(not isinstance(t, Writer) or t.kind != "parameter" or t.groups > 1 for t in terms):
+                    continue
+                scaled = {self._source(replace(t, scales=(*t.scales, folds[0][0]))) for t in terms}
+                self.result.terms[op.outputs[o], dim] = frozenset(scaled)
+                self.scales.made[op.outputs[o], dim] = op, joint.passers, joint.scales
+            return True
+        return False
 
     def _terms(self, op: Operation, v: int, dim: int) -> Terms:
         value = self.trace.values[v]
@@ -155,9 +189,12 @@ class _Pass:
             return
         value = self.trace.values[v]
         ndim = len(value.shape)
-        wide = [dim for dim, size in enumerate(value.shape) if size == self.prober.width]
-        known = [dim for dim in wide if (v, dim) in self.result.terms]
-        for dim in known or wide:
+        # where nothing is known, of axes that may be the channels' the last is, but for rare layouts
+        axes = self.prober.axes(value.shape)
+        known = [dim for dim in axes if (v, dim) in self.result.terms]
+        for dim in known or axes[-1:]:
+            if value.shape[dim] != self.prober.width:
+                continue
             before = self.result.terms.get((v, dim))
             if before == frozenset():
                 continue  # centred as it is
@@ -171,6 +208,9 @@ class _Pass:
         x, y = op.inputs[0], op.outputs[0]
         ndim = len(self.trace.values[x].shape)
         own = {axis % ndim for axis in spec.axes}
+        for gate in op.inputs[1:]:
+            for dim in self.prober.axes(self.trace.values[gate].shape):
+                self._block(result.terms.get((gate, dim)), f"the gate of {op.norm} would notice a shift of it")
         for dim in self.prober.axes(self.trace.values[x].shape):
             terms = result.terms.get((x, dim))
             along = own == {dim} and spec.width == width
@@ -179,7 +219,7 @@ class _Pass:
                 result.inputs[op.norm] = None if terms is None or before is None else before | terms
             if not (along and spec.kind == "layernorm"):
                 self._block(terms, f"the {spec.kind} {op.norm} is not invariant to shifts")
-            if along:
+            if along and spec.groups == 1:
                 writer = self._source(Writer(op.norm, "output", dim - ndim, 1, op.norm))
                 result.held[writer] = None
                 result.terms[y, dim] = frozenset({writer})

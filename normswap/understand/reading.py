@@ -61,11 +61,12 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
             derived.update({(v.index, dim): (v.name, dim) for dim in prober.axes(v.shape)})
     for op in trace.operations:
         if op.norm is not None:
-            for dim in prober.axes(trace.values[op.inputs[0]].shape):
-                if (norm := carried.get((op.inputs[0], dim))) is not None:
-                    _add(result.others, norm, f"the norm {op.norm} follows it")
-            for name in made_of.get(op.inputs[0], ()):
-                result.uses.setdefault((name, op.module), set()).add("")
+            for v in op.inputs:
+                for dim in prober.axes(trace.values[v].shape):
+                    if (norm := carried.get((v, dim))) is not None:
+                        _add(result.others, norm, f"the norm {op.norm} follows it")
+                for name in made_of.get(v, ()):
+                    result.uses.setdefault((name, op.module), set()).add("")
             spec = norms[op.norm]
             ndim = len(trace.values[op.outputs[0]].shape)
             if spec.width == prober.width and len(spec.axes) == 1:

@@ -7,6 +7,7 @@ f(x) = f(P x)` with P the projection `x - mean(x)`; where it does not, the input
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +18,14 @@ from normswap.understand.trial import Axis, Trial
 
 @dataclass(frozen=True)
 class Joint:
-    """An output axis that is centred when `passers` are, but for what `culprits` (input positions) add."""
+    """An output axis that is centred when `passers` are, but for what `culprits` (input positions) add.
+
+    `scales`: scaling each channel of all passers scales that channel of the output.
+    """
 
     passers: tuple[Axis, ...]
     culprits: tuple[int, ...]
+    scales: bool
 
 
 @dataclass(frozen=True)
@@ -112,13 +117,47 @@ def _joint(trial: Trial, o: int, e: int, passers: list[Axis]) -> Joint | None:
     projected = project(trial.base)
     if not _constant(trial, trial.result[o] - projected, e, trial.result[o]):
         return None
+    scales = _scales(trial, o, e, passers)
     actual = project(trial.actual)
     if _is_centred(trial, actual, e):
-        return Joint(tuple(passers), ())
+        return Joint(tuple(passers), (), scales)
     involved = {position for position, _ in passers}
     others = [i for i, v in enumerate(trial.inputs) if v.is_float and i not in involved]
     single = [i for i in others if _is_centred(trial, project(trial.actual, zeroed=i), e)]
-    return Joint(tuple(passers), tuple(single) or tuple(others) or (-1,))
+    return Joint(tuple(passers), tuple(single) or tuple(others) or (-1,), scales)
+
+
+def _scales(trial: Trial, o: int, e: int, passers: list[Axis]) -> bool:
+    gain = 0.5 + torch.rand(trial.width, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    inputs = list(trial.actual)
+    for position, dim in passers:
+        inputs[position] = inputs[position] * trial.spread(gain, inputs[position], dim)
+    before = trial.run(trial.actual)[o]
+    return not trial.differs(trial.run(inputs)[o], before * trial.spread(gain, before, e))
+
+
+def scaled_transfer(trial: Trial, tracked: tuple[Axis, ...], scale: Axis) -> ShiftTransfer | None:
+    """What shifts do when one input is a scale per channel, `y = f(x) diag(s)`: those of `f`. None if it is none.
+
+    Args:
+        tracked: axes that shifts come along, none of the scale itself.
+        scale: the axis of the input that may be such a scale; it has no other axis.
+    """
+    position, dim = scale
+    s = trial.base[position]
+    if s.numel() != trial.width:
+        return None
+    without = copy.copy(trial)
+    without.base = [torch.ones_like(x) if i == position else x for i, x in enumerate(trial.base)]
+    without.actual = [torch.ones_like(x) if i == position else x for i, x in enumerate(trial.actual)]
+    without.result = trial.run(without.base)
+    found = shift_transfer(without, tracked)
+    vector = s.reshape(-1)
+    for o, e in found.joint:
+        bare = without.result[o]
+        if bare.shape[e] != trial.width or trial.differs(trial.result[o], bare * trial.spread(vector, bare, e)):
+            return None
+    return found
 
 
 def _is_centred(trial: Trial, x: torch.Tensor, dim: int) -> bool:

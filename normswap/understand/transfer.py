@@ -12,7 +12,7 @@ import torch
 
 from normswap.observe.trace import Operation, Ref, Trace, Value
 from normswap.understand.scale import ScaleTransfer, factor, scale_transfer, sum_coefficients
-from normswap.understand.shift import ShiftTransfer, all_blocked, shift_transfer
+from normswap.understand.shift import ShiftTransfer, all_blocked, scaled_transfer, shift_transfer
 from normswap.understand.trial import Axis, Trial
 
 _LARGEST_PROBE = 1 << 24  # elements; beyond that an operation counts as unknown
@@ -29,6 +29,12 @@ class Prober:
     def shift(self, op: Operation, tracked: tuple[Axis, ...]) -> ShiftTransfer:
         return self._remember(
             "shift", op, tracked, lambda trial: shift_transfer(trial, tracked), all_blocked(op, tracked)
+        )
+
+    def scaled(self, op: Operation, tracked: tuple[Axis, ...], scale: Axis) -> ShiftTransfer | None:
+        """As `shift`, of an operation that also multiplies by `scale`, one value per channel; None if it does not."""
+        return self._remember(
+            "scaled", op, (scale, *tracked), lambda trial: scaled_transfer(trial, tracked, scale), None
         )
 
     def scale(self, op: Operation, axis: Axis, parameters: tuple[Axis, ...]) -> ScaleTransfer:

@@ -37,12 +37,17 @@ class Trial:
     def runs(self) -> bool:
         if any(k % self.width for n, k in self.sizes.items() if n % self.true_width == 0):
             return False  # what held whole runs of the width no longer does
-        # a mask made from the inputs is another one next time; but as an index it must hit as often as it did
-        return self._runs_on(hits=False) or (any(v.varies for v in self.inputs) and self._runs_on(hits=True))
+        # a mask made from the inputs is another one next time; but as an index it must hit as often as it did, and
+        # into a table of one row there is one index
+        return (
+            self._runs_on()
+            or (any(v.varies for v in self.inputs) and self._runs_on(hits=True))
+            or self._runs_on(indices=1)
+        )
 
-    def _runs_on(self, hits: bool) -> bool:
+    def _runs_on(self, hits: bool = False, indices: int = 2) -> bool:
         generator = torch.Generator().manual_seed(0)
-        self.base = [_random(v, self._small(v.shape), generator, hits) for v in self.inputs]
+        self.base = [_random(v, self._small(v.shape), generator, hits, indices) for v in self.inputs]
         # what the model itself computes without parameters (zeros to add into, say) is known
         self.actual = [_known(v, x) for v, x in zip(self.inputs, self.base, strict=True)]
         try:
@@ -107,7 +112,7 @@ def _small_sizes(sizes: set[int], width: int, threshold: int) -> dict[int, int]:
     return mapping
 
 
-def _random(value: Value, shape: tuple[int, ...], generator: torch.Generator, hits: bool) -> torch.Tensor:
+def _random(value: Value, shape: tuple[int, ...], generator: torch.Generator, hits: bool, indices: int) -> torch.Tensor:
     if value.dtype.is_floating_point:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
     if value.dtype.is_complex:
@@ -116,7 +121,7 @@ def _random(value: Value, shape: tuple[int, ...], generator: torch.Generator, hi
     if real is not None and shape == value.shape:
         # indices must stay valid after sizes shrank: small ones always are
         return real if value.dtype == torch.bool else real.clamp(-2, 2)
-    return torch.randint(0, 2, shape, generator=generator, dtype=torch.int64).to(value.dtype)
+    return torch.randint(0, indices, shape, generator=generator, dtype=torch.int64).to(value.dtype)
 
 
 def _known(value: Value, stand_in: torch.Tensor) -> torch.Tensor:

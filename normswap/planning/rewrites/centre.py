@@ -7,7 +7,9 @@ the mean can be taken out of all that is written to it, `W <- W - mean(W)` along
 
 since the variance of a vector without mean is its mean square. Gain, bias and eps stay as they are. A term that no
 parameter controls (the output of an embedding norm, of an activation, of an image tower) is centred explicitly where
-it crosses a boundary of a module, as early as possible, so that one subtraction serves all norms behind it.
+it crosses a boundary of a module, as early as possible, so that one subtraction serves all norms behind it. A scale
+per channel between a writer and the stream (LayerScale) moves into the writer first, since what it scales has no mean
+of its own that matters.
 """
 
 from __future__ import annotations
@@ -16,14 +18,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from normswap.planning.edits import AnyEdit, Centre, CentreInput, CentreOutput
+from normswap.planning.edits import AnyEdit, Centre, CentreInput, CentreOutput, Fill, FoldGain
+from normswap.planning.plans import Request
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.centring import Term, Uncentred, Writer
 from normswap.understand.normmap import NormMap, Site
 
 SOURCE, TARGET = "layernorm", "rmsnorm"
 #: what has to be done for a term to have no mean
-Edits = dict[Writer, AnyEdit]
+Edits = dict[Writer, tuple[AnyEdit, ...]]
 
 
 @dataclass
@@ -35,27 +38,18 @@ class Centred:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def centre(normmap: NormMap, sites: Iterable[Site], ties: Ties, tied: str, explicit: bool = False) -> Centred:
+def centre(normmap: NormMap, sites: Iterable[Site], ties: Ties, request: Request) -> Centred:
     """Plan the centring of everything that `sites` read.
 
-    Args:
-        tied: `keep` centres the output of a module whose parameter is tied; `untie` stores the parameter twice.
-        explicit: where nothing else does, subtract the mean in front of a single norm, too.
+    Where no weights control a mean it is subtracted at run time, as far as `request.explicit` allows: that is also how
+    a parameter is left as it is that something else reads as well (`request.tied`).
     """
-    result = Centred()
-    solvers: dict[int, _Solver] = {}
-    found: dict[str, Edits | str] = {}
     sites = list(sites)
-    for site in sites:
-        width = site.spec.width
-        if width not in solvers:
-            solvers[width] = _Solver(normmap, width, ties, tied)
-        found[site.path] = _shape_obstacle(normmap, site) or solvers[width].site(site)
-        if explicit and isinstance(found[site.path], str) and _shape_obstacle(normmap, site) is None:
-            own = Writer(site.path, "input", site.spec.axes[0], 1, site.path)
-            found[site.path] = {own: CentreInput(module=site.path, axis=site.spec.axes[0])}
-    if not explicit:
+    solvers = {width: _Solver(normmap, width, ties, request) for width in {site.spec.width for site in sites}}
+    found = {site.path: _answer(normmap, site, solvers[site.spec.width], request) for site in sites}
+    if request.explicit == "shared":
         _refuse_lone(solvers, sites, found)
+    result = Centred()
     chosen: Edits = {}
     for site in sites:
         edits = found[site.path]
@@ -64,9 +58,20 @@ def centre(normmap: NormMap, sites: Iterable[Site], ties: Ties, tied: str, expli
         else:
             chosen |= edits
             result.sites.append(site)
+    edits = dict.fromkeys(edit for several in chosen.values() for edit in several)
     order = {name: i for i, name in enumerate(normmap.parameters)}
-    result.edits = sorted(dict.fromkeys(chosen.values()), key=lambda e: order.get(getattr(e, "tensor", ""), len(order)))
+    result.edits = sorted(edits, key=lambda e: order.get(getattr(e, "tensor", ""), len(order)))
     return result
+
+
+def _answer(normmap: NormMap, site: Site, solver: _Solver, request: Request) -> Edits | str:
+    if (obstacle := _shape_obstacle(normmap, site)) is not None:
+        return obstacle
+    edits = solver.site(site)
+    if isinstance(edits, str) and request.explicit == "always":
+        axis = site.spec.axes[0]
+        return {Writer(site.path, "input", axis, 1, site.path): (CentreInput(module=site.path, axis=axis),)}
+    return edits
 
 
 def _refuse_lone(solvers: dict[int, _Solver], sites: list[Site], found: dict[str, Edits | str]) -> None:
@@ -76,19 +81,20 @@ def _refuse_lone(solvers: dict[int, _Solver], sites: list[Site], found: dict[str
         serves = Counter(writer for edits in found.values() if isinstance(edits, dict) for writer in edits)
         lone = {}
         for site in sites:
-            solver, edits = solvers[site.spec.width], found[site.path]
-            terms = solver.centring.inputs.get(site.path) or ()
-            for term in terms if len(terms) == 1 and isinstance(edits, dict) else ():
-                if term in edits and serves[term] == 1 and (why := solver.why.get(term)) is not None:
+            edits = found[site.path]
+            for writer in edits if isinstance(edits, dict) and len(edits) == 1 else ():
+                if serves[writer] == 1 and (why := solvers[site.spec.width].why.get(writer)) is not None:
                     lone[site.path] = (
                         f"{why}; to subtract the mean in front of this norm alone is what the {SOURCE} does itself "
-                        f"(--explicit does it all the same)"
+                        f"(--explicit always does it all the same)"
                     )
         found |= lone
 
 
 def _shape_obstacle(normmap: NormMap, site: Site) -> str | None:
     """Why the norm at `site` has no counterpart whatever its input, None if it has."""
+    if site.spec.gate is not None or site.spec.groups > 1:
+        return "it normalises runs of its channels, or has a gate; only norms of all channels can be swapped"
     if len(site.spec.axes) != 1:
         return f"it normalises the axes {site.spec.axes} of its input together; only norms over one axis can be swapped"
     for name in (site.spec.weight, site.spec.bias):
@@ -101,11 +107,11 @@ def _shape_obstacle(normmap: NormMap, site: Site) -> str | None:
 class _Solver:
     """What has to be done so that the terms of one width have no mean, each term answered once."""
 
-    def __init__(self, normmap: NormMap, width: int, ties: Ties, tied: str):
-        self.normmap, self.width, self.ties, self.tied = normmap, width, ties, tied
+    def __init__(self, normmap: NormMap, width: int, ties: Ties, request: Request):
+        self.normmap, self.width, self.ties, self.request = normmap, width, ties, request
         self.centring = normmap.centrings[width]
         self.known: dict[Writer, Edits | str] = {}
-        self.why: dict[Writer, str] = {}  # per crossing centred explicitly, what no weights can help
+        self.why: dict[Writer, str] = {}  # per crossing centred explicitly, what no weights control
         self.open: list[Writer] = []  # crossings being solved: a module that is called again meets itself
         for crossing in self.centring.held:  # in execution order, so that no answer has to go deep
             self.term(crossing)
@@ -144,24 +150,31 @@ class _Solver:
 
     def _solve(self, term: Writer) -> Edits | str:
         if reasons := self.centring.blocked[term]:
-            return f"{_what(term)} cannot be centred: {reasons[0]}"
+            leaves = [leaf for leaf in self.centring.leaves({term}) if isinstance(leaf, Writer)] or [term]
+            what = _what(min(leaves, key=_rank))
+            return f"{what} writes to its input and cannot be centred: {reasons[0]}"
         if term.kind not in ("output", "input"):
-            edit = self._parameter(term)
-            return edit if isinstance(edit, str) else {term: edit}
+            edits = self._parameter(term)
+            return edits if isinstance(edits, str) else {term: edits}
         held = self.centring.held[term]
-        inner = f"{_computed(self.normmap, term)} cannot be centred in weights" if held is None else self.all(held)
+        inner = (
+            f"{_what(term)} writes to its input, and no weights control its mean" if held is None else self.all(held)
+        )
         if isinstance(inner, dict):
             return inner
-        if not all(
-            isinstance(leaf, Writer) and leaf.kind in ("parameter", "buffer") and not self.centring.blocked[leaf]
-            for leaf in self.centring.leaves({term})
-        ):
+        if not all(self._controlled(leaf) for leaf in self.centring.leaves({term})):
             self.why[term] = inner
+        if self.request.explicit == "never":
+            return inner
         edit = CentreOutput if term.kind == "output" else CentreInput
-        return {term: edit(module=term.name, axis=term.axis)}
+        return {term: (edit(module=term.name, axis=term.axis),)}
 
-    def _parameter(self, writer: Writer) -> AnyEdit | str:
-        """The edit that centres what a parameter adds, or the reason why there is none."""
+    def _controlled(self, leaf: Term) -> bool:
+        """Whether a weight makes that term, though it may be one that cannot be changed."""
+        return isinstance(leaf, Writer) and leaf.kind in ("parameter", "buffer") and not self.centring.blocked[leaf]
+
+    def _parameter(self, writer: Writer) -> tuple[AnyEdit, ...] | str:
+        """The edits that centre what a parameter adds, or the reason why there are none."""
         if writer.kind == "buffer" and writer.name not in self.normmap.stored:
             return f"{writer.name} is a buffer that checkpoints do not store"
         blocked = self.centring.blocked
@@ -169,20 +182,17 @@ class _Solver:
         unnoticed = {w.module for w in blocked if (w.name, w.axis, w.groups) == alike and not blocked[w]}
         others = self.ties.users(writer.name, writer.module) - unnoticed
         if not others:
-            return Centre(tensor=self.ties.name(writer.name, writer.module), axis=writer.axis, groups=writer.groups)
+            name = self.ties.name(writer.name, writer.module)
+            folds = [FoldGain(tensor=name, axis=writer.axis, weight=scale, form="w") for scale in writer.scales]
+            ones = [Fill(tensor=scale, value=1.0) for scale in writer.scales]
+            return (*folds, Centre(tensor=name, axis=writer.axis, groups=writer.groups), *ones)
         self.ties.want(writer.name)
         return (
             f"{writer.name} writes to its input in {writer.module or 'the model'} and is used otherwise in "
             f"{', '.join(user or 'the model' for user in sorted(others))}; "
             f"it cannot be centred for the one without changing the other (try --tied "
-            f"{'untie' if self.tied == 'keep' else 'keep'})"
+            f"{'untie' if self.request.tied == 'keep' else 'keep'})"
         )
-
-
-def _computed(normmap: NormMap, writer: Writer) -> str:
-    """What crosses there, in words."""
-    site = normmap.sites.get(writer.name)
-    return f"the {writer.kind} of {writer.name}{f' (a {site.spec.kind})' if site and writer.kind == 'output' else ''}"
 
 
 def _rank(term: Term) -> tuple:
@@ -191,5 +201,4 @@ def _rank(term: Term) -> tuple:
 
 
 def _what(writer: Writer) -> str:
-    where = {"output": "the output of ", "input": "the input of "}.get(writer.kind, "")
-    return f"{where}{writer.name} writes to its input and"
+    return {"output": "the output of ", "input": "the input of "}.get(writer.kind, "") + writer.name
