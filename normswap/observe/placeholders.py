@@ -29,6 +29,9 @@ def known_index(leaf):
     """An index that meta tensors can be indexed by."""
     if isinstance(leaf, torch.Tensor) and leaf.is_meta and leaf.dtype == torch.bool and leaf.ndim == 1:
         return torch.tensor(sorted({0, len(leaf) - 1}))  # the two ends, as with `nonzero`
+    if isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.dtype == torch.bool and leaf.ndim:
+        found = leaf.nonzero(as_tuple=True)  # how many are set is known, which a mask on the meta device hides
+        return found[0] if leaf.ndim == 1 else found
     if isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.ndim == 0 and not leaf.is_floating_point():
         return leaf.item()
     return leaf
