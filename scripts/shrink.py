@@ -44,7 +44,7 @@ POSITION = re.compile(
     r"positions?(_embeddings)?$|^(max_seq_len|max_length|context_length|model_max_length|n_ctx|seq_length|block_size|n_positions|max_sequence_length|text_seq_length)$|max_2d_position_embeddings$"
 )
 TOKEN = re.compile(r"_tok(en)?_(id|ids|index)$|_id$|_index$|_token$|_patch_id$")
-NOT_A_TOKEN = re.compile(r"ignore_index$|layer_id$|loss_index$|layer_index$|merge_index$")
+NOT_A_TOKEN = re.compile(r"ignore_index$|layer_id$|loss_index$|layer_index$|merge_index$|per_token$")
 LABELS = {"id2label", "label2id", "task_specific_params"}
 
 

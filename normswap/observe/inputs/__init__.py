@@ -78,7 +78,10 @@ class _Choices:
     @classmethod
     def of(cls, medium: Medium, needs: Needs, trial: Trial) -> _Choices:
         found = trial.features(medium.method, medium.choices) if medium.method else None
-        return cls(medium.kind, medium.choices, None) if found is None else cls(medium.kind, [found[0]], found[1])
+        if found is None:
+            return cls(medium.kind, medium.choices, None)
+        others = [choice for choice in medium.choices if choice is not found[0]]
+        return cls(medium.kind, [found[0], *others[:6]], found[1])
 
 
 def _parts(needs: Needs, media: list[_Choices]) -> list[list[Inputs]]:

@@ -122,8 +122,11 @@ def _flattened(needs: Needs, config: PretrainedConfig, name: str, grid_name: str
         }
         for shape in ((channels * deep * tall * broad,), (channels, tall, broad), (channels * tall * broad,)):
             yield {name: needs.randn(count, *shape), grid_name: table, **extra}
-            if name == "hidden_states":
-                continue
+        yield {
+            name: needs.randn(needs.batch, count // needs.batch, channels * deep * tall * broad),
+            grid_name: table,
+            **extra,
+        }
 
 
 def _pictures(needs: Needs, config: PretrainedConfig, name: str) -> Iterator[Inputs]:
