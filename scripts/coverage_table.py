@@ -32,6 +32,7 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
         "sites": dict(Counter(site["kind"] for record in inspected for site in record["sites"])),
         "audit": {record["type"]: record["audit"] for record in inspected if record["audit"]},
         "conversions": {words: _totals(inspected, words) for words in asked},
+        "disk": dict(Counter(record["disk"]["result"] for record in inspected if "disk" in record)),
         "bad": [
             {"type": record["type"], "conversion": words, "result": found["result"], "why": found["why"]}
             for record in inspected
@@ -42,6 +43,11 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
             {"type": record["type"], "conversion": "inspect", "result": record["status"], "why": record["why"]}
             for record in built
             if record["status"] != "inspected"
+        ]
+        + [
+            {"type": record["type"], "conversion": "on disk", "result": found["result"], "why": found.get("why", "")}
+            for record in inspected
+            if (found := record.get("disk", {"result": ""}))["result"] in BAD
         ],
     }
 
@@ -117,6 +123,8 @@ def summary_lines(found: dict[str, Any], reasons: int = 12) -> list[str]:
         cells = [_share(totals["groups"][group]) for group in ("all", "pre", "linear")]
         counts = " | ".join(str(results.get(result, 0)) for result in ("exact", *BAD))
         lines.append(f"| `{words}` | {counts} | {totals['worst error']:.1e} | {' | '.join(cells)} |")
+    if found["disk"]:
+        lines += ["", f"On disk: {', '.join(f'{count} {result}' for result, count in found['disk'].items())}."]
     for words, totals in found["conversions"].items():
         groups = totals["groups"]
         lines += [

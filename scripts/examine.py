@@ -8,11 +8,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import zoo
+from disk import prepare
 from torch import nn
 
 import normswap
@@ -38,8 +40,11 @@ RESULTS = ("exact", "refused", "WRONG", "unstable", "crashed", "nothing")
 _UNSTABLE = 30
 
 
-def examine(model_type: str, disk: bool = False) -> dict[str, Any]:
+def examine(model_type: str, disk: str | None = None) -> dict[str, Any]:
     """A record of the type's small model, as plain data for JSON; never raises.
+
+    With `disk`, a folder, the model is saved and converted there as well, and the record's `disk` says what came of it:
+    `prepared` (to be loaded by `disk.load_all`), `refused` or `crashed`.
 
     Its `status` is `missing` (transformers has no model that could be built and run here), `refused` or `crashed` (by
     inspect), or `inspected`, and then it has `sites`, `streams`, `audit` and `conversions`, each with a `result`:
@@ -68,7 +73,18 @@ def examine(model_type: str, disk: bool = False) -> dict[str, Any]:
     except ObserveError as error:
         return record | {"status": "missing", "why": f"it cannot be run: {error}"}
     record["seconds"]["build"] = time.perf_counter() - start
-    return record | examine_model(model, inputs, record["seconds"])
+    record |= examine_model(model, inputs, record["seconds"])
+    if disk is not None and record["status"] == "inspected":
+        record["disk"] = _on_disk(model, inputs, Path(disk) / model_type)
+    return record
+
+
+def _on_disk(model: nn.Module, inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        why = prepare(model, dict(inputs), folder)
+    except Exception as error:
+        return {"result": "crashed", "why": _short(error)}
+    return {"result": "prepared"} if why is None else {"result": "refused", "why": why}
 
 
 def examine_model(model: nn.Module, inputs: Mapping[str, Any], seconds: dict[str, float]) -> dict[str, Any]:

@@ -9,10 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
-
-import normswap
-from normswap.errors import VerificationError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from disk import check_type, load_all  # noqa: E402

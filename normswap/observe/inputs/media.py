@@ -32,7 +32,8 @@ def media_of(needs: Needs) -> list[Medium]:
     pixels = "pixel_values" if "pixel_values" in needs.taken else None
     modalities = needs.model.input_modalities
     modalities = (modalities,) if isinstance(modalities, str) else modalities
-    if pixels is None and "image" in modalities and "input_ids" not in needs.taken:
+    seeing = bool({"image", "video"} & set(modalities)) or "grid_thw" in needs.taken
+    if pixels is None and seeing and "input_ids" not in needs.taken:
         pixels = next((n for n in ("hidden_states", "image", "flattened_patches") if n in needs.taken), None)
     if pixels:
         found.append(Medium("image", list(_pictures(needs, vision, pixels)), _method(needs, "image")))
@@ -43,17 +44,28 @@ def media_of(needs: Needs) -> list[Medium]:
     if sound:
         audio = _nested(needs, ("audio_config", "encoder_config", "speech_config"), ("num_mel_bins", "conv_stride"))
         found.append(Medium("audio", list(_sounds(needs, audio, sound)), _method(needs, "audio")))
-    return [medium for medium in found if medium.choices]
+    return [medium for medium in found if medium.choices and not _absent(needs, medium.kind)]
+
+
+def _absent(needs: Needs, kind: str) -> bool:
+    """Whether the configuration says that there is no tower of this kind."""
+    names = ("audio_config",) if kind == "audio" else ("vision_config",)
+    return any(getattr(needs.config, name, needs) is None for name in names)
 
 
 def _method(needs: Needs, kind: str) -> str | None:
+    """The path of the method that makes features of this kind: the model's own, or that of the model it wraps."""
+    if "input_ids" not in needs.taken:
+        return None
     name = f"get_{kind}_features"
-    return name if hasattr(needs.model, name) and "input_ids" in needs.taken else None
+    return next((f"{path}.{name}".lstrip(".") for path, m in needs.model.named_modules() if hasattr(m, name)), None)
 
 
 def _nested(needs: Needs, names: tuple[str, ...], keys: tuple[str, ...]) -> PretrainedConfig:
     """The configuration of the part that sees or hears: by its name, else the first that states one of `keys`."""
-    named = (getattr(c, n) for c in walk(needs.config) for n in names if isinstance(getattr(c, n, None), PretrainedConfig))
+    named = (
+        getattr(c, n) for c in walk(needs.config) for n in names if isinstance(getattr(c, n, None), PretrainedConfig)
+    )
     return next(named, None) or next((c for c in walk(needs.config) if any(hasattr(c, k) for k in keys)), needs.config)
 
 
@@ -61,7 +73,13 @@ def _pair(value: Any) -> tuple[int, int] | None:
     if isinstance(value, dict):
         value = [value.get("height", value.get("shortest_edge")), value.get("width", value.get("shortest_edge"))]
     if isinstance(value, list | tuple):
-        return (int(value[-2]), int(value[-1])) if len(value) >= 2 and all(value) else (int(value[0]),) * 2 if value else None
+        return (
+            (int(value[-2]), int(value[-1]))
+            if len(value) >= 2 and all(value)
+            else (int(value[0]),) * 2
+            if value
+            else None
+        )
     return (int(value), int(value)) if value else None
 
 
@@ -96,12 +114,19 @@ def _flattened(needs: Needs, config: PretrainedConfig, name: str, grid_name: str
     channels, deep, tall, broad = _patch(needs, config)
     for grid in _grid(needs, config, frames):
         count = needs.batch * grid[0] * grid[1] * grid[2]
-        table = torch.tensor([grid[-2:] if grid_name.endswith("hw") else grid] * needs.batch)
-        extra = {n: torch.full((needs.batch,), _merge(needs, config)) for n in ("merge_sizes", "image_merge_sizes") if n in needs.taken}
+        table = torch.tensor([grid[-2:] if grid_name.endswith("_hw") else grid] * needs.batch)
+        extra = {
+            n: torch.full((needs.batch,), _merge(needs, config))
+            for n in ("merge_sizes", "image_merge_sizes")
+            if n in needs.taken
+        }
         for shape in ((channels * deep * tall * broad,), (channels, tall, broad), (channels * tall * broad,)):
             yield {name: needs.randn(count, *shape), grid_name: table, **extra}
-            if name == "hidden_states":
-                continue
+        yield {
+            name: needs.randn(needs.batch, count // needs.batch, channels * deep * tall * broad),
+            grid_name: table,
+            **extra,
+        }
 
 
 def _pictures(needs: Needs, config: PretrainedConfig, name: str) -> Iterator[Inputs]:
@@ -138,10 +163,10 @@ def _pictures(needs: Needs, config: PretrainedConfig, name: str) -> Iterator[Inp
                 "aspect_ratio_ids": torch.ones(needs.batch, 1, dtype=torch.long),
                 "aspect_ratio_mask": torch.ones(needs.batch, 1, tiles, dtype=torch.long),
             }
-        choices = [{name: single, **companions}]
+        choices = [{name: single}, {name: single, **companions}] if companions else [{name: single}]
         choices += [{name: needs.randn(*shape), **_companions(needs, side, shape[:2])} for shape in several]
         if deep:
-            choices = choices[1:2] + choices[:1] + choices[2:]
+            choices = choices[-4:-3] + choices[:-4] + choices[-3:]
         yield from choices
 
 
@@ -160,7 +185,9 @@ def _videos(needs: Needs, config: PretrainedConfig) -> Iterator[Inputs]:
     if grid_name:
         for choice in _flattened(needs, config, name, grid_name, 2):
             if "video_merge_sizes" in needs.taken:
-                choice["video_merge_sizes"] = choice.pop("image_merge_sizes", torch.full((needs.batch,), _merge(needs, config)))
+                choice["video_merge_sizes"] = choice.pop(
+                    "image_merge_sizes", torch.full((needs.batch,), _merge(needs, config))
+                )
             yield choice
         return
     channels, *_ = _patch(needs, config)
@@ -174,7 +201,9 @@ def _videos(needs: Needs, config: PretrainedConfig) -> Iterator[Inputs]:
 
 def _sounds(needs: Needs, config: PretrainedConfig, name: str) -> Iterator[Inputs]:
     """Spectra with the channels first or last, or samples with or without an axis of channels."""
-    bins = needs.stated("num_mel_bins", "feature_size", "input_feat_per_channel", "mel_dim", "n_mels", "input_dim", within=config)
+    bins = needs.stated(
+        "num_mel_bins", "feature_size", "input_feat_per_channel", "mel_dim", "n_mels", "input_dim", within=config
+    )
     positions = needs.stated("max_source_positions", within=config)
     lengths = [2 * positions] if isinstance(positions, int) and positions < 4000 else []
     lengths += [needs.stated("max_length", "spec_size", within=config), 64, 96, 128, 256, 400]
@@ -197,7 +226,9 @@ def _masks(needs: Needs, time: int) -> Inputs:
     names = ["input_features_mask", "feature_attention_mask", "padding_mask", "input_values_mask", "audio_mel_mask"]
     if "input_ids" not in needs.taken:
         names.append("attention_mask")
-    extra: Inputs = {n: torch.ones(needs.batch, time, dtype=torch.long) for n in names if n in needs.taken and n != "padding_mask"}
+    extra: Inputs = {
+        n: torch.ones(needs.batch, time, dtype=torch.long) for n in names if n in needs.taken and n != "padding_mask"
+    }
     if "audio_feature_lengths" in needs.taken:
         extra["audio_feature_lengths"] = torch.full((needs.batch,), time)
     return extra
