@@ -219,7 +219,7 @@ def tokenizer_of(source: Source):
     try:
         # with the configuration given, and a plain no: transformers would ask on the terminal whether to run code
         tokenizer = AutoTokenizer.from_pretrained(source.folder, config=source.config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+    except Exception:  # where its files are not there, each class raises what it likes
         return None
     # without tokenizer files some classes come up all the same, with special tokens alone
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
