@@ -27,9 +27,10 @@ _SPAWN = multiprocessing.get_context("spawn")
 class _Worker:
     process: multiprocessing.process.BaseProcess
     pipe: Connection
+    deadline: float
+    ready: bool = False
     done: int = 0
     task: str | None = None
-    deadline: float = 0.0
 
 
 def run_all(
@@ -47,30 +48,35 @@ def run_all(
     workers: list[_Worker] = []
     try:
         while waiting or any(worker.task for worker in workers):
-            while waiting and len(workers) < min(jobs, len(waiting) + len(workers)):
+            while len(workers) < min(jobs, len(waiting) + sum(worker.task is not None for worker in workers)):
                 workers.append(_start(work, args, gibibytes))
             for worker in workers:
-                if worker.task is None and waiting:
+                if worker.ready and worker.task is None and waiting:
                     _give(worker, waiting.pop(), seconds)
-            busy = [worker for worker in workers if worker.task]
-            ready = wait([worker.pipe for worker in busy], timeout=1)
+            busy = [worker for worker in workers if worker.task or not worker.ready]
+            arrived = wait([worker.pipe for worker in busy], timeout=1)
             for worker in busy:
-                task, result, failed, why = worker.task, None, None, None
-                if worker.pipe in ready:
+                task, result, why, alive = worker.task, None, None, True
+                if worker.pipe in arrived:
                     try:
-                        result, failed = worker.pipe.recv()
-                        worker.task, worker.done = None, worker.done + 1
+                        result, why = worker.pipe.recv()
+                        worker.done += worker.ready
+                        worker.ready, worker.task = True, None
                     except (EOFError, OSError):
-                        why = "the process ended by itself"
+                        alive, why = False, "the process ended by itself"
                 elif time.monotonic() > worker.deadline:
-                    why = f"it took more than {seconds:.0f} s"
+                    alive, why = False, f"it took more than {seconds:.0f} s"
                 else:
                     continue
-                if why is not None or worker.done >= _TASKS_PER_PROCESS:
+                if not alive or worker.done >= _TASKS_PER_PROCESS:
                     _end(worker)
                     workers.remove(worker)
-                    why = why and f"{why} (exit code {worker.process.exitcode})"
-                yield task, result, failed or why
+                if not alive:
+                    why = f"{why} (exit code {worker.process.exitcode})"
+                if task is not None:
+                    yield task, result, why
+                elif not alive:
+                    raise RuntimeError(f"a process could not be started: {why}")
     finally:
         for worker in workers:
             _end(worker)
@@ -81,12 +87,12 @@ def _start(work: Callable[..., Any], args: tuple[Any, ...], gibibytes: float) ->
     process = _SPAWN.Process(target=_serve, args=(theirs, work, args, gibibytes), daemon=True)
     process.start()
     theirs.close()
-    return _Worker(process, ours)
+    return _Worker(process, ours, time.monotonic() + _START_SECONDS)
 
 
 def _give(worker: _Worker, task: str, seconds: float) -> None:
     worker.task = task
-    worker.deadline = time.monotonic() + seconds + (0 if worker.done else _START_SECONDS)
+    worker.deadline = time.monotonic() + seconds
     try:
         worker.pipe.send(task)
     except OSError:
@@ -102,6 +108,7 @@ def _end(worker: _Worker) -> None:
 def _serve(pipe: Connection, work: Callable[..., Any], args: tuple[Any, ...], gibibytes: float) -> None:
     limit = int(gibibytes * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    pipe.send((None, None))  # what takes time to import is imported
     while True:
         try:
             task = pipe.recv()

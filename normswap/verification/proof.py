@@ -114,7 +114,7 @@ def prove(
     """
     if mode == "none":
         return Proof(mode="none", claim=plan.claim)
-    original, result = open_model(source), open_published(folder, plan)
+    original, result = open_model(source), open_published(folder, plan, source.model_class)
     tokenizer = tokenizer_of(source)
     batches, shape, described = evaluation_inputs(original, tokenizer, text, TOKENS[mode])
     if text is not None and tokenizer is not None:
@@ -243,11 +243,9 @@ def _check_files(expected: nn.Module, result: nn.Module) -> int:
     return len(want)
 
 
-def open_published(folder: Path, plan: Plan) -> PreTrainedModel:
-    """The folder's model by the class that a user's process would take, weights as stored."""
-    import transformers
-
-    cls = load_generated(folder) if plan.module_edits() else getattr(transformers, plan.architecture)
+def open_published(folder: Path, plan: Plan, stock: type[PreTrainedModel]) -> PreTrainedModel:
+    """The folder's model by the class that a user's process would take, weights as stored; `stock` is the source's."""
+    cls = load_generated(folder) if plan.module_edits() else stock
     model, info = cls.from_pretrained(folder, dtype="auto", attn_implementation="eager", output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
