@@ -111,6 +111,8 @@ def _sweep(
         out.open("a", encoding="utf-8") as file,
         TemporaryDirectory() as scratch,
     ):
+        if file.tell() and not out.read_bytes().endswith(b"\n"):
+            file.write("\n")  # a line that was cut off stays by itself
         task = progress.add_task("examining", total=len(types))
         folder = scratch if key["disk"] else None
         prepared = []
