@@ -83,7 +83,8 @@ class Running:
         """From the slope of the affine, `gain / sqrt(variance + eps)`, at two variances near zero."""
         variance = self.vectors[does["variance"]]
         slopes = [
-            self._with(variance, lambda v, s=s: v.fill_(s), self.x + 1) - self._with(variance, lambda v, s=s: v.fill_(s))
+            self._with(variance, lambda v, s=s: v.fill_(s), self.x + 1)
+            - self._with(variance, lambda v, s=s: v.fill_(s))
             for s in (0.0, 1.0)
         ]
         # (slope at 0 / slope at 1)^2 = (1 + eps) / eps

@@ -53,7 +53,9 @@ def _method(needs: Needs, kind: str) -> str | None:
 
 def _nested(needs: Needs, names: tuple[str, ...], keys: tuple[str, ...]) -> PretrainedConfig:
     """The configuration of the part that sees or hears: by its name, else the first that states one of `keys`."""
-    named = (getattr(c, n) for c in walk(needs.config) for n in names if isinstance(getattr(c, n, None), PretrainedConfig))
+    named = (
+        getattr(c, n) for c in walk(needs.config) for n in names if isinstance(getattr(c, n, None), PretrainedConfig)
+    )
     return next(named, None) or next((c for c in walk(needs.config) if any(hasattr(c, k) for k in keys)), needs.config)
 
 
@@ -61,7 +63,13 @@ def _pair(value: Any) -> tuple[int, int] | None:
     if isinstance(value, dict):
         value = [value.get("height", value.get("shortest_edge")), value.get("width", value.get("shortest_edge"))]
     if isinstance(value, list | tuple):
-        return (int(value[-2]), int(value[-1])) if len(value) >= 2 and all(value) else (int(value[0]),) * 2 if value else None
+        return (
+            (int(value[-2]), int(value[-1]))
+            if len(value) >= 2 and all(value)
+            else (int(value[0]),) * 2
+            if value
+            else None
+        )
     return (int(value), int(value)) if value else None
 
 
@@ -97,7 +105,11 @@ def _flattened(needs: Needs, config: PretrainedConfig, name: str, grid_name: str
     for grid in _grid(needs, config, frames):
         count = needs.batch * grid[0] * grid[1] * grid[2]
         table = torch.tensor([grid[-2:] if grid_name.endswith("hw") else grid] * needs.batch)
-        extra = {n: torch.full((needs.batch,), _merge(needs, config)) for n in ("merge_sizes", "image_merge_sizes") if n in needs.taken}
+        extra = {
+            n: torch.full((needs.batch,), _merge(needs, config))
+            for n in ("merge_sizes", "image_merge_sizes")
+            if n in needs.taken
+        }
         for shape in ((channels * deep * tall * broad,), (channels, tall, broad), (channels * tall * broad,)):
             yield {name: needs.randn(count, *shape), grid_name: table, **extra}
             if name == "hidden_states":
@@ -160,7 +172,9 @@ def _videos(needs: Needs, config: PretrainedConfig) -> Iterator[Inputs]:
     if grid_name:
         for choice in _flattened(needs, config, name, grid_name, 2):
             if "video_merge_sizes" in needs.taken:
-                choice["video_merge_sizes"] = choice.pop("image_merge_sizes", torch.full((needs.batch,), _merge(needs, config)))
+                choice["video_merge_sizes"] = choice.pop(
+                    "image_merge_sizes", torch.full((needs.batch,), _merge(needs, config))
+                )
             yield choice
         return
     channels, *_ = _patch(needs, config)
@@ -174,7 +188,9 @@ def _videos(needs: Needs, config: PretrainedConfig) -> Iterator[Inputs]:
 
 def _sounds(needs: Needs, config: PretrainedConfig, name: str) -> Iterator[Inputs]:
     """Spectra with the channels first or last, or samples with or without an axis of channels."""
-    bins = needs.stated("num_mel_bins", "feature_size", "input_feat_per_channel", "mel_dim", "n_mels", "input_dim", within=config)
+    bins = needs.stated(
+        "num_mel_bins", "feature_size", "input_feat_per_channel", "mel_dim", "n_mels", "input_dim", within=config
+    )
     positions = needs.stated("max_source_positions", within=config)
     lengths = [2 * positions] if isinstance(positions, int) and positions < 4000 else []
     lengths += [needs.stated("max_length", "spec_size", within=config), 64, 96, 128, 256, 400]
@@ -197,7 +213,9 @@ def _masks(needs: Needs, time: int) -> Inputs:
     names = ["input_features_mask", "feature_attention_mask", "padding_mask", "input_values_mask", "audio_mel_mask"]
     if "input_ids" not in needs.taken:
         names.append("attention_mask")
-    extra: Inputs = {n: torch.ones(needs.batch, time, dtype=torch.long) for n in names if n in needs.taken and n != "padding_mask"}
+    extra: Inputs = {
+        n: torch.ones(needs.batch, time, dtype=torch.long) for n in names if n in needs.taken and n != "padding_mask"
+    }
     if "audio_feature_lengths" in needs.taken:
         extra["audio_feature_lengths"] = torch.full((needs.batch,), time)
     return extra

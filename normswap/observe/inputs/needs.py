@@ -14,7 +14,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from normswap.errors import ObserveError
 
 #: parameters of a forward that steer it, or hold what it would compute itself
-_NOT_DATA = ("return_", "output_", "use_", "past_key", "cache", "labels", "inputs_embeds", "position_ids", "kwargs", "args")
+_NOT_DATA = (
+    "return_",
+    "output_",
+    "use_",
+    "past_key",
+    "cache",
+    "labels",
+    "inputs_embeds",
+    "position_ids",
+    "kwargs",
+    "args",
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,14 @@ class Needs:
         """What a model may take besides, to be given where parts of it do not run otherwise."""
         if "encoder_hidden_states" not in self.taken - self.required:
             return []
-        names = ("encoder_hidden_size", "cross_attention_hidden_size", "encoder_width", "hidden_size", "d_model", "n_embd")
+        names = (
+            "encoder_hidden_size",
+            "cross_attention_hidden_size",
+            "encoder_width",
+            "hidden_size",
+            "d_model",
+            "n_embd",
+        )
         widths = dict.fromkeys(v for n in names if isinstance(v := self.stated(n), int))
         return [{"encoder_hidden_states": self.randn(self.batch, self.target, width)} for width in widths]
 

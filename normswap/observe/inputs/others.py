@@ -46,7 +46,11 @@ def _series(needs: Needs) -> list[Inputs]:
         "future_time_features": needs.randn(needs.batch, ahead, features),
         "past_values_padding": torch.zeros(needs.batch, past, dtype=torch.long),
     }
-    required = {name: value for name, value in known.items() if name in needs.required or "time_features" in name or name == "future_values"}
+    required = {
+        name: value
+        for name, value in known.items()
+        if name in needs.required or "time_features" in name or name == "future_values"
+    }
     required = {name: value for name, value in required.items() if name in needs.taken}
     if "past_time_features" not in needs.taken:
         required.pop("future_values", None)
