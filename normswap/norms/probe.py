@@ -132,9 +132,9 @@ class _Probe:
         return self.module(x, self.z) if self.gated else self.module(x)
 
     def invariant(self) -> bool:
-        return (
-            bool(torch.isfinite(self.y).all()) and not _close(self.y, self.x) and _close(self.run(3 * self.x), self.y)
-        )
+        """Whether the output is finite, not the input, and blind to the input's scale."""
+        finite = bool(torch.isfinite(self.y).all())
+        return finite and not _close(self.y, self.x) and _close(self.run(3 * self.x), self.y)
 
     def resembles(self) -> bool:
         """Whether scales are taken out of the input by a statistic of several values."""
