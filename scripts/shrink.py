@@ -22,10 +22,10 @@ WIDTH = re.compile(
     r"|hidden_size(s|_global)?$|hidden_dims?$|embed_dims?$|embed_dim_per_stage$|embedding_dim$|project(ion|or)?_dims?$"
     r"|(out|output|in|input|mid|stem|initial|base|upsample_initial|auxiliary|latent|conv)_channels?$|_output_dim$"
     r"|out_hidden_size$|embd_size$|embeds?_dim$|pos_feats$|_filters$|proj(_codevector)?_dim$|proj_size$"
-    r"|codevector_dim$|feature_sizes?$|emb_size$|_channels$|adapter_out_dim$|spkr_embed_dim$|hidden_channels$"
+    r"|codevector_dim$|feature_sizes?$|emb_size$|_channels$|adapter_(in|out)_dim$|adapter_input_size$|condition_dim$|^feature_size$|spkr_embed_dim$|hidden_channels$"
 )
 INNER = re.compile(
-    r"(^|_)(intermediate|ffn|inner|mlp|ff|feed_forward|feedforward)_(hidden_)?(size|dim|units)$|d_ff$|n_inner$|^linear_units$|_ffn_dim$|intermediate_sizes?$|mlp_dim$|conv_dim_inner$|_latent_size$"
+    r"(^|_)(intermediate|ffn|inner|mlp|ff|feed_forward|feedforward)_(hidden_)?(size|dim|units)$|d_ff$|n_inner$|^linear_units$|_ffn_dim$|intermediate_sizes?$|mlp_dim$|conv_dim_inner$|_latent_size$|intermediate_size_mlp$"
 )
 HEADS = re.compile(
     r"(attention_heads|num_heads|n_heads?|key_value_heads|kv_heads|key_heads|value_heads|_heads)(_per_stage)?$|^nhead$"
@@ -43,8 +43,8 @@ STAGES = re.compile(
 POSITION = re.compile(
     r"positions?(_embeddings)?$|^(max_seq_len|max_length|context_length|model_max_length|n_ctx|seq_length|block_size|n_positions|max_sequence_length|text_seq_length)$|max_2d_position_embeddings$"
 )
-TOKEN = re.compile(r"(token|_tok)(_id|_index|_ids)?$|_id$|_index$|_token_ids?$")
-NOT_A_TOKEN = re.compile(r"ignore_index$|layer_id$|loss_index$|no_object|layer_index$")
+TOKEN = re.compile(r"_tok(en)?_(id|ids|index)$|_id$|_index$|_token$|_patch_id$")
+NOT_A_TOKEN = re.compile(r"ignore_index$|layer_id$|loss_index$|layer_index$|merge_index$|per_token$")
 LABELS = {"id2label", "label2id", "task_specific_params"}
 
 
@@ -68,16 +68,17 @@ class _Shrinker:
                 inner.add(value)
             elif WIDTH.search(key) and value >= 32:
                 widths.add(value)
-        self.widths = dict.fromkeys(widths, 32) if equal_widths else _ladder(widths)
+        step = 64 if "section" in str(root) else 32  # sections of rotary positions want heads that they can share
+        self.widths = dict.fromkeys(widths, step) if equal_widths else _ladder(widths, step)
         self.inner = {value: 40 + 16 * i for i, value in enumerate(sorted(inner - {0}))}
-        self.head_sizes = {value: 8 * (i + 1) for i, value in enumerate(sorted(heads_sizes - {0}))}
+        self.head_sizes = {value: step // 4 * (i + 1) for i, value in enumerate(sorted(heads_sizes - {0}))}
         self.tokens: dict[int, int] = {}
 
     def node(self, config: dict[str, Any]) -> dict[str, Any]:
         heads = [v for k, v in config.items() if HEADS.search(k) and type(v) is int]
         self.most_heads = max(heads, default=1)
-        kept = _kept_layers(config)
-        small = {}
+        kept, patch = _kept_layers(config), config.get("patch_size")
+        stages, small = _stages(config), {}
         for key, value in config.items():
             if key in LABELS or value is None or isinstance(value, bool | str):
                 small[key] = value
@@ -85,18 +86,41 @@ class _Shrinker:
                 continue
             elif kept and isinstance(value, list) and len(value) == kept[0]:
                 small[key] = [self.value(key, value[i], config) for i in kept[1]]
+            elif type(value) is int and value == stages and LAYERS.search(key):
+                small[key] = value
             elif kept and key == kept[2]:
                 small[key] = len(kept[1])
             elif kept and _is_layer_index(key, value, kept[0]):
                 small[key] = _moved(value, kept[0], len(kept[1]))
             elif key == "per_layer_config":
                 small[key] = None
+            elif key in ("out_features", "stage_names") and config.get("out_indices") is not None:
+                continue  # follow from the indices
+            elif (
+                key == "window_size"
+                and type(patch) is int
+                and type(value) is int
+                and value >= 4 * patch
+                and not value % patch
+            ):
+                small[key] = 4 * PATCH  # in pixels
+            elif key.endswith("pinpoints"):
+                least = min(side for pair in value for side in pair)
+                small[key] = [[side * 32 // least for side in pair] for pair in value]
+            elif re.search(r"vision_feature_layers?$|vision_select_layer$", key):
+                small[key] = [_near(v) for v in value] if isinstance(value, list) else _near(value)
+            elif key in ("width_coefficient", "depth_coefficient"):
+                small[key] = 0.25
             else:
                 small[key] = self.value(key, value, config)
         self._agree(config, small)
         for key, value in config.items():
             if isinstance(value, dict) and "model_type" in value and key not in LABELS:
                 small[key] = self.node(value)
+        text = small.get("text_config")
+        for part in small.values():
+            if isinstance(part, dict) and isinstance(text, dict) and type(part.get("out_hidden_size")) is int:
+                part["out_hidden_size"] = text.get("hidden_size", part["out_hidden_size"])
         return small
 
     def value(self, key: str, value: Any, config: dict[str, Any]) -> Any:
@@ -113,7 +137,7 @@ class _Shrinker:
     def integer(self, key: str, v: int) -> int:
         if v <= 1:
             return v
-        if "vocab" in key and "hash" not in key:
+        if "vocab" in key:
             return VOCABULARY if v > VOCABULARY else v
         if TOKEN.search(key) and not NOT_A_TOKEN.search(key):
             return v if v < 12 else self.tokens.setdefault(v, VOCABULARY - 1 - len(self.tokens))
@@ -125,17 +149,21 @@ class _Shrinker:
             return min(v, 12)
         if INNER.search(key):
             return self.inner.get(v, v)
-        if re.search(r"mel_bins$|^mel_dim$|^feature_size$", key):
+        if re.search(r"mel_bins$|^mel_dim$|^feature_size$|^n_mels$|^input_feat_per_channel$", key) and v <= 160:
             return 16 if v > 16 else v
         if WIDTH.search(key):
             return self.widths.get(v, v)
-        if re.search(r"experts_per_tok|moe_?(k|topk)$|top_?k(_experts|_group)?$|num_selected", key):
-            return 1 if "group" in key else min(v, 2)
+        if re.search(r"experts_per_tok(en)?$|moe_?(k|topk)$|top_?k(_experts|_group)?$|num_selected", key):
+            return 1 if "group" in key else min(v, 4 if "index" in key else 2)
+        if key.endswith(("kpool", "tokens_per_image")):
+            return min(v, 2 if key.endswith("kpool") else 4)
         if re.search(r"(num|n|routed|local)_(.*_)?experts$|num_experts|n_routed_experts", key):
             return EXPERTS if v > EXPERTS else v
         if re.search(r"(^|_)n(um)?_(expert_)?groups?$", key):
             return min(v, 2)
-        if LAYERS.search(key):
+        if key.endswith("shared_layers"):
+            return 0
+        if LAYERS.search(key) and "feat_extract" not in key:
             return min(v, 2)
         if re.search(r"position_embeddings$|^num_positions$", key) and math.isqrt(v) ** 2 == v and "max" not in key:
             return min(v, 64)
@@ -152,14 +180,17 @@ class _Shrinker:
         if re.search(r"^num_quer(ies|y_tokens)$|num_(latents|queries|object_queries)$|num_feature_maps", key):
             return min(v, 10)
         if re.search(r"codebook_size$|num_embeddings$|num_embeds$|codevectors_per_group$", key):
-            return min(v, 24)
+            return min(v, 32)
         if re.search(r"groups$", key):
             return min(v, 4)
         if re.search(r"(interval|frequency|_period|every_n_layers|sparse_step|_pattern)$", key):
             return 2
         if re.search(r"_offset$|first_k_dense_replace$", key):
             return 1
-        if re.search(r"sliding_window|attention_window|local_attention|chunk_size$", key):
+        if (
+            re.search(r"sliding_window|attention_window|local_attention|chunk_size$|^context_size$", key)
+            and "tokenizer" not in key
+        ):
             return min(v, 8)
         return v
 
@@ -235,13 +266,13 @@ def _common_prefix(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _ladder(values: set[int]) -> dict[int, int]:
-    """Each value's small width: multiples of 32 in the same order, doublings kept."""
+def _ladder(values: set[int], step: int) -> dict[int, int]:
+    """Each value's small width: multiples of `step` in the same order, doublings kept."""
     small: dict[int, int] = {}
     for value in sorted(values):
-        half = next((small[value // k] * k for k in (2, 4) if value % k == 0 and value // k in small), None)
-        free = 32 * (1 + max(small.values(), default=0) // 32)
-        small[value] = half if half and half <= 256 and half not in small.values() else free
+        half = next((small[value // k] * k for k in (2, 4, 8) if value % k == 0 and value // k in small), None)
+        free = step * (1 + max(small.values(), default=0) // step)
+        small[value] = half if half and half <= 8 * step and half not in small.values() else free
     return small
 
 
@@ -254,7 +285,7 @@ def _integers(config: Any, key: str = "") -> list[tuple[str, int]]:
 
 
 def _kept_layers(config: dict[str, Any]) -> tuple[int, list[int], str] | None:
-    """Number of layers, the indices that are kept, and the key that holds the number; lists per layer tell the kinds."""
+    """Number of layers, indices of those kept, and the number's key; lists with one entry per layer tell the kinds."""
     key = next(
         (
             k
@@ -263,7 +294,7 @@ def _kept_layers(config: dict[str, Any]) -> tuple[int, list[int], str] | None:
         ),
         None,
     )
-    if key is None or config[key] < 2:
+    if key is None or config[key] < 2 or _stages(config):
         return None
     count = config[key]
     lists = [
@@ -297,6 +328,17 @@ def _is_layer_index(key: str, value: Any, count: int) -> bool:
         and key.endswith(("feature_layer", "select_layer", "layer_id", "layer_idx"))
         and -count <= value <= count
     )
+
+
+def _stages(config: dict[str, Any]) -> int:
+    """How many stages a hierarchical model has; 0 for others."""
+    names = ("depths", "num_block_repeats", "blocks_per_stage", "stage_num_blocks", "hidden_sizes")
+    return next((len(config[name]) for name in names if isinstance(config.get(name), list | tuple)), 0)
+
+
+def _near(layer: int) -> int:
+    """A layer of two that stands for `layer`, from the end where that one is."""
+    return max(layer, -2) if layer < 0 else min(layer, 1)
 
 
 def _moved(value: Any, count: int, small: int) -> Any:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from normswap.errors import ObserveError
-from normswap.observe.inputs.media import media_of
-from normswap.observe.inputs.others import other_parts
+from normswap.observe.inputs.media import Medium, media_of
 from normswap.observe.inputs.needs import Needs, takes_one_row
+from normswap.observe.inputs.others import other_parts
 from normswap.observe.inputs.text import text_parts, with_placeholders
 from normswap.observe.inputs.trial import Trial
 
@@ -29,7 +30,7 @@ _TRIALS = 40
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
-    """Keyword arguments of `model.forward`: token ids, pixels, frames, sound, series, and decoder ids where it takes them.
+    """Keyword arguments of `model.forward`: token ids, pixels, frames, sound, series, decoder ids, as it takes them.
 
     Every part of a model of several kinds of input gets its own. Batch and sequence sizes differ from every size among
     the model's parameters, so that no axis can be mistaken for another, where the model leaves them free. Ids are
@@ -45,7 +46,8 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
         )
     needs = Needs.of(model)
     trial = Trial(model)
-    parts = _parts(needs, trial)
+    media = [_Choices.of(medium, needs, trial) for medium in media_of(needs)]
+    parts = _parts(needs, media)
     missing = sorted(needs.required - {name for choices in parts for choice in choices for name in choice})
     if missing:
         raise ObserveError(
@@ -58,26 +60,42 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
             f"{type(model).__name__} takes {', '.join(sorted(needs.taken)) or 'nothing'}, none of which this can make. "
             f"Pass `inputs` with a batch of your own to the library call."
         )
+    for left_out in media if len(media) > 1 else []:  # some take one kind at a time
+        fewer = _parts(needs, [m for m in media if m is not left_out])
+        combined += itertools.islice(_combinations(fewer), 4)
     chosen = combined[0] if len(combined) == 1 else trial.first_that_runs(combined)
     return trial.with_what_reaches_more(chosen, needs.optional()) | needs.switches()
 
 
-def _parts(needs: Needs, trial: Trial) -> list[list[Inputs]]:
+@dataclass(frozen=True)
+class _Choices:
+    """Ways to make one kind of input, and how many features the model makes of them, where it says."""
+
+    kind: str
+    choices: list[Inputs]
+    features: int | None
+
+    @classmethod
+    def of(cls, medium: Medium, needs: Needs, trial: Trial) -> _Choices:
+        found = trial.features(medium.method, medium.choices) if medium.method else None
+        if found is None:
+            return cls(medium.kind, medium.choices, None)
+        others = [choice for choice in medium.choices if choice is not found[0]]
+        return cls(medium.kind, [found[0], *others[:6]], found[1])
+
+
+def _parts(needs: Needs, media: list[_Choices]) -> list[list[Inputs]]:
     """For each independent part of the inputs the ways to make it, likeliest first."""
-    parts, tokens = [], {}
-    for medium in media_of(needs):
-        choices = medium.choices
-        if medium.method is not None:
-            found = trial.features(medium.method, choices)
-            if found is not None:
-                choice, count = found
-                choices = [choice]
-                tokens[medium.kind] = count
-        parts.append(choices)
     texts = text_parts(needs)
-    if tokens and "input_ids" in needs.taken:
-        texts[0] = [with_placeholders(needs, choice, tokens) for choice in texts[0]]
-    return [*texts, *parts, *other_parts(needs)]
+    if "input_ids" in needs.taken:
+        counted = {m.kind: m.features for m in media if m.features}
+        if counted:
+            texts[0] = [with_placeholders(needs, choice, counted) for choice in texts[0]]
+        elif media:  # models that count for themselves have one token for each picture or sound
+            texts[0] += [with_placeholders(needs, texts[0][0], {m.kind: needs.batch for m in media})]
+    parts = [*texts, *(m.choices for m in media)]
+    made = {name for choices in parts for choice in choices for name in choice}
+    return [*parts, *other_parts(needs, made)]
 
 
 def _combinations(parts: list[list[Inputs]]) -> Iterator[Inputs]:

@@ -32,7 +32,8 @@ def media_of(needs: Needs) -> list[Medium]:
     pixels = "pixel_values" if "pixel_values" in needs.taken else None
     modalities = needs.model.input_modalities
     modalities = (modalities,) if isinstance(modalities, str) else modalities
-    if pixels is None and "image" in modalities and "input_ids" not in needs.taken:
+    seeing = bool({"image", "video"} & set(modalities)) or "grid_thw" in needs.taken
+    if pixels is None and seeing and "input_ids" not in needs.taken:
         pixels = next((n for n in ("hidden_states", "image", "flattened_patches") if n in needs.taken), None)
     if pixels:
         found.append(Medium("image", list(_pictures(needs, vision, pixels)), _method(needs, "image")))
@@ -43,12 +44,21 @@ def media_of(needs: Needs) -> list[Medium]:
     if sound:
         audio = _nested(needs, ("audio_config", "encoder_config", "speech_config"), ("num_mel_bins", "conv_stride"))
         found.append(Medium("audio", list(_sounds(needs, audio, sound)), _method(needs, "audio")))
-    return [medium for medium in found if medium.choices]
+    return [medium for medium in found if medium.choices and not _absent(needs, medium.kind)]
+
+
+def _absent(needs: Needs, kind: str) -> bool:
+    """Whether the configuration says that there is no tower of this kind."""
+    names = ("audio_config",) if kind == "audio" else ("vision_config",)
+    return any(getattr(needs.config, name, needs) is None for name in names)
 
 
 def _method(needs: Needs, kind: str) -> str | None:
+    """The path of the method that makes features of this kind: the model's own, or that of the model it wraps."""
+    if "input_ids" not in needs.taken:
+        return None
     name = f"get_{kind}_features"
-    return name if hasattr(needs.model, name) and "input_ids" in needs.taken else None
+    return next((f"{path}.{name}".lstrip(".") for path, m in needs.model.named_modules() if hasattr(m, name)), None)
 
 
 def _nested(needs: Needs, names: tuple[str, ...], keys: tuple[str, ...]) -> PretrainedConfig:
@@ -104,7 +114,7 @@ def _flattened(needs: Needs, config: PretrainedConfig, name: str, grid_name: str
     channels, deep, tall, broad = _patch(needs, config)
     for grid in _grid(needs, config, frames):
         count = needs.batch * grid[0] * grid[1] * grid[2]
-        table = torch.tensor([grid[-2:] if grid_name.endswith("hw") else grid] * needs.batch)
+        table = torch.tensor([grid[-2:] if grid_name.endswith("_hw") else grid] * needs.batch)
         extra = {
             n: torch.full((needs.batch,), _merge(needs, config))
             for n in ("merge_sizes", "image_merge_sizes")
@@ -112,8 +122,11 @@ def _flattened(needs: Needs, config: PretrainedConfig, name: str, grid_name: str
         }
         for shape in ((channels * deep * tall * broad,), (channels, tall, broad), (channels * tall * broad,)):
             yield {name: needs.randn(count, *shape), grid_name: table, **extra}
-            if name == "hidden_states":
-                continue
+        yield {
+            name: needs.randn(needs.batch, count // needs.batch, channels * deep * tall * broad),
+            grid_name: table,
+            **extra,
+        }
 
 
 def _pictures(needs: Needs, config: PretrainedConfig, name: str) -> Iterator[Inputs]:
@@ -150,17 +163,23 @@ def _pictures(needs: Needs, config: PretrainedConfig, name: str) -> Iterator[Inp
                 "aspect_ratio_ids": torch.ones(needs.batch, 1, dtype=torch.long),
                 "aspect_ratio_mask": torch.ones(needs.batch, 1, tiles, dtype=torch.long),
             }
-        choices = [{name: single, **companions}]
+        choices = [{name: single}, {name: single, **companions}] if companions else [{name: single}]
         choices += [{name: needs.randn(*shape), **_companions(needs, side, shape[:2])} for shape in several]
         if deep:
-            choices = choices[1:2] + choices[:1] + choices[2:]
+            choices = choices[-4:-3] + choices[:-4] + choices[-3:]
         yield from choices
+        count = (side[0] // tall) * (side[1] // broad)
+        yield {name: needs.randn(needs.batch, count, channels * tall * broad)}
 
 
 def _companions(needs: Needs, side: tuple[int, int], lead: tuple[int, ...]) -> Inputs:
     extra: Inputs = {}
     if "image_sizes" in needs.taken:
         extra["image_sizes"] = torch.tensor([side] * lead[0])
+    if "high_res_pixel_values" in needs.taken:
+        fine = needs.stated("high_res_vision_config", default=needs.config)
+        high, wide = _sides(needs, fine)[0]
+        extra["high_res_pixel_values"] = needs.randn(*lead, 3, high, wide)
     if "pixel_attention_mask" in needs.taken:
         extra["pixel_attention_mask"] = torch.ones(*lead, *side, dtype=torch.long)
     return extra
@@ -197,14 +216,15 @@ def _sounds(needs: Needs, config: PretrainedConfig, name: str) -> Iterator[Input
     lengths = list(dict.fromkeys(n for n in lengths if isinstance(n, int)))
     samples = [3200, 16000, 48000]
     channels = needs.stated("audio_channels", within=config, default=1)
+    widths = [bins] if isinstance(bins, int) else [128, 80]
     spectra = [
         shape
         for n in lengths
-        if isinstance(bins, int)
-        for shape in ((needs.batch, n, bins), (needs.batch, bins, n), (needs.batch, 1, n, bins))
+        for width in widths
+        for shape in ((needs.batch, n, width), (needs.batch, width, n), (needs.batch, 1, n, width))
     ]
     waves = [shape for n in samples for shape in ((needs.batch, n), (needs.batch, channels, n), (needs.batch, n, 1))]
-    for shape in spectra + waves if name == "input_features" else waves + spectra:
+    for shape in spectra if name == "input_features" else waves + spectra:
         time = next((n for n in shape[1:] if n in lengths or n in samples), shape[-1])
         yield {name: needs.randn(*shape), **_masks(needs, time)}
 

@@ -12,16 +12,15 @@ Inputs = dict[str, Any]
 _WIDTHS = ("hidden_size", "d_model", "embed_dim", "n_embd", "dim", "encoder_hidden_size", "input_dim", "latent_dim")
 
 
-def other_parts(needs: Needs) -> list[list[Inputs]]:
-    """Ways to make inputs that are neither ids nor pixels nor sound."""
+def other_parts(needs: Needs, made: set[str]) -> list[list[Inputs]]:
+    """Ways to make inputs that are neither ids nor pixels nor sound, those in `made` aside."""
     parts = []
     if "past_values" in needs.taken:
         parts.append(_series(needs))
     if "states" in needs.taken and "actions" in needs.taken:
         parts.append([_trajectory(needs)])
-    known = {"input_ids", "pixel_values", "pixel_values_videos", "input_features", "input_values", "audio_values"}
-    known |= {"past_values", "decoder_input_ids", "grid_thw", "image_grid_thw", "image", "flattened_patches"}
-    for name in sorted(needs.required - known):
+    made = made | {name for choices in parts for choice in choices for name in choice}
+    for name in sorted(needs.required - made):
         choices = _embedding(needs, name)
         if choices:
             parts.append(choices)

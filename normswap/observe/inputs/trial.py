@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ class Trial:
 
     def features(self, method: str, candidates: Sequence[Inputs]) -> tuple[Inputs, int] | None:
         """The first of `candidates` that `method` takes, and how many features it makes of it in all."""
-        signature = inspect.signature(getattr(self.model, method)).parameters
+        signature = inspect.signature(operator.attrgetter(method)(self.model)).parameters
         named = {p.name for p in signature.values() if p.kind is p.POSITIONAL_OR_KEYWORD}
         for inputs in candidates:
             known = {name: value for name, value in inputs.items() if name in named} if named else inputs
@@ -65,7 +66,7 @@ class Trial:
 
     def _run(self, inputs: Inputs, method: str | None = None) -> tuple[Recorder, Any]:
         recorder = Recorder(self.twin, inputs, "ends")
-        function = self.twin if method is None else getattr(self.twin, method)
+        function = self.twin if method is None else operator.attrgetter(method)(self.twin)
         try:
             with torch.no_grad(), recorder.module_hooks(), recorder:
                 return recorder, function(**inputs)
