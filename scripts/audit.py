@@ -81,7 +81,8 @@ def _watched(model: nn.Module, sites: Collection[str]):
     handles = [
         module.register_forward_hook(watch(path), with_kwargs=True)
         for path, module in model.named_modules()
-        if path in sites or (
+        if path in sites
+        or (
             next(module.children(), None) is None
             and ("norm" in type(module).__name__.lower() or isinstance(module, tuple(KINDS)))
         )
@@ -112,7 +113,10 @@ def _attributes(module: nn.Module, spec: NormSpec) -> list[str]:
             wrong.append(f"has gain w, not {spec.gain}")
     if type(module) is nn.LayerNorm and spec.axes != tuple(range(-len(module.normalized_shape), 0)):
         wrong.append(f"normalises the last {len(module.normalized_shape)} axes, not {spec.axes}")
-    if isinstance(module, nn.GroupNorm) and (spec.groups, spec.width * spec.groups) != (module.num_groups, module.num_channels):
+    if isinstance(module, nn.GroupNorm) and (spec.groups, spec.width * spec.groups) != (
+        module.num_groups,
+        module.num_channels,
+    ):
         wrong.append(f"has {module.num_groups} groups of all channels, not {spec.groups} of {spec.width}")
     return wrong
 

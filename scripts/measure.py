@@ -33,23 +33,33 @@ CONVERSIONS = [
     ("gpt_neox-shakespeare", "--norm rmsnorm --fold", dict(norm="rmsnorm", fold=True)),
     ("llama-shakespeare", "--fold", dict(fold=True)),
 ]
-# shapes of well-known models, built without weights
+# shapes of well-known models, built without weights: type, sizes, what to plan
 FULL_SIZE = {
+    "Llama 7B": ("llama", dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                               num_attention_heads=32, vocab_size=32000), dict(fold=True)),
     "Llama 70B": ("llama", dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-                                num_attention_heads=64, num_key_value_heads=8, vocab_size=128256)),
+                                num_attention_heads=64, num_key_value_heads=8, vocab_size=128256), dict(fold=True)),
     "GPT-NeoX 20B": ("gpt_neox", dict(hidden_size=6144, intermediate_size=24576, num_hidden_layers=44,
-                                      num_attention_heads=64, vocab_size=50432)),
+                                      num_attention_heads=64, vocab_size=50432), dict(norm="rmsnorm", fold=True)),
+    "Phi-MoE 371B": ("phimoe", dict(hidden_size=8192, intermediate_size=14336, num_hidden_layers=64,
+                                    num_attention_heads=64, num_key_value_heads=8, num_local_experts=16),
+                     dict(norm="rmsnorm")),
+    "Mixtral 411B": ("mixtral", dict(hidden_size=6144, intermediate_size=16384, num_hidden_layers=56,
+                                     num_attention_heads=48, num_key_value_heads=8, num_local_experts=24),
+                     dict(fold=True)),
+    "DeepSeek-V3 671B": ("deepseek_v3", dict(), dict(fold=True)),
+    "LLaVA 7B": ("llava", dict(), dict(norm="rmsnorm", fold=True)),
 }  # fmt: skip
 
 
 @click.command()
-@click.option("--inspect-only", "config_folder", type=click.Path(path_type=Path), hidden=True)
-def main(config_folder: Path | None) -> None:
+@click.option("--full-size", "name", type=click.Choice(list(FULL_SIZE)), hidden=True)
+def main(name: str | None) -> None:
     """Measure and print the tables of the README."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if config_folder is not None:
-        _inspect(config_folder)
+    if name is not None:
+        _full_size(*FULL_SIZE[name])
         return
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     print(f"{versions}, {os.cpu_count()} CPU cores\n")
@@ -66,22 +76,42 @@ def main(config_folder: Path | None) -> None:
             f"| {name} | `{words}` | {exact.error.max:.1e} | {stored.comparison.output.error.max:.1e} "
             f"| {_nats(stored):+.1e} | {cost:+.1e} |"
         )
-    print("\n| configuration, no weights | norms | seconds | peak memory |\n|---|---|---|---|")
-    for name, (model_type, sizes) in FULL_SIZE.items():
-        with tempfile.TemporaryDirectory() as folder:
-            config = transformers.AutoConfig.for_model(model_type, **sizes)
-            architecture = transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__
-            (Path(folder) / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": [architecture]}))
-            command = [sys.executable, __file__, "--inspect-only", folder]
-            norms, seconds, memory = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-        print(f"| {name} | {norms} | {float(seconds):.1f} | {float(memory):.2f} GiB |")
+    print(
+        "\n| configuration, no weights | norms | plan | converted | seconds | peak memory |\n|---|---|---|---|---|---|"
+    )
+    for name, (_, _, request) in FULL_SIZE.items():
+        command = [sys.executable, __file__, "--full-size", name]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        words = " ".join(f"--{key} {value}" if isinstance(value, str) else f"--{key}" for key, value in request.items())
+        print(
+            f"| {name} | {found['norms']} | `{words}` | {found['converted']} | {found['seconds']:.1f} "
+            f"| {found['gib']:.2f} GiB |"
+        )
 
 
-def _inspect(folder: Path) -> None:
-    start = time.perf_counter()
-    found = normswap.inspect(folder)
-    seconds = time.perf_counter() - start
-    print(len(found.sites), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+def _full_size(model_type: str, sizes: dict, request: dict) -> None:
+    """Inspect and plan one configuration, in a process of its own for the sake of peak memory."""
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    classes = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    architecture = next(c._model_mapping[type(config)] for c in classes if type(config) in c._model_mapping)
+    inputs = _picture_and_text(config) if hasattr(config, "vision_config") else None
+    with tempfile.TemporaryDirectory() as folder:
+        written = {**config.to_dict(), "architectures": [architecture.__name__]}
+        (Path(folder) / "config.json").write_text(json.dumps(written))
+        start = time.perf_counter()
+        plan = normswap.plan(folder, partial=True, inputs=inputs, **request)  # which inspects first
+        seconds = time.perf_counter() - start
+        norms = len(normswap.inspect(folder, inputs=inputs).sites)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps(dict(norms=norms, converted=len(plan.converted), seconds=seconds, gib=peak)))
+
+
+def _picture_and_text(config) -> dict[str, torch.Tensor]:
+    """One picture and a few words, for a model that puts one token per patch into the text."""
+    side = config.vision_config.image_size
+    patches = (side // config.vision_config.patch_size) ** 2
+    ids = torch.tensor([[1, *[config.image_token_id] * patches, 2, 3, 4]])
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(1, 3, side, side))
 
 
 def _nats(report) -> float:

@@ -78,7 +78,7 @@ class _Shrinker:
         heads = [v for k, v in config.items() if HEADS.search(k) and type(v) is int]
         self.most_heads = max(heads, default=1)
         kept, patch = _kept_layers(config), config.get("patch_size")
-        small = {}
+        stages, small = _stages(config), {}
         for key, value in config.items():
             if key in LABELS or value is None or isinstance(value, bool | str):
                 small[key] = value
@@ -86,6 +86,8 @@ class _Shrinker:
                 continue
             elif kept and isinstance(value, list) and len(value) == kept[0]:
                 small[key] = [self.value(key, value[i], config) for i in kept[1]]
+            elif type(value) is int and value == stages and LAYERS.search(key):
+                small[key] = value
             elif kept and key == kept[2]:
                 small[key] = len(kept[1])
             elif kept and _is_layer_index(key, value, kept[0]):
@@ -98,7 +100,7 @@ class _Shrinker:
                 key == "window_size"
                 and type(patch) is int
                 and type(value) is int
-                and value > patch
+                and value >= 4 * patch
                 and not value % patch
             ):
                 small[key] = 4 * PATCH  # in pixels
@@ -292,7 +294,7 @@ def _kept_layers(config: dict[str, Any]) -> tuple[int, list[int], str] | None:
         ),
         None,
     )
-    if key is None or config[key] < 2:
+    if key is None or config[key] < 2 or _stages(config):
         return None
     count = config[key]
     lists = [
@@ -326,6 +328,12 @@ def _is_layer_index(key: str, value: Any, count: int) -> bool:
         and key.endswith(("feature_layer", "select_layer", "layer_id", "layer_idx"))
         and -count <= value <= count
     )
+
+
+def _stages(config: dict[str, Any]) -> int:
+    """How many stages a hierarchical model has; 0 for others."""
+    names = ("depths", "num_block_repeats", "blocks_per_stage", "stage_num_blocks", "hidden_sizes")
+    return next((len(config[name]) for name in names if isinstance(config.get(name), list | tuple)), 0)
 
 
 def _near(layer: int) -> int:

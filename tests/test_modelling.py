@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hand_plans import folded_gpt2_plan, logits, plan_of, publish, rms_edits, rms_plan, small, swap, token_ids
+from models import tiny
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, NemotronConfig, NemotronForCausalLM
 
@@ -16,7 +17,7 @@ from normswap.apply.folding import expand, fold
 from normswap.apply.modelling import load_generated, write_modelling
 from normswap.errors import PlanError, SourceError
 from normswap.norms.rms_norm import RMSNorm
-from normswap.planning.edits import CentreOutput, GrowBias, SetConfig
+from normswap.planning.edits import CentreInput, CentreOutput, GrowBias, SetConfig
 
 FILE = "modeling_normswap.py"
 # folder -> (trained checkpoint or model type, how the plan is made)
@@ -426,3 +427,22 @@ def test_what_was_loaded_can_be_saved_and_loaded(fresh, name):
 def test_tokenizer_and_pipeline(fresh, name):
     assert fresh[name]["tokenizer"] == [True, True]
     assert fresh[name]["pipeline"] == fresh[name]["stock pipeline"] != "ROMEO:"
+
+
+def test_centred_inputs_and_norms_of_each_head_are_written(tmp_path, pytestconfig):
+    model = tiny("cohere", use_qk_norm=True)
+    plan = normswap.plan(model, norm="rmsnorm")
+    # centred already, so that one more subtraction changes nothing
+    plan = plan.model_copy(update={"edits": (*plan.edits, CentreInput(module="model.layers.1"))})
+    want = logits_of(model, token_ids())
+    publish(model, plan, tmp_path / "out")
+    text = text_of(tmp_path / "out")
+    assert 'INPUTS = {\n    "layers.1": -1,\n}' in text and "shape=(4, 8)" in text
+    settings = ["--config", str(pytestconfig.rootpath / "pyproject.toml"), "--no-cache"]
+    done = subprocess.run([sys.executable, "-m", "ruff", "format", "--check", *settings, tmp_path / "out" / FILE])
+    assert done.returncode == 0
+    again = load_generated(tmp_path / "out").from_pretrained(tmp_path / "out").eval()
+    assert type(again.model.layers[1]).__name__ == "CentredInputCohereDecoderLayer"
+    assert again.model.layers[0].self_attn.q_norm.weight.shape == (4, 8)
+    # measured: 1e-7
+    torch.testing.assert_close(logits_of(again, token_ids()), want, rtol=1e-5, atol=1e-5)

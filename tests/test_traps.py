@@ -345,6 +345,53 @@ def test_what_does_not_notice_is_no_obstacle(model):
     assert kinds(converted) == ["rmsnorm"] * 3
 
 
+class Gathered(Net):
+    """Positions put in another order by an index that is spread over the channels (V-JEPA's predictor)."""
+
+    def between(self, x, mask):
+        order = torch.arange(x.shape[1] - 1, -1, -1)[None, :, None].repeat(len(x), 1, WIDTH)
+        return x + x.gather(1, order)
+
+
+class GatheredChannels(Net):
+    """The index differs from channel to channel: what it picks has another mean."""
+
+    def between(self, x, mask):
+        order = (torch.arange(x.shape[1])[:, None] + torch.arange(WIDTH)) % x.shape[1]
+        return x + x.gather(1, order.expand(x.shape))
+
+
+@pytest.mark.parametrize("length", [5, 40])
+def test_an_index_for_all_channels_alike_passes_a_mean_on(length):
+    """A long sequence is tried on a short one, with the index cut to size."""
+    check_exact(ready(Gathered()), dict(ids=ids(3, length)))
+    check_refused(ready(GatheredChannels()), ["gather in the model"], dict(ids=ids(3, length)))
+
+
+class FirstOfTuple(Net):
+    """A module that gives out more than the stream; the norms behind it are served by one subtraction there."""
+
+    class Look(nn.Module):
+        def forward(self, x):
+            return torch.tanh(x), x.sum()
+
+    def __init__(self):
+        super().__init__()
+        self.look = self.Look()
+        self.extra = nn.LayerNorm(WIDTH)
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids, mask=None):
+        x, _ = self.look(self.embed(ids))
+        x = x + self.mix(self.extra(x))
+        return self.head(self.last(self.second(x)))
+
+
+def test_the_first_of_several_outputs_is_centred():
+    _, plan = check_exact(ready(FirstOfTuple()), norm="rmsnorm")
+    assert [edit.module for edit in plan.edits if edit.edit == "centre_output"] == ["look"]
+
+
 # -- masks and constants: what they were in the observed pass says nothing about the next ------------------------------
 
 PADDED = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])

@@ -5,11 +5,13 @@ from torch import nn
 
 
 class CentredOutput(nn.Module):
-    """Mixin: what the class beside it computes, less its mean along the axis `centred_output`."""
+    """Mixin: what the class beside it computes (of a tuple, the first), less its mean along `centred_output`."""
 
     def forward(self, *args, **kwargs):
-        y = super().forward(*args, **kwargs)
-        return y - y.mean(self.centred_output, keepdim=True)
+        given = super().forward(*args, **kwargs)
+        y, *rest = given if isinstance(given, tuple) else (given,)
+        y = y - y.mean(self.centred_output, keepdim=True)
+        return (y, *rest) if isinstance(given, tuple) else y
 
 
 def centre_output(module, axis=-1):

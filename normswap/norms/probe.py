@@ -106,19 +106,16 @@ def probe(module: nn.Module, shape: tuple[int, ...], gated: bool = False) -> Nor
 
 def _examined(module: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> NormSpec | bool:
     """The norm that `module` is, or whether it resembles one."""
-    resembles = False
-    for shape in probe_shapes(module, shapes[0]) if shapes[0] == shapes[-1] else [shapes[0]]:
+    same = shapes[0] == shapes[-1]
+    for shape in probe_shapes(module, shapes[0]) if same else [shapes[0]]:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), LiftFloat32():
                 torch.manual_seed(0)
                 probing = _Probe(module, shape, len(shapes) == 3)
-                spec = probing.spec(shapes[0]) if shapes[0] == shapes[-1] else None
-                resembles |= spec is None and probing.resembles()
+                return (probing.spec(shapes[0]) if same else None) or probing.resembles()
         except _FAILURES:
             continue  # it does not run alone on a plain tensor of this shape
-        if spec is not None:
-            return spec
-    return resembles
+    return False
 
 
 class _Probe:
@@ -135,7 +132,9 @@ class _Probe:
         return self.module(x, self.z) if self.gated else self.module(x)
 
     def invariant(self) -> bool:
-        return bool(torch.isfinite(self.y).all()) and not _close(self.y, self.x) and _close(self.run(3 * self.x), self.y)
+        """Whether the output is finite, not the input, and blind to the input's scale."""
+        finite = bool(torch.isfinite(self.y).all())
+        return finite and not _close(self.y, self.x) and _close(self.run(3 * self.x), self.y)
 
     def resembles(self) -> bool:
         """Whether scales are taken out of the input by a statistic of several values."""

@@ -58,7 +58,8 @@ def probe_shapes(module: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[in
     On a map of one pixel a group norm cannot be told from a norm of channels, and nothing is gained by large maps.
     """
     own = {n for t in (*module.parameters(), *module.buffers()) for n in t.shape if n > 1}
-    own |= {n for value in vars(module).values() for n in (value if isinstance(value, tuple) else (value,)) if _whole(n)}
+    held = [n for value in vars(module).values() for n in (value if isinstance(value, tuple) else (value,))]
+    own |= {n for n in held if isinstance(n, int) and n > 1}
     free = (n for n in count(3) if n not in own)
     channels_first = len(shape) > 2 and shape[1] in own and shape[-1] not in own
     small = [min(max(shape[0], 2), 3)]
@@ -69,10 +70,6 @@ def probe_shapes(module: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[in
     yield tuple(small)
     if tuple(small) != tuple(shape):
         yield tuple(shape)
-
-
-def _whole(n: object) -> bool:
-    return isinstance(n, int) and n > 1
 
 
 def reach(

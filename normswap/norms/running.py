@@ -42,9 +42,15 @@ class Running:
         if "gain" in does:
             gain = "w" if _close(*self._at_zero(does)) else "1 + w"
         spec = NormSpec(
-            kind="batchnorm", axes=(axis - self.x.ndim,), width=1, groups=self.x.shape[axis], gain=gain, weight=does.get("gain"),
-            bias=does.get("bias"), eps=self._eps(does),
-        )  # fmt: skip
+            kind="batchnorm",
+            axes=(axis - self.x.ndim,),
+            width=1,
+            groups=self.x.shape[axis],
+            gain=gain,
+            weight=does.get("gain"),
+            bias=does.get("bias"),
+            eps=self._eps(does),
+        )
         expected = running_formula(self.x, spec, self.vectors, does["mean"], does["variance"])
         return spec if _close(expected, self.y) else None
 
@@ -82,10 +88,12 @@ class Running:
     def _eps(self, does: dict[str, str]) -> float:
         """From the slope of the affine, `gain / sqrt(variance + eps)`, at two variances near zero."""
         variance = self.vectors[does["variance"]]
-        slopes = [
-            self._with(variance, lambda v, s=s: v.fill_(s), self.x + 1) - self._with(variance, lambda v, s=s: v.fill_(s))
-            for s in (0.0, 1.0)
-        ]
+
+        def slope(at: float) -> torch.Tensor:
+            above, below = (self._with(variance, lambda v: v.fill_(at), x) for x in (self.x + 1, self.x))
+            return above - below
+
+        slopes = [slope(0.0), slope(1.0)]
         # (slope at 0 / slope at 1)^2 = (1 + eps) / eps
         ratio = float((slopes[0].abs().max() / slopes[1].abs().max()) ** 2)
         return 0.0 if not ratio < 1e24 else exact_eps(self.original, 1 / (ratio - 1))

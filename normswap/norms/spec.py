@@ -41,7 +41,7 @@ class NormSpec(BaseModel):
         width: how many values share one statistic; for groupnorm, how many channels.
         groups: how many runs of `width` are normalised side by side. Gain and bias lie along all of them.
         gain: `w` multiplies by the parameter, `1 + w` by one plus it, None: no gain.
-        weight, bias: the names of the parameters (of frozen norms: buffers) inside the module, None where there is none.
+        weight, bias: names of the parameters (of frozen norms: buffers) inside the module, None where there is none.
         eps: the value added under the root, as measured.
         casting: in which precision the module computes on half-precision input:
             `input` throughout in the input's dtype; `float32` with one rounding at the end;

@@ -137,7 +137,8 @@ class Recorder(TorchFunctionMode):
             call = open_calls.pop()
             call.outputs = tuple(self._value(t) for t in tensors_in(output))
             call.end = len(self.trace.operations)
-            call.bare = isinstance(output, torch.Tensor)
+            first = output[0] if type(output) is tuple and output else output
+            call.plain = isinstance(first, torch.Tensor)
 
         handles = []
         try:

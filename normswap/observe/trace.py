@@ -124,7 +124,7 @@ class ModuleCall:
     """One call of one module: the values that went in and came out, the range of operations inside, who called.
 
     Attributes:
-        bare: it gave out one tensor, not a structure that holds tensors.
+        plain: it gave out a tensor, or a tuple that begins with one.
     """
 
     path: str
@@ -134,7 +134,7 @@ class ModuleCall:
     end: int = 0
     parent: str = ""
     span: Span | None = None
-    bare: bool = False
+    plain: bool = False
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from normswap.observe.trace import ModuleCall, Trace
 
 @dataclass(frozen=True)
 class Boundary:
-    """`output`: the value is what `module` gives out. `input`: it goes into `module` first, and nowhere else."""
+    """`output`: what `module` gives out, alone or first. `input`: what goes into `module` first, and nowhere else."""
 
     kind: str
     module: str
@@ -43,6 +43,6 @@ def boundaries(trace: Trace) -> dict[int, Boundary]:
             found |= {v: Boundary("input", path) for call in its if (v := call.inputs[0]) not in found}
     outputs: dict[int, Boundary] = {}
     for path, its in calls.items():
-        if all(call.bare and call.outputs[0] not in call.inputs for call in its):
+        if all(call.plain and call.outputs[0] not in call.inputs for call in its):
             outputs |= {v: Boundary("output", path) for call in its if (v := call.outputs[0]) not in outputs}
     return {v: b for v, b in (found | outputs).items() if trace.values[v].is_float}

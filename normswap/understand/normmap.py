@@ -22,7 +22,7 @@ from normswap.observe.inputs import example_inputs
 from normswap.observe.run import observe
 from normswap.observe.trace import Operation, Trace, collapse_norms
 from normswap.understand.centring import Centring, Writer, centring
-from normswap.understand.placement import Block, Streams, meets_activations
+from normswap.understand.placement import Block, Streams, meets_activations, nested, weight_values
 from normswap.understand.reading import Reader, Readings, readings
 from normswap.understand.transfer import Prober
 
@@ -141,8 +141,20 @@ class NormMap:
     def _place(self, norms: dict[str, NormSpec], found: dict[int, Streams]) -> None:
         roles: dict[str, tuple[str, str | None]] = {}
         inside: set[str] = set()
+        consumers, weights, ancestors = self.trace.consumers(), weight_values(self.trace), self.trace.ancestors()
+        every = [stream for streams in found.values() for stream in streams.streams]
+        branches = {id(block): s.operands[block.add][1] for s in found.values() for block in s.blocks}
         order = sorted(
-            (stream for streams in found.values() for stream in streams.streams),
+            (
+                stream
+                for stream in every
+                if not any(
+                    nested(stream, block, branches[id(block)], ancestors)
+                    for other in every
+                    if other is not stream and other.width != stream.width
+                    for block in other.blocks
+                )
+            ),
             key=lambda stream: stream.blocks[0].add,
         )
         taken: dict[str, int] = {}
@@ -157,23 +169,29 @@ class NormMap:
                 roles.update({path: ("stream", name) for path in (*block.n_in, *block.n_out)})
             roles.update({path: ("embedding", name) for path in stream.embedding})
             roles.update({path: ("final", name) for path in stream.final})
-        consumers = self.trace.consumers()
-        added = min((block.add for stream in self.streams for block in stream.blocks), default=0)
+        starts = ends = 0  # bit sets of what the streams' first values, and all of them, are computed from
+        for stream in order:
+            starts |= ancestors[stream.start]
+            for v in stream.values:
+                ends |= ancestors[v]
+
+        def off_stream(op: Operation) -> str:
+            if meets_activations(self.trace, op.outputs[0], consumers, weights):
+                return "qk"
+            if op.norm in inside:
+                return "branch"
+            if starts >> op.outputs[0] & 1:
+                return "embedding"
+            return "branch" if ends >> op.outputs[0] & 1 else "head"
+
         for op in self.trace.norm_operations():
             if op.norm in self.sites:
                 continue
             spec = norms[op.norm]
-            role, stream = roles.get(op.norm) or (self._role_off_stream(op, inside, added, consumers), None)
+            role, stream = roles.get(op.norm) or (off_stream(op), None)
             reads = self.readings.get(spec.width, Readings())
             readers, others = reads.readers.get(op.norm, []), reads.others.get(op.norm, [])
             self.sites[op.norm] = Site(op.norm, spec, role, stream, readers, others)
-
-    def _role_off_stream(self, op: Operation, inside: set[str], added: int, consumers) -> str:
-        if meets_activations(self.trace, op.outputs[0], consumers):
-            return "qk"
-        if op.norm in inside:
-            return "branch"
-        return "embedding" if op.index < added else "head"
 
     def _writers(self, stream) -> list[Writer]:
         """Everything that adds to the stream: norms as they run, then parameters in the model's order."""

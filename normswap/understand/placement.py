@@ -7,6 +7,7 @@ stream it was computed from is the block's branch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from normswap.norms.spec import NormSpec
@@ -80,7 +81,9 @@ class Streams:
         self.bases: dict[int, int] = {}
         self.factors: dict[int, float] = {}
         self.norm_of = {op.outputs[0]: op for op in trace.norm_operations()}
+        self.weights = weight_values(trace)
         self.operands: dict[int, tuple[int, int]] = {}  # per residual sum: the skip's value and the branch's
+        self.reads: dict[tuple[int, str], int] = {}  # per residual sum and norm of its branch: what the norm reads
         self.blocks = self._find_blocks()
         self.streams = self._chain()
         self._fill_slots()
@@ -106,13 +109,20 @@ class Streams:
         return None if index is None else self.trace.operations[index]
 
     def _carried(self, op: Operation, v: int) -> int | None:
-        """Position of the one computed input that `op` hands on as its output `v`, if there is one."""
+        """Position of the one computed input that `op` hands on as its output `v`, if there is one.
+
+        Another may be a matrix without channels that it is multiplied by (hyper-connections mix copies of a stream so).
+        """
         computed = [
             i for i, u in enumerate(op.inputs) if self.trace.values[u].kind == "computed" and u in self.activations
         ]
-        if len(computed) != 1:
+        wide = [i for i in computed if self.prober.axes(self.trace.values[op.inputs[i]].shape)]
+        if len(wide) != 1:
             return None
-        position = computed[0]
+        position = wide[0]
+        whole = self.trace.values[op.inputs[position]].shape
+        if any(_broadcasts(self.trace.values[op.inputs[i]].shape, whole) for i in computed if i != position):
+            return None
         for dim in self.prober.axes(self.trace.values[op.inputs[position]].shape):
             passes = self.prober.scale(op, (position, dim), ()).passes
             if any(op.outputs[o] == v for o, _ in passes):
@@ -207,12 +217,14 @@ class Streams:
     def _fill_slots(self) -> None:
         by_result = {block.result: block for block in self.blocks}
         values = {v for stream in self.streams for v in stream.values}
-        order = {op.norm: op.index for op in self.trace.norm_operations()}
+        order: dict[str, int] = {}
+        for op in self.trace.norm_operations():
+            order.setdefault(op.norm, op.index)
         trunk_norms: set[str] = set()
         own: dict[int, set[int]] = {}  # per stream its values, and what norms on its trunk make of them
-        outputs = {op.norm: v for v, op in self.norm_of.items()}
         for stream in self.streams:
-            own[stream.start] = stream.values | {outputs[path] for path in self._trunk_norms(stream)}
+            trunk = self._trunk_norms(stream)
+            own[stream.start] = stream.values | {v for v, op in self.norm_of.items() if op.norm in trunk}
             for block in stream.blocks:
                 root, passed = self.trunk(self.operands[block.add][0])
                 target = by_result[root].n_out if root in by_result else stream.embedding
@@ -224,7 +236,7 @@ class Streams:
             branch = self.operands[block.add][1]
             touched = self._cone(block, branch, stops)
             # what reads another stream (cross-attention to an encoder's final norm) is no norm of this block
-            block.n_in = [path for path in block.n_in if self._reads(path, order) in own[stream.start]]
+            block.n_in = [path for path in block.n_in if self.reads[block.add, path] in own[stream.start]]
             block.n_in.sort(key=order.get)
             end = self.norm_of.get(self.base(branch))
             if end is not None and end.norm not in trunk_norms:
@@ -246,9 +258,6 @@ class Streams:
             else:
                 next(s for s in self.streams if base in s.values).final.append(op.norm)
 
-    def _reads(self, path: str, order: dict[str, int]) -> int:
-        return self.base(self.trace.operations[order[path]].inputs[0])
-
     def _cone(self, block: Block, branch: int, stops: set[int]) -> set[int]:
         """Walk back from the branch to the stream: fills `n_in` and `inside`, returns the stream values it read."""
         touched: set[int] = set()
@@ -268,6 +277,7 @@ class Streams:
             if op.norm is not None:
                 slot = self.base(op.inputs[0])
                 if slot in stops:
+                    self.reads[block.add, op.norm] = slot
                     block.n_in = block.n_in if op.norm in block.n_in else [op.norm, *block.n_in]
                     touched.add(slot)
                     continue
@@ -296,34 +306,56 @@ class Streams:
             if u in seen or u in stops or op is None:
                 continue
             seen.add(u)
-            if contracts(self.trace, op):
+            if contracts(self.trace, op, self.weights):
                 return True
             todo.extend(w for w in op.inputs if w in self.activations)
         return False
 
 
-def contracts(trace: Trace, op: Operation) -> bool:
-    """Two computed values in, and the output has the shape of neither: a product over a shared axis."""
+def weight_values(trace: Trace) -> set[int]:
+    """Parameters, and what is made of them alone (the matrix of one expert)."""
+    found = {v.index for v in trace.values if v.kind == "parameter"}
+    for op in trace.operations:
+        made = [v for v in op.inputs if trace.values[v].kind != "constant"]
+        if made and all(v in found for v in made) and not any(trace.values[v].varies for v in op.inputs):
+            found.update(op.outputs)
+    return found
+
+
+def contracts(trace: Trace, op: Operation, weights: set[int]) -> bool:
+    """Two activations in, and the output has the shape of neither: a product over a shared axis, no concatenation."""
     computed = [v for v in op.inputs if trace.values[v].kind == "computed" and trace.values[v].is_float]
-    if op.norm is not None or len(computed) < 2 or not op.outputs:
+    if op.norm is not None or len(computed) < 2 or not op.outputs or any(v in weights for v in computed):
         return False
-    shape = trace.values[op.outputs[0]].shape
-    return all(len(trace.values[v].shape) > 2 and trace.values[v].shape != shape for v in computed)
+    shapes, shape = [trace.values[v].shape for v in computed], trace.values[op.outputs[0]].shape
+    joined = sum(math.prod(s) for s in shapes) == math.prod(shape)
+    return not joined and all(len(s) > 2 and s != shape for s in shapes)
 
 
-def meets_activations(trace: Trace, value: int, consumers: dict[int, list[Operation]]) -> bool:
-    """Whether `value` goes into a product with other computed values (attention scores) before meeting a parameter."""
+def meets_activations(trace: Trace, value: int, consumers: dict[int, list[Operation]], weights: set[int]) -> bool:
+    """Whether `value` goes into a product with other activations (attention scores) before meeting a parameter."""
     seen, todo = set(), [value]
     while todo:
         v = todo.pop()
         for op in consumers.get(v, []):
-            if op.index in seen or any(trace.values[u].kind == "parameter" for u in op.inputs):
+            if op.index in seen or any(u in weights and trace.values[u].is_float for u in op.inputs):
                 continue
-            if contracts(trace, op):
+            if contracts(trace, op, weights):
                 return True
             seen.add(op.index)
             todo.extend(op.outputs)
     return False
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)) and len(shape) <= len(to)
+
+
+def nested(stream: Stream, block: Block, branch: int, ancestors: list[int]) -> bool:
+    """Whether all of `stream` is computed inside the branch of a block of another (a scan over time, a rotation)."""
+    within = ancestors[branch] & ~ancestors[block.previous]
+    results = [inner.result for inner in stream.blocks]
+    return all(within >> v & 1 and ancestors[v] >> block.previous & 1 for v in results)
 
 
 def _layer(path: str) -> str:

@@ -121,6 +121,10 @@ def _random(value: Value, shape: tuple[int, ...], generator: torch.Generator, hi
     if real is not None and shape == value.shape:
         # indices must stay valid after sizes shrank: small ones always are
         return real if value.dtype == torch.bool else real.clamp(-2, 2)
+    if value.known is not None and all(small <= n for small, n in zip(shape, value.shape, strict=True)):
+        # a constant of the model is cut to size: an index that is the same for all channels stays so
+        cut = value.known[tuple(slice(n) for n in shape)]
+        return cut if value.dtype == torch.bool else cut % indices
     return torch.randint(0, indices, shape, generator=generator, dtype=torch.int64).to(value.dtype)
 
 

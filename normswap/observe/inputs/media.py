@@ -168,12 +168,18 @@ def _pictures(needs: Needs, config: PretrainedConfig, name: str) -> Iterator[Inp
         if deep:
             choices = choices[-4:-3] + choices[:-4] + choices[-3:]
         yield from choices
+        count = (side[0] // tall) * (side[1] // broad)
+        yield {name: needs.randn(needs.batch, count, channels * tall * broad)}
 
 
 def _companions(needs: Needs, side: tuple[int, int], lead: tuple[int, ...]) -> Inputs:
     extra: Inputs = {}
     if "image_sizes" in needs.taken:
         extra["image_sizes"] = torch.tensor([side] * lead[0])
+    if "high_res_pixel_values" in needs.taken:
+        fine = needs.stated("high_res_vision_config", default=needs.config)
+        high, wide = _sides(needs, fine)[0]
+        extra["high_res_pixel_values"] = needs.randn(*lead, 3, high, wide)
     if "pixel_attention_mask" in needs.taken:
         extra["pixel_attention_mask"] = torch.ones(*lead, *side, dtype=torch.long)
     return extra
@@ -210,14 +216,15 @@ def _sounds(needs: Needs, config: PretrainedConfig, name: str) -> Iterator[Input
     lengths = list(dict.fromkeys(n for n in lengths if isinstance(n, int)))
     samples = [3200, 16000, 48000]
     channels = needs.stated("audio_channels", within=config, default=1)
+    widths = [bins] if isinstance(bins, int) else [128, 80]
     spectra = [
         shape
         for n in lengths
-        if isinstance(bins, int)
-        for shape in ((needs.batch, n, bins), (needs.batch, bins, n), (needs.batch, 1, n, bins))
+        for width in widths
+        for shape in ((needs.batch, n, width), (needs.batch, width, n), (needs.batch, 1, n, width))
     ]
     waves = [shape for n in samples for shape in ((needs.batch, n), (needs.batch, channels, n), (needs.batch, n, 1))]
-    for shape in spectra + waves if name == "input_features" else waves + spectra:
+    for shape in spectra if name == "input_features" else waves + spectra:
         time = next((n for n in shape[1:] if n in lengths or n in samples), shape[-1])
         yield {name: needs.randn(*shape), **_masks(needs, time)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -70,8 +71,8 @@ class Needs:
         return self.model.config
 
     def stated(self, *names: str, within: PretrainedConfig | None = None, default: Any = None) -> Any:
-        """The first of `names` that the configuration, or one nested in it, gives a value for."""
-        for config in walk(within or self.config):
+        """The first of `names` that the configuration, or one nested in it, gives a value for; `within` comes first."""
+        for config in itertools.chain(walk(within) if within else (), walk(self.config)):
             for name in names:
                 value = getattr(config, name, None)
                 if value is not None:

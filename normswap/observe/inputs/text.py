@@ -22,6 +22,14 @@ def text_parts(needs: Needs) -> list[list[Inputs]]:
         parts.append([_with_companions(needs, ids, choice) for choice in _ids(needs, needs.length)])
     if "decoder_input_ids" in needs.taken:
         parts.append([{"decoder_input_ids": choice} for choice in _ids(needs, needs.target)])
+    for name in sorted(needs.taken):
+        role = name.removesuffix("_input_ids")
+        if role != name and role not in ("decoder", "audio", "context"):  # a second text: a question, a protein
+            mask = f"{role}_attention_mask"
+            second = {name: needs.ids(needs.batch, needs.target)}
+            if mask in needs.taken:
+                second[mask] = torch.ones(needs.batch, needs.target, dtype=torch.long)
+            parts.append([second])
     return parts
 
 

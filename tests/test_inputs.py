@@ -1,0 +1,80 @@
+"""Inputs are made for every kind of model that transformers has, and reach every part of it."""
+
+import pytest
+import torch
+from zoo import build
+
+from normswap.errors import ObserveError
+from normswap.observe.inputs import example_inputs
+
+KINDS = {
+    "bert": {"input_ids"},
+    "t5": {"input_ids", "decoder_input_ids"},
+    "vit": {"pixel_values"},
+    "resnet": {"pixel_values"},
+    "timesformer": {"pixel_values"},
+    "siglip2_vision_model": {"pixel_values", "spatial_shapes", "pixel_attention_mask"},
+    "qwen2_vl_vision": {"hidden_states", "grid_thw"},
+    "clip": {"input_ids", "pixel_values"},
+    "llava": {"input_ids", "pixel_values"},
+    "idefics3": {"input_ids", "pixel_values"},
+    "qwen2_5_vl": {"input_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"},
+    "whisper": {"input_features", "decoder_input_ids"},
+    "wav2vec2": {"input_values"},
+    "audioflamingo3": {"input_ids", "input_features"},
+    "patchtst": {"past_values"},
+    "time_series_transformer": {"past_values", "past_time_features", "future_values"},
+    "layoutlm": {"input_ids", "bbox"},
+}
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_every_part_of_the_model_runs(model_type):
+    model = build(model_type).double()
+    inputs = example_inputs(model)
+    assert KINDS[model_type] <= inputs.keys()
+    ran = set()
+    for path, module in model.named_modules():
+        module.register_forward_hook(lambda *_, path=path: ran.add(path))
+    with torch.no_grad():
+        model(**{k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()})
+    norms = {path for path, module in model.named_modules() if "norm" in type(module).__name__.lower()}
+    assert norms and norms <= ran
+
+
+def test_each_picture_has_as_many_placeholders_as_features():
+    model = build("llava")
+    inputs = example_inputs(model)
+    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    assert ((inputs["input_ids"] == model.config.image_token_id).sum(1) == side * side).all()
+    assert len(inputs["input_ids"]) == len(inputs["pixel_values"]) > 1
+
+
+def test_inputs_are_the_same_each_time_and_differ_within():
+    model = build("llava")
+    state = torch.get_rng_state()
+    first, second = example_inputs(model), example_inputs(model)
+    assert torch.equal(state, torch.get_rng_state())
+    assert first.keys() == second.keys()
+    tensors = [name for name, value in first.items() if torch.is_tensor(value)]
+    assert tensors and all(torch.equal(first[name], second[name]) for name in tensors)
+    assert len(first["input_ids"].unique()) > 2 and first["pixel_values"].std() > 0.5
+
+
+def test_models_on_the_meta_device_get_the_same_inputs():
+    real = build("qwen2_5_vl")
+    with torch.device("meta"):
+        empty = type(real)(real.config)
+    made, expected = example_inputs(empty), example_inputs(real)
+    assert made.keys() == expected.keys() and len(made) > 4
+    assert all(torch.equal(made[name], value) for name, value in expected.items() if torch.is_tensor(value))
+
+
+def test_what_cannot_be_known_is_named():
+    with pytest.raises(ObserveError, match="needs num_patches.*Pass `inputs`"):
+        example_inputs(build("deepseek_ocr2_encoder"))
+
+
+def test_a_model_without_a_forward_is_refused():
+    with pytest.raises(ObserveError, match="BarkModel has no forward of its own"):
+        example_inputs(build("bark"))

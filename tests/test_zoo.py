@@ -1,0 +1,54 @@
+"""The zoo builds small models of transformers' types, on which mistakes show."""
+
+import pytest
+import torch
+from shrink import shrink
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from zoo import OVERRIDES, CannotBuild, build, inputs_for, model_class, model_types, tiny_config
+
+SPREAD = ("gpt2", "mixtral", "mamba2", "bart", "swin", "convnext", "hubert", "clap", "deepseek_v3", "gemma3_text")
+
+
+def test_every_type_of_the_mapping_is_there():
+    assert model_types() == list(CONFIG_MAPPING.keys()) and len(model_types()) > 800
+
+
+@pytest.mark.parametrize("model_type", SPREAD)
+def test_models_are_small_finite_and_repeatable(model_type):
+    model, again = build(model_type, seed=3), build(model_type, seed=3)
+    assert sum(p.numel() for p in model.parameters()) < 5e6 and not model.training
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    with torch.no_grad():
+        output = model(**inputs_for(model))
+    floats = [v for v in output.values() if torch.is_tensor(v) and v.is_floating_point()]
+    assert floats and all(v.isfinite().all() for v in floats)
+    assert all(v.std() > 0 for v in floats if v.numel() > 1)
+
+
+def test_what_agrees_in_the_default_agrees_in_the_small_one():
+    config = tiny_config("llava")
+    text, vision = config.text_config, config.vision_config
+    assert text.hidden_size % text.num_attention_heads == 0 and vision.image_size % vision.patch_size == 0
+    assert config.image_token_id < text.vocab_size
+    assert text.hidden_size != vision.hidden_size != vision.intermediate_size
+
+
+def test_every_kind_of_layer_is_kept_once():
+    default, small = CONFIG_MAPPING["gemma3_text"](), tiny_config("gemma3_text")
+    assert len(small.layer_types) == small.num_hidden_layers == 2 < default.num_hidden_layers
+    assert set(small.layer_types) == set(default.layer_types)
+
+
+def test_doublings_stay_doublings():
+    small = shrink({"hidden_sizes": [96, 192, 384, 768], "embed_dim": 96, "vocab_size": 50000})
+    assert small["hidden_sizes"] == [small["embed_dim"] * 2**i for i in range(4)]
+    assert small["vocab_size"] == 99
+
+
+def test_a_type_without_a_model_says_so():
+    with pytest.raises(CannotBuild, match="no model of Sam2MaskDecoderConfig"):
+        model_class("sam2_mask_decoder")
+
+
+def test_overrides_are_of_types_that_exist():
+    assert OVERRIDES.keys() <= set(model_types())
