@@ -19,7 +19,8 @@ TOLERANCE = 1e-6  # 2e-14 is measured; code that casts to float32 inside, which 
 TEXT = (
     "gpt2 gpt2:GPT2ForSequenceClassification:sharded gpt2:GPT2DoubleHeadsModel bert:BertForMaskedLM:legacy "
     "bert:BertForPreTraining bert:BertForTokenClassification bert:BertModel bert:BertForQuestionAnswering:legacy "
-    "gpt_neox:GPTNeoXModel:sharded opt:OPTForSequenceClassification bloom deberta-v2 xlm-roberta:None:sharded roberta electra:None:merged"
+    "gpt_neox:GPTNeoXModel:sharded opt:OPTForSequenceClassification bloom deberta-v2 xlm-roberta:None:sharded roberta "
+    "electra:None:merged"
 )
 EXPERTS = (
     "mixtral phimoe:None:sharded qwen3_moe jetmoe jamba:None:merged gemma2 cohere mamba starcoder2 "
