@@ -22,7 +22,7 @@ from normswap.observe.inputs import example_inputs
 from normswap.observe.run import observe
 from normswap.observe.trace import Operation, Trace, collapse_norms
 from normswap.understand.centring import Centring, Writer, centring
-from normswap.understand.placement import Block, Streams, meets_activations, nested, weight_values
+from normswap.understand.placement import Block, Streams, outermost
 from normswap.understand.reading import Reader, Readings, readings
 from normswap.understand.transfer import Prober
 
@@ -141,22 +141,8 @@ class NormMap:
     def _place(self, norms: dict[str, NormSpec], found: dict[int, Streams]) -> None:
         roles: dict[str, tuple[str, str | None]] = {}
         inside: set[str] = set()
-        consumers, weights, ancestors = self.trace.consumers(), weight_values(self.trace), self.trace.ancestors()
-        every = [stream for streams in found.values() for stream in streams.streams]
-        branches = {id(block): s.operands[block.add][1] for s in found.values() for block in s.blocks}
-        order = sorted(
-            (
-                stream
-                for stream in every
-                if not any(
-                    nested(stream, block, branches[id(block)], ancestors)
-                    for other in every
-                    if other is not stream and other.width != stream.width
-                    for block in other.blocks
-                )
-            ),
-            key=lambda stream: stream.blocks[0].add,
-        )
+        ancestors = self.trace.ancestors()
+        order = outermost(list(found.values()), ancestors)
         taken: dict[str, int] = {}
         for stream in order:
             name = _common_path([block.module for block in stream.blocks])
@@ -169,18 +155,19 @@ class NormMap:
                 roles.update({path: ("stream", name) for path in (*block.n_in, *block.n_out)})
             roles.update({path: ("embedding", name) for path in stream.embedding})
             roles.update({path: ("final", name) for path in stream.final})
-        starts = ends = 0  # bit sets of what the streams' first values, and all of them, are computed from
+        before = ends = 0  # bit sets of what the streams' first values, and all of them, are computed from
         for stream in order:
-            starts |= ancestors[stream.start]
+            before |= ancestors[stream.start]
             for v in stream.values:
                 ends |= ancestors[v]
+        meetings = [streams.meetings for streams in found.values()][:1]
 
         def off_stream(op: Operation) -> str:
-            if meets_activations(self.trace, op.outputs[0], consumers, weights):
+            if any(meeting.reach(op.outputs[0]) for meeting in meetings):
                 return "qk"
             if op.norm in inside:
                 return "branch"
-            if starts >> op.outputs[0] & 1:
+            if before >> op.outputs[0] & 1:
                 return "embedding"
             return "branch" if ends >> op.outputs[0] & 1 else "head"
 

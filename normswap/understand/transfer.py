@@ -51,6 +51,10 @@ class Prober:
         """The constant by which an operation that passes scales of `input[position]` multiplies it."""
         return self._remember("factor", op, ((position, 0),), lambda trial: factor(trial, position), 1.0)
 
+    def spreading(self, op: Operation, ask) -> frozenset[int]:
+        """Positions of the inputs of which one value reaches several outputs, as `ask` finds them."""
+        return self._remember("spreading", op, (), ask, frozenset())
+
     def axes(self, shape: tuple[int, ...]) -> list[int]:
         """Dimensions of `shape` that hold whole runs of `width`."""
         return [i for i, n in enumerate(shape) if n >= self.width and n % self.width == 0]
