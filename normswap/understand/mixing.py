@@ -68,11 +68,11 @@ def spreading(trial: Trial) -> frozenset[int]:
     for position, x in enumerate(trial.base):
         if not x.is_floating_point() or not x.numel():
             continue
-        changed = list(trial.base)
-        changed[position] = x.clone()
-        changed[position].view(-1)[0] += 1
-        after = trial.run(changed)
-        same = (torch.isclose(a, b, rtol=1e-9, equal_nan=True) for a, b in zip(after, trial.result, strict=True))
-        if sum(int((~alike).sum()) for alike in same) > 1:
-            found.add(position)
+        for entry in (0, -1):  # a causal mask hides all but the first key from the first query
+            changed = list(trial.base)
+            changed[position] = x.clone()
+            changed[position].view(-1)[entry] += 1
+            pairs = zip(trial.run(changed), trial.result, strict=True)
+            if sum(int((~torch.isclose(a, b, rtol=1e-9, equal_nan=True)).sum()) for a, b in pairs) > 1:
+                found.add(position)
     return frozenset(found)
