@@ -104,6 +104,10 @@ class _Shrinker:
                 and not value % patch
             ):
                 small[key] = 4 * PATCH  # in pixels
+            elif stages and re.search(r"window_size$", key) and type(value) is int:
+                small[key] = min(value, 2)  # the last stage holds whole windows
+            elif stages and key == "image_size":
+                small[key] = 64 if type(value) is int else [64 for _ in value]
             elif key.endswith("pinpoints"):
                 least = min(side for pair in value for side in pair)
                 small[key] = [[side * 32 // least for side in pair] for pair in value]

@@ -6,12 +6,11 @@ from zoo import build
 
 from normswap.errors import ObserveError
 from normswap.observe.inputs import example_inputs
+from normswap.verification.run import evaluation_inputs
 
 KINDS = {
-    "bert": {"input_ids"},
     "t5": {"input_ids", "decoder_input_ids"},
     "vit": {"pixel_values"},
-    "resnet": {"pixel_values"},
     "timesformer": {"pixel_values"},
     "siglip2_vision_model": {"pixel_values", "spatial_shapes", "pixel_attention_mask"},
     "qwen2_vl_vision": {"hidden_states", "grid_thw"},
@@ -68,6 +67,15 @@ def test_models_on_the_meta_device_get_the_same_inputs():
     made, expected = example_inputs(empty), example_inputs(real)
     assert made.keys() == expected.keys() and len(made) > 4
     assert all(torch.equal(made[name], value) for name, value in expected.items() if torch.is_tensor(value))
+
+
+def test_verification_draws_other_pixels_and_keeps_the_placeholders():
+    model = build("llava")
+    batches, shape, _ = evaluation_inputs(model, None, None, 64)
+    example = example_inputs(model)
+    assert len(batches) > 1 and shape[0] == len(batches) * len(example["pixel_values"])
+    assert all(torch.equal(batch["input_ids"], example["input_ids"]) for batch in batches)
+    assert not torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
 
 
 def test_what_cannot_be_known_is_named():

@@ -6,7 +6,7 @@ from shrink import shrink
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from zoo import OVERRIDES, CannotBuild, build, inputs_for, model_class, model_types, tiny_config
 
-SPREAD = ("gpt2", "mixtral", "mamba2", "bart", "swin", "convnext", "hubert", "clap", "deepseek_v3", "gemma3_text")
+SPREAD = ("mamba2", "bart", "swin", "hubert", "clap", "deepseek_v3")
 
 
 def test_every_type_of_the_mapping_is_there():

@@ -228,6 +228,10 @@ def tokenizer_of(source: Source):
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
 
+#: arguments that text of any length can be put into
+_TEXT = {"input_ids", "attention_mask", "decoder_input_ids", "use_cache"}
+
+
 def evaluation_inputs(
     model: PreTrainedModel, tokenizer, text: str | Path | None, tokens: int
 ) -> tuple[list[Inputs], tuple[int, ...], str]:
@@ -240,11 +244,13 @@ def evaluation_inputs(
         tokens: how many in all, about.
     """
     example = example_inputs(model)
-    if "input_ids" not in example:
+    if set(example) == {"pixel_values"}:
         generator = torch.Generator().manual_seed(0)
         shape = (16, *example["pixel_values"].shape[1:])
         pixels = torch.randn(shape, generator=generator)
         return [{**example, "pixel_values": part} for part in pixels.split(4)], shape, "random pixels, seed 0"
+    if "input_ids" not in example or not set(example) <= _TEXT:
+        return _drawn(example)
     config = model.config.get_text_config()
     length = min(_LENGTH, getattr(config, "max_position_embeddings", _LENGTH), tokens)
     if not hasattr(config, "max_position_embeddings"):
@@ -260,6 +266,22 @@ def evaluation_inputs(
     parts = [part for ids in found.ids for part in (ids.split(1) if takes_one_row(model) else [ids])]
     batches = [{k: filled[k](ids) if k in filled else v for k, v in example.items()} for ids in parts]
     return batches, (sum(len(ids) for ids in found.ids), length), found.source
+
+
+def _drawn(example: Inputs) -> tuple[list[Inputs], tuple[int, ...], str]:
+    """Four batches like `example` with other pixels, sounds or series.
+
+    Ids, grids and masks stay: there are as many placeholders as the example has features.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
+    free = {name: value for name, value in tensors.items() if value.is_floating_point() and value.unique().numel() > 1}
+    batches = [
+        {**example, **{name: torch.randn(value.shape, generator=generator) for name, value in free.items()}}
+        for _ in range(4 if free else 1)
+    ]
+    shape = next(iter((free or tensors).values())).shape
+    return batches, (len(batches) * shape[0], *shape[1:]), f"random {', '.join(free) or 'inputs'}, seed 0"
 
 
 def _longest(model: PreTrainedModel, example: Inputs, length: int) -> int:
