@@ -18,8 +18,9 @@ class Reader:
 
     Attributes:
         name: the parameter's name.
-        axis: its axis that meets the normalised channels.
+        axis: its axis that meets the normalised channels, once or in runs of them side by side.
         module: path of the module that uses it.
+        sums: what a translation `b` of the norm's output does is `W b`: W times b along `axis`, summed over these axes.
         bias: name of the parameter that takes over a translation of the norm's output, if there is one.
         grows: without such a parameter, whether a bias added to the module would do.
     """
@@ -27,6 +28,7 @@ class Reader:
     name: str
     axis: int
     module: str
+    sums: tuple[int, ...]
     bias: str | None
     grows: bool
 
@@ -64,7 +66,7 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
             for v in op.inputs:
                 for dim in prober.axes(trace.values[v].shape):
                     if (norm := carried.get((v, dim))) is not None:
-                        _add(result.others, norm, f"the norm {op.norm} follows it")
+                        _add(result.others, norm, f"the norm {op.norm} follows it and does not pass a gain on")
                 for name in made_of.get(v, ()):
                     result.uses.setdefault((name, op.module), set()).add("")
             spec = norms[op.norm]
@@ -101,15 +103,19 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
                     _add(result.others, norm, "it is an output of the model")
             result.translates[norm] &= transfer.translates or not transfer.passes
             if any(op.outputs[o] in live for o in transfer.other):
-                _add(result.others, norm, f"{op.name} in {op.module or 'the model'} consumes it")
+                where = op.module or "the model"
+                _add(result.others, norm, f"{op.name} in {where} reads it, and no weight there can take a gain")
             for absorber in transfer.absorbers[:1]:
                 position, dim = absorber.parameter
                 name, pdim = derived[op.inputs[position], dim]
+                whole = trace.values[op.inputs[position]].kind == "parameter"
+                sums = absorber.sums if whole else (pdim,)  # of a part, the other axes are not known to be the same
+                understood = whole or absorber.sums == (dim,)
                 bias = None
-                if absorber.bias is not None:
+                if absorber.bias is not None and understood:
                     held = made_of.get(op.inputs[absorber.bias], set())
                     bias = next(iter(held)) if len(held) == 1 else None
-                reader = Reader(name, pdim, op.module, bias, absorber.grows)
+                reader = Reader(name, pdim, op.module, sums, bias, absorber.grows and understood)
                 if reader not in result.readers[norm]:
                     result.readers[norm].append(reader)
                 result.uses.setdefault((name, op.module), set()).add(norm)

@@ -19,11 +19,14 @@ class Absorber:
 
     Attributes:
         parameter: the input axis of the parameter that meets the scaled axis.
+        sums: axes of the parameter, multiplied by a translation along its own axis, whose sum is what the translation
+            does: that axis alone for a matrix, the kernel's too for a convolution.
         bias: the input that takes over a translation, None if there is none.
-        grows: a translation of the input translates the output along its last axis by `W b`: a new bias could do it.
+        grows: a translation of the input translates the output by that sum along one axis: a new bias could do it.
     """
 
     parameter: Axis
+    sums: tuple[int, ...]
     bias: int | None
     grows: bool
 
@@ -67,7 +70,7 @@ def scale_transfer(trial: Trial, axis: Axis, parameters: tuple[Axis, ...]) -> Sc
     absorbers = []
     for parameter, pdim in parameters:
         w = trial.base[parameter]
-        if w.shape[pdim] != trial.width or parameter == position:
+        if w.shape[pdim] % trial.width or parameter == position:
             continue
         countered = list(scaled)
         countered[parameter] = w / trial.spread(gain, w, pdim)
@@ -76,24 +79,37 @@ def scale_transfer(trial: Trial, axis: Axis, parameters: tuple[Axis, ...]) -> Sc
     return ScaleTransfer(absorbers=tuple(absorbers), other=() if absorbers else tuple(changed))
 
 
-def _absorber(trial, parameter: Axis, parameters, shift, moved, position) -> Absorber:
-    w = trial.base[parameter[0]]
-    carried = torch.tensordot(w, shift, dims=([parameter[1]], [0]))
+def _absorber(trial: Trial, parameter: Axis, parameters: tuple[Axis, ...], shift, moved, position: int) -> Absorber:
+    """Where a translation of the input goes: into another input, into a bias that is not there yet, or nowhere."""
+    w, pdim = trial.base[parameter[0]], parameter[1]
+    met = w * trial.spread(shift, w, pdim)
+    keeping_one = (tuple(d for d in range(w.ndim) if d != kept) for kept in range(w.ndim) if kept != pdim)
+    ways = {sums: met.sum(sums) for sums in dict.fromkeys([(pdim,), *keeping_one])}
     for candidate in dict.fromkeys(p for p, _ in parameters) | dict.fromkeys(range(len(trial.inputs))):
         value = trial.inputs[candidate]
         if candidate in (parameter[0], position) or value.kind == "constant" or not value.is_float:
             continue
-        if trial.base[candidate].shape != carried.shape:
-            continue
-        inputs = list(trial.base)
-        inputs[candidate] = inputs[candidate] + carried
-        if all(not trial.differs(a, b) for a, b in zip(trial.run(inputs), moved, strict=True)):
-            return Absorber(parameter, candidate, False)
-    grows = carried.ndim == 1 and all(
-        b.shape[-1:] == carried.shape and not trial.differs(a, b + carried)
-        for a, b in zip(moved, trial.result, strict=True)
-    )
-    return Absorber(parameter, None, grows)
+        for sums, carried in ways.items():
+            if trial.base[candidate].shape != carried.shape:
+                continue
+            inputs = list(trial.base)
+            inputs[candidate] = inputs[candidate] + carried
+            if all(not trial.differs(a, b) for a, b in zip(trial.run(inputs), moved, strict=True)):
+                return Absorber(parameter, sums, candidate, False)
+    for sums, carried in ways.items():
+        if carried.ndim == 1 and any(_adds(trial, moved, carried, from_end) for from_end in (1, 2, 3, 4)):
+            return Absorber(parameter, sums, None, True)
+    return Absorber(parameter, (pdim,), None, False)
+
+
+def _adds(trial: Trial, moved: list[torch.Tensor], vector: torch.Tensor, from_end: int) -> bool:
+    """Whether every output moved by `vector` along its axis `-from_end`: 1 for a linear map, 3 for images."""
+    for after, before in zip(moved, trial.result, strict=True):
+        if before.ndim < from_end or before.shape[-from_end] != len(vector):
+            return False
+        if trial.differs(after, before + vector.reshape(-1, *[1] * (from_end - 1))):
+            return False
+    return True
 
 
 def factor(trial: Trial, position: int) -> float:
