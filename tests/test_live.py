@@ -182,7 +182,7 @@ MISFITS = {
     "dropped, then filled": ([Drop(tensor=f"{LN}.bias"), Fill(tensor=f"{LN}.bias", value=0)], "no value yet"),
     "value for what is gone": (
         [swap(LN, nn.LayerNorm(32), 32, bias=False), Drop(tensor="transformer.h.0.ln_1.bias")]
-        + [FoldBias(tensor=f"{LN}.bias", reader="transformer.wpe.weight", axis=0, bias="transformer.wpe.weight")],
+        + [FoldBias(tensor=f"{LN}.bias", reader="transformer.wpe.weight", axis=1, bias="transformer.h.0.ln_2.bias")],
         "new structure has no such tensor",
     ),
     "both names of a tied tensor": (
