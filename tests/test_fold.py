@@ -268,6 +268,47 @@ def test_a_matrix_over_tokens_takes_no_gain():
     check_refused(ready(Mixer()), dict(x=randn(2, 6, 5)), "linear in mix reads it, and no weight there can take a gain")
 
 
+class Rectified(Tokens):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def read(self, n):
+        return self.up(F.relu(n))
+
+
+def test_what_passes_positive_gains_alone_takes_none():
+    """`relu(g z) = g relu(z)` where g is positive; nobody says that trained gains are."""
+    model = ready(Rectified())
+    with torch.no_grad():
+        model.norm.weight[::2] *= -1
+    check_refused(model, dict(x=randn(2, 6, 5)), "relu in", "no weight there can take a gain")
+
+
+class Squared(Tokens):
+    """What a matrix reads holds the gain twice, or two gains."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.other = nn.LayerNorm(WIDTH, bias=False)
+        self.norm.bias = None
+        self.own = own
+        self.up = nn.Linear(WIDTH, WIDTH)
+        self.down = nn.Linear(WIDTH, WIDTH)
+
+    def read(self, n):
+        second = n.roll(1, dims=1) if self.own else self.other(n.roll(1, dims=1) ** 3)
+        return self.up(n * second) + self.down(n)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_product_of_outputs_of_norms_holds_two_gains(own):
+    model, observed = ready(Squared(own)), dict(x=randn(2, 6, 5))
+    check_refused(model, observed, "multiplies it with what a norm gave" if own else "reads it")
+    _, plan = check_folded(model, observed, dict(x=randn(3, 4, 5)), ["last"], partial=True)
+    assert plan.converted == ("last",)
+
+
 # -- what the observed pass does not reach -----------------------------------------------------------------------------
 
 

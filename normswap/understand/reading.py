@@ -93,13 +93,13 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
         if not any(v in live for v in op.outputs):
             continue
         read: set[str] = set()
+        passed: dict[tuple[int, int], list[str]] = {}
         for axis in entering:
             norm = carried[op.inputs[axis[0]], axis[1]]
             transfer = prober.scale(op, axis, tuple(parameters))
             for o, dim in transfer.passes:
-                v = op.outputs[o]
-                carried[v, dim] = norm
-                if v in outputs:
+                passed.setdefault((op.outputs[o], dim), []).append(norm)
+                if op.outputs[o] in outputs:
                     _add(result.others, norm, "it is an output of the model")
             result.translates[norm] &= transfer.translates or not transfer.passes
             if any(op.outputs[o] in live for o in transfer.other):
@@ -123,6 +123,13 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
                 if bias is not None:
                     result.uses.setdefault((bias, op.module), set()).add(norm)
                     read.add(bias)
+        for value_axis, norms_passed in passed.items():
+            if len(norms_passed) == 1:
+                carried[value_axis] = norms_passed[0]
+                continue
+            for norm in norms_passed:  # gains that meet in a product
+                where = op.module or "the model"
+                _add(result.others, norm, f"{op.name} in {where} multiplies it with what a norm gave, too")
         for name in names - read:
             result.uses.setdefault((name, op.module), set()).add("")
     return result

@@ -45,6 +45,7 @@ class ScaleTransfer:
 def scale_transfer(trial: Trial, axis: Axis, parameters: tuple[Axis, ...]) -> ScaleTransfer:
     generator = torch.Generator().manual_seed(2)
     gain = 0.5 + 1.5 * torch.rand(trial.width, generator=generator, dtype=torch.float64)
+    gain[::2] *= -1  # of both signs: a relu passes positive gains on, and trained ones need not be
     shift = torch.randn(trial.width, generator=generator, dtype=torch.float64)
     position, dim = axis
     x = trial.base[position]
