@@ -64,13 +64,15 @@ def _site_edits(normmap: NormMap, site: Site, ties: Ties) -> list[AnyEdit] | str
     if len(spec.axes) != 1:
         return f"it normalises axes {spec.axes} together; only gains along one axis can be folded"
     for parameter in filter(None, (spec.weight, spec.bias)):
-        if math.prod(shape := normmap.parameters[f"{site.path}.{parameter}"]) != spec.width:
+        if math.prod(shape := normmap.parameters[f"{site.path}.{parameter}"]) != spec.channels:
             return f"its {parameter} has shape {shape}; only one value per normalised channel can be folded"
+    if spec.bias is not None and spec.gate is not None and spec.gate.place == "after":
+        return "its bias is multiplied by its gate, which is another for every token"
     if site.other_consumers:
         return f"its gain cannot move into its readers: {site.other_consumers[0]}"
     if not site.readers:
         return "its gain cannot move into its readers: nothing that the model gives out reads it"
-    reads = normmap.readings[spec.width]
+    reads = normmap.readings[spec.channels]
     if spec.bias is not None and not reads.translates[site.path]:
         return "its bias does not reach its readers unchanged (a mask or a router stands between)"
     edits: list[AnyEdit] = []
@@ -78,7 +80,7 @@ def _site_edits(normmap: NormMap, site: Site, ties: Ties) -> list[AnyEdit] | str
         if (reason := _obstacle(normmap, reader.name, reader.module, site, ties)) is not None:
             return reason
         name = ties.name(reader.name, reader.module)
-        runs = normmap.parameters[reader.name][reader.axis] // spec.width
+        runs = normmap.parameters[reader.name][reader.axis] // spec.channels
         if spec.bias is not None:
             into = _bias_edits(normmap, reader, name, runs, site, ties)
             if isinstance(into, str):
@@ -96,7 +98,7 @@ def _site_edits(normmap: NormMap, site: Site, ties: Ties) -> list[AnyEdit] | str
 
 def _obstacle(normmap: NormMap, parameter: str, module: str, site: Site, ties: Ties) -> str | None:
     """Why the tensor that `module` reads as `parameter` cannot be changed for this site alone, None if it can."""
-    uses = normmap.readings[site.spec.width].uses
+    uses = normmap.readings[site.spec.channels].uses
     users = ties.users(parameter, module)
     if set().union(*(uses.get((parameter, user), {""}) for user in users)) == {site.path}:
         return None
