@@ -297,16 +297,32 @@ class Squared(Tokens):
         self.down = nn.Linear(WIDTH, WIDTH)
 
     def read(self, n):
-        second = n.roll(1, dims=1) if self.own else self.other(n.roll(1, dims=1) ** 3)
+        second = n.roll(1, dims=1) if self.own else self.other(n.roll(1, dims=1).sin())
         return self.up(n * second) + self.down(n)
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_product_of_outputs_of_norms_holds_two_gains(own):
     model, observed = ready(Squared(own)), dict(x=randn(2, 6, 5))
-    check_refused(model, observed, "multiplies it with what a norm gave" if own else "reads it")
+    check_refused(model, observed, "mul in the model", "norm: its gain cannot move into its readers")
     _, plan = check_folded(model, observed, dict(x=randn(3, 4, 5)), ["last"], partial=True)
     assert plan.converted == ("last",)
+
+
+class Pooled(Tokens):
+    """The first token and the mean of all side by side, one matrix: as image classifiers read."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.Linear(2 * WIDTH, WIDTH)
+
+    def read(self, n):
+        return self.pool(torch.cat([n[:, 0], n.mean(1)], dim=-1)).unsqueeze(1)
+
+
+def test_parts_of_one_output_side_by_side_are_read_together():
+    observed, others = dict(x=randn(2, 6, 5)), dict(x=randn(3, 4, 5))
+    check_folded(ready(Pooled()), observed, others, ["norm", "last"])
 
 
 # -- what the observed pass does not reach -----------------------------------------------------------------------------

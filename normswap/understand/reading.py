@@ -80,23 +80,26 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
                     _add(result.others, op.norm, "it is an output of the model")
             continue
         floats = [v for v in op.inputs if trace.values[v].is_float and trace.values[v].kind != "constant"]
-        entering = [(i, dim) for i, v in enumerate(op.inputs) for dim in _dims(trace, v) if (v, dim) in carried]
+        entering: dict[str, list[tuple[int, int]]] = {}
+        for position, v in enumerate(op.inputs):
+            for dim in _dims(trace, v):
+                if (norm := carried.get((v, dim))) is not None:
+                    entering.setdefault(norm, []).append((position, dim))
         parameters = [(i, dim) for i, v in enumerate(op.inputs) for dim in _dims(trace, v) if (v, dim) in derived]
         names = set().union(*(made_of.get(v, set()) for v in floats))
         if floats and all(v in made_of for v in floats):  # parameters being rearranged before use
             for v in op.outputs:
                 made_of[v] = names
             for axis in parameters:
-                for o, dim in prober.scale(op, axis, ()).passes:
+                for o, dim in prober.scale(op, (axis,)).passes:
                     derived[op.outputs[o], dim] = derived[op.inputs[axis[0]], axis[1]]
             continue
         if not any(v in live for v in op.outputs):
             continue
         read: set[str] = set()
         passed: dict[tuple[int, int], list[str]] = {}
-        for axis in entering:
-            norm = carried[op.inputs[axis[0]], axis[1]]
-            transfer = prober.scale(op, axis, tuple(parameters))
+        for norm, axes in entering.items():  # all that came from one norm has its gain
+            transfer = prober.scale(op, tuple(axes), tuple(parameters))
             for o, dim in transfer.passes:
                 passed.setdefault((op.outputs[o], dim), []).append(norm)
                 if op.outputs[o] in outputs:
@@ -127,9 +130,9 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
             if len(norms_passed) == 1:
                 carried[value_axis] = norms_passed[0]
                 continue
-            for norm in norms_passed:  # gains that meet in a product
+            for norm in norms_passed:  # their gains meet in a product
                 where = op.module or "the model"
-                _add(result.others, norm, f"{op.name} in {where} multiplies it with what a norm gave, too")
+                _add(result.others, norm, f"{op.name} in {where} multiplies it with what another norm gave")
         for name in names - read:
             result.uses.setdefault((name, op.module), set()).add("")
     return result

@@ -33,7 +33,7 @@ class Absorber:
 
 @dataclass(frozen=True)
 class ScaleTransfer:
-    """What a scale of one input axis does: `passes` (to output axes; `translates` if translations pass too), is
+    """What one scale of some input axes at once does: `passes` (to output axes; `translates` if translations pass too), is
     absorbed, leaves outputs as they are (all empty), or does anything else to the outputs `other`."""
 
     passes: tuple[Axis, ...] = ()
@@ -42,16 +42,16 @@ class ScaleTransfer:
     other: tuple[int, ...] = ()
 
 
-def scale_transfer(trial: Trial, axis: Axis, parameters: tuple[Axis, ...]) -> ScaleTransfer:
+def scale_transfer(trial: Trial, scales: tuple[Axis, ...], parameters: tuple[Axis, ...]) -> ScaleTransfer:
     generator = torch.Generator().manual_seed(2)
     gain = 0.5 + 1.5 * torch.rand(trial.width, generator=generator, dtype=torch.float64)
     gain[::2] *= -1  # of both signs: a relu passes positive gains on, and trained ones need not be
     shift = torch.randn(trial.width, generator=generator, dtype=torch.float64)
-    position, dim = axis
-    x = trial.base[position]
     scaled, translated = list(trial.base), list(trial.base)
-    scaled[position] = x * trial.spread(gain, x, dim)
-    translated[position] = x + trial.spread(shift, x, dim)
+    for position, dim in scales:
+        scaled[position] = scaled[position] * trial.spread(gain, trial.base[position], dim)
+        translated[position] = translated[position] + trial.spread(shift, trial.base[position], dim)
+    changing = {position for position, _ in scales}
     after, moved = trial.run(scaled), trial.run(translated)
 
     changed = [o for o in range(len(after)) if trial.differs(after[o], trial.result[o])]
@@ -71,16 +71,18 @@ def scale_transfer(trial: Trial, axis: Axis, parameters: tuple[Axis, ...]) -> Sc
     absorbers = []
     for parameter, pdim in parameters:
         w = trial.base[parameter]
-        if w.shape[pdim] % trial.width or parameter == position:
+        if w.shape[pdim] % trial.width or parameter in changing:
             continue
         countered = list(scaled)
         countered[parameter] = w / trial.spread(gain, w, pdim)
         if all(not trial.differs(a, b) for a, b in zip(trial.run(countered), trial.result, strict=True)):
-            absorbers.append(_absorber(trial, (parameter, pdim), parameters, shift, moved, position))
+            absorbers.append(_absorber(trial, (parameter, pdim), parameters, shift, moved, changing))
     return ScaleTransfer(absorbers=tuple(absorbers), other=() if absorbers else tuple(changed))
 
 
-def _absorber(trial: Trial, parameter: Axis, parameters: tuple[Axis, ...], shift, moved, position: int) -> Absorber:
+def _absorber(
+    trial: Trial, parameter: Axis, parameters: tuple[Axis, ...], shift, moved, changing: set[int]
+) -> Absorber:
     """Where a translation of the input goes: into another input, into a bias that is not there yet, or nowhere."""
     w, pdim = trial.base[parameter[0]], parameter[1]
     met = w * trial.spread(shift, w, pdim)
@@ -88,7 +90,7 @@ def _absorber(trial: Trial, parameter: Axis, parameters: tuple[Axis, ...], shift
     ways = {sums: met.sum(sums) for sums in dict.fromkeys([(pdim,), *keeping_one])}
     for candidate in dict.fromkeys(p for p, _ in parameters) | dict.fromkeys(range(len(trial.inputs))):
         value = trial.inputs[candidate]
-        if candidate in (parameter[0], position) or value.kind == "constant" or not value.is_float:
+        if candidate in {parameter[0], *changing} or value.kind == "constant" or not value.is_float:
             continue
         for sums, carried in ways.items():
             if trial.base[candidate].shape != carried.shape:
