@@ -24,11 +24,12 @@ class Idle:
         ran = {normmap.trace.values[v].name for op in normmap.trace.operations for v in op.inputs}
         ran |= {f"{path}.{name}" for path, site in normmap.sites.items() for name in (site.spec.weight, site.spec.bias)}
         self.names = [name for name in normmap.parameters if name not in ran]
+        self.blurred = [(name, _NUMBER.sub("*", name)) for name in self.names]
         trained = {value.name for value in normmap.trace.values if value.kind == "parameter"}
         self.in_block: dict[str, list[str]] = {}  # by path of the block
         self.blocks_of: dict[str, set[str]] = {}  # by name of the stream
         for stream in normmap.streams:
-            for path in {block.module for block in stream.blocks if block.module}:
+            for path in dict.fromkeys(block.module for block in stream.blocks if block.module):
                 self.blocks_of.setdefault(stream.name, set()).add(path)
                 if found := [name for name in self.names if name in trained and name.startswith(f"{path}.")]:
                     self.in_block[path] = found
@@ -40,12 +41,14 @@ class Idle:
         writers = {site.path: self._writers(site) for site in sites}
         refused = {}
         for site in sites:
-            own = [path for path in (site.path, *(w.name for w in writers[site.path]))]
-            blocks = self.blocks_of.get(site.stream, set()) | {b for b in self.in_block if _any_in(own, b)}
-            found = [name for b in blocks for name in self.in_block.get(b, ())]
-            found += self._like([w.name for w in writers[site.path]], "")
+            own = [w.name for w in writers[site.path]]
+            on_stream = self.blocks_of.get(site.stream, set())
+            found = self._like(own, "")
+            for block, names in self.in_block.items():
+                if block in on_stream or _any_in([site.path, *own], block):
+                    found += names
             if found:
-                refused[site.path] = _reason(found, "may write to what it reads")
+                refused[site.path] = self._reason(found, "may write to what it reads")
         # a writer of two streams is centred for both or for none
         while True:
             endangered = set().union(*(writers[path] for path in refused))
@@ -64,18 +67,28 @@ class Idle:
             for reader in readers:
                 found += self._like([reader], _common(site.path, reader))
             if found:
-                refused[site.path] = _reason(found, "may read what it gives out")
+                refused[site.path] = self._reason(found, "may read what it gives out")
         return refused
 
     def _writers(self, site: Site) -> set[Writer]:
-        centring = self.normmap.centrings[site.spec.width]
-        terms = centring.inputs.get(site.path) or frozenset()
+        centring = self.normmap.centrings.get(site.spec.width)
+        terms = centring and centring.inputs.get(site.path)
+        if not terms:
+            return set()
         return {term for term in {*terms, *centring.leaves(terms)} if isinstance(term, Writer)}
 
     def _like(self, names: list[str], below: str) -> list[str]:
         """Idle parameters in the module `below` with the name of one of `names` but for numbers (another expert's)."""
         alike = {_NUMBER.sub("*", name) for name in names}
-        return [name for name in self.names if name.startswith(below) and _NUMBER.sub("*", name) in alike]
+        return [name for name, blurred in self.blurred if name.startswith(below) and blurred in alike]
+
+    def _reason(self, found: list[str], danger: str) -> str:
+        first, *more = [name for name in self.names if name in set(found)]
+        which = f"{first} and {len(more)} more" if more else first
+        return (
+            f"{which} did not take part in the observed pass, and {danger}; pass `inputs` that reach all parameters to "
+            f"the library call"
+        )
 
 
 def _any_in(names: Iterable[str], module: str) -> bool:
@@ -90,12 +103,3 @@ def _common(a: str, b: str) -> str:
             break
         common += f"{x}."
     return common
-
-
-def _reason(names: list[str], danger: str) -> str:
-    more = len(set(names)) - 1
-    which = f"{names[0]} and {more} more" if more else names[0]
-    return (
-        f"{which} did not take part in the observed pass, and {danger}; pass `inputs` that reach all parameters to the "
-        f"library call"
-    )

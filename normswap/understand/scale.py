@@ -33,8 +33,8 @@ class Absorber:
 
 @dataclass(frozen=True)
 class ScaleTransfer:
-    """What one scale of some input axes at once does: `passes` (to output axes; `translates` if translations pass too), is
-    absorbed, leaves outputs as they are (all empty), or does anything else to the outputs `other`."""
+    """What one scale of some input axes at once does: `passes` (to output axes; `translates` if translations pass too),
+    is absorbed, leaves outputs as they are (all empty), or does anything else to the outputs `other`."""
 
     passes: tuple[Axis, ...] = ()
     translates: bool = False
