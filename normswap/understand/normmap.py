@@ -73,7 +73,7 @@ class NormMap:
         aliases: further names of tied parameters -> the first name.
         stored: names of all parameters and buffers a checkpoint of this model holds, aliases included.
         biasless: modules that were built without the bias their class can have.
-        centrings, readings: per width, the analyses behind the map.
+        centrings, readings: per width, and per number of channels, the analyses behind the map.
         loose: per module, the kind of a norm that it calls as a function; such a norm is no site.
         notes: what a reader should know: loose norms, and values that the observed run asked for and did not have.
         converted: for a folder that normswap wrote, what was done to it, in a sentence.
@@ -102,12 +102,11 @@ class NormMap:
         found_norms = find_norms(model, trace)
         norms = found_norms.specs
         trace = collapse_norms(trace, set(norms))
-        widths = {
-            spec.width for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")
-        }
+        followed = [spec for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")]
+        widths, channels = sorted({spec.width for spec in followed}), sorted({spec.channels for spec in followed})
         called = {op.module: op.name for op in trace.operations if op.function in FUNCTIONS}
         loose = {op.module: FUNCTIONS[op.function] for op in trace.operations if op.function in FUNCTIONS}
-        probers = {width: Prober(trace, width) for width in sorted(widths)}
+        probers = {width: Prober(trace, width) for width in {*widths, *channels}}
         names = dict(model.named_parameters()) | dict(model.named_buffers())
         first = {id(t): name for name, t in reversed(names.items())}
         aliases = {
@@ -122,8 +121,8 @@ class NormMap:
             stored=set(model.state_dict()),
             biasless={path for path, m in model.named_modules() if m._parameters.get("bias", m) is None},
             trace=trace,
-            centrings={width: centring(trace, norms, prober) for width, prober in probers.items()},
-            readings={width: readings(trace, norms, prober) for width, prober in probers.items()},
+            centrings={width: centring(trace, norms, probers[width]) for width in widths},
+            readings={width: readings(trace, norms, probers[width]) for width in channels},
             loose=loose,
             notes=[
                 *(
@@ -134,7 +133,7 @@ class NormMap:
                 *(f"{note}, and what depends on it was not observed" for note in dict.fromkeys(trace.notes)),
             ],
         )
-        found = {width: Streams(trace, norms, prober) for width, prober in probers.items()}
+        found = {width: Streams(trace, norms, probers[width]) for width in widths}
         result._place(norms, found)
         return result
 
@@ -176,7 +175,7 @@ class NormMap:
                 continue
             spec = norms[op.norm]
             role, stream = roles.get(op.norm) or (off_stream(op), None)
-            reads = self.readings.get(spec.width, Readings())
+            reads = self.readings.get(spec.channels, Readings())
             readers, others = reads.readers.get(op.norm, []), reads.others.get(op.norm, [])
             self.sites[op.norm] = Site(op.norm, spec, role, stream, readers, others)
 

@@ -124,7 +124,7 @@ class Streams:
         if any(_broadcasts(self.trace.values[op.inputs[i]].shape, whole) for i in computed if i != position):
             return None
         for dim in self.prober.axes(self.trace.values[op.inputs[position]].shape):
-            passes = self.prober.scale(op, (position, dim), ()).passes
+            passes = self.prober.scale(op, ((position, dim),)).passes
             if any(op.outputs[o] == v for o, _ in passes):
                 return position
         return None

@@ -37,10 +37,10 @@ class Prober:
             "scaled", op, (scale, *tracked), lambda trial: scaled_transfer(trial, tracked, scale), None
         )
 
-    def scale(self, op: Operation, axis: Axis, parameters: tuple[Axis, ...]) -> ScaleTransfer:
+    def scale(self, op: Operation, scales: tuple[Axis, ...], parameters: tuple[Axis, ...] = ()) -> ScaleTransfer:
         unknown = ScaleTransfer(other=tuple(range(len(op.outputs))))
         return self._remember(
-            "scale", op, (axis, *parameters), lambda trial: scale_transfer(trial, axis, parameters), unknown
+            "scale", op, (*scales, None, *parameters), lambda trial: scale_transfer(trial, scales, parameters), unknown
         )
 
     def sum(self, op: Operation, a: int, b: int) -> tuple[float, float] | None:

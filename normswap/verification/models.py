@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -152,7 +152,7 @@ def _forward(model: nn.Module, inputs: Inputs, lifted: bool, name: str) -> tuple
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     moved = {key: _to_model(value, parameter) for key, value in inputs.items()}
     try:
-        with LiftFloat32() if lifted else nullcontext():
+        with _same_noise(parameter.device), LiftFloat32() if lifted else nullcontext():
             output = model(**moved)
     except Exception as error:
         shapes = ", ".join(f"{key} {tuple(v.shape)}" for key, v in inputs.items() if isinstance(v, torch.Tensor))
@@ -166,6 +166,14 @@ def _forward(model: nn.Module, inputs: Inputs, lifted: bool, name: str) -> tuple
     if found is None:
         raise ObserveError(f"model {name} ({type(model).__name__}) returns no floating tensor: nothing to compare.")
     return found
+
+
+@contextmanager
+def _same_noise(device: torch.device) -> Iterator[None]:
+    """Every forward draws the same random numbers (to mask patches, say); the caller's generators are left alone."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
 
 
 def _to_model(value: object, parameter: torch.Tensor) -> object:
