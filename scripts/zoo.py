@@ -123,8 +123,9 @@ def randomise(model: nn.Module, seed: int = 0, mean: float = 0.1) -> nn.Module:
     """Give every parameter of `model` a value that a mistake would show in; in place, and returned.
 
     Gains (1-D weights) become 1 + 0.3 randn, one in four of them negative, or 0.3 randn where they start at 0 (the
-    `1 + w` form); biases of norms 0.2 randn, other biases 0.1 randn; weights of two and more axes 0.2 randn plus the constant `mean`, so that every
-    value written into a stream has a mean along it; running means 0.5 randn, running variances within 0.5 .. 2.
+    `1 + w` form); biases of norms 0.2 randn, other biases 0.1 randn; weights of two and more axes 0.2 randn plus the
+    constant `mean`, so that every value written into a stream has a mean along it; running means 0.5 randn, running
+    variances within 0.5 .. 2.
 
     Call it on a freshly initialised model: the gain's form is told by its initial value.
     """
