@@ -30,7 +30,7 @@ from normswap.report.card import write_card
 from normswap.understand.normmap import inspect
 from normswap.verification.proof import Proof, prove, prove_live
 from normswap.verification.text import read as read_text
-from normswap.verification.untying import check_untying
+from normswap.verification.untying import why_tied
 
 #: called with (what is being done, how much of it is done, how much there is)
 Progress = Callable[[str, int, int], None]
@@ -106,8 +106,10 @@ def _plan_for(model: nn.Module, request: Request, inputs: Mapping[str, Any] | No
     prefix = getattr(model, "base_model_prefix", "")
     prefix = prefix if prefix and hasattr(model, prefix) else ""
     model_type = getattr(getattr(model, "config", None), "model_type", "")
-    made = make_plan(inspect(model, inputs=inputs), request, model_type, prefix)
-    check_untying(model, made, inputs)
+    normmap = inspect(model, inputs=inputs)
+    made = make_plan(normmap, request, model_type, prefix)
+    if stays_tied := why_tied(model, made, inputs):
+        made = make_plan(normmap, request, model_type, prefix, stays_tied)
     return made
 
 

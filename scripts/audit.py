@@ -124,7 +124,10 @@ def _attributes(module: nn.Module, spec: NormSpec) -> list[str]:
 def _formula(module: nn.Module, spec: NormSpec, tensors: list[torch.Tensor], output: Any) -> list[str]:
     if not isinstance(output, torch.Tensor) or not tensors or tensors[0].shape != output.shape:
         return ["its output is not one tensor of its input's shape"]
-    expected = normalised(module, spec, tensors)
+    try:
+        expected = normalised(module, spec, tensors)
+    except RuntimeError as error:
+        return [f"the formula of {spec.kind} over {spec.axes} does not fit: {error}"]
     both = expected.isfinite() & output.isfinite()
     if (expected.isfinite() != output.isfinite()).any():
         return ["the formula and the module are finite at different places"]
@@ -138,7 +141,7 @@ def _formula(module: nn.Module, spec: NormSpec, tensors: list[torch.Tensor], out
 def normalised(module: nn.Module, spec: NormSpec, tensors: list[torch.Tensor]) -> torch.Tensor:
     """The formula of `spec` on a module's inputs `(x, gate)`, in float64 and in other words than the package's."""
     x = tensors[0].double()
-    gate = getattr(spec, "gate", None)
+    gate = spec.gate
     opened = None if gate is None else getattr(torch.nn.functional, gate.activation)(tensors[1].double())
     if gate is not None and gate.place == "before":
         x = x * opened

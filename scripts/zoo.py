@@ -122,9 +122,10 @@ def inputs_for(model: PreTrainedModel) -> dict[str, Any]:
 def randomise(model: nn.Module, seed: int = 0, mean: float = 0.1) -> nn.Module:
     """Give every parameter of `model` a value that a mistake would show in; in place, and returned.
 
-    Gains (1-D weights) become 1 + 0.3 randn, or 0.3 randn where they start at 0 (the `1 + w` form); biases of norms
-    0.2 randn, other biases 0.1 randn; weights of two and more axes 0.2 randn plus the constant `mean`, so that every
-    value written into a stream has a mean along it; running means 0.5 randn, running variances within 0.5 .. 2.
+    Gains (1-D weights) become 1 + 0.3 randn, one in four of them negative, or 0.3 randn where they start at 0 (the
+    `1 + w` form); biases of norms 0.2 randn, other biases 0.1 randn; weights of two and more axes 0.2 randn plus the
+    constant `mean`, so that every value written into a stream has a mean along it; running means 0.5 randn, running
+    variances within 0.5 .. 2.
 
     Call it on a freshly initialised model: the gain's form is told by its initial value.
     """
@@ -147,6 +148,8 @@ def randomise(model: nn.Module, seed: int = 0, mean: float = 0.1) -> nn.Module:
             else:
                 one_plus = bool((parameter == 0).all())
                 parameter.copy_((0 if one_plus else 1) + 0.3 * randn(parameter))
+                if is_norm and not one_plus:  # what passes positive gains alone (an activation) must not be mistaken
+                    parameter.mul_(torch.where(torch.rand(parameter.shape, generator=generator) < 0.25, -1, 1))
         for name, buffer in module.named_buffers(recurse=False):
             if name == "running_mean":
                 buffer.copy_(0.5 * randn(buffer))

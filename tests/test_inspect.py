@@ -7,12 +7,16 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
+from audit import audit
 from click.testing import CliRunner
 from models import WIDTH, tiny, tiny_config
-from transformers import AutoModel
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 import normswap
 from normswap.cli import main
+from normswap.observe.inputs import example_inputs
 
 # name -> (model type, flags, streams, sites by (kind, gain, bias, role), placement of every block of the first stream)
 PRE, PARALLEL = ["pre"] * 4, ["pre, parallel"] * 2
@@ -222,6 +226,108 @@ def test_a_headless_model_is_read_too(tmp_path):
     normmap = normswap.inspect(model)
     assert [f"transformer.{path}" for path in normmap.sites] == list(with_head.sites)
     assert "it is an output of the model" in normmap.sites["ln_f"].other_consumers
+
+
+# -- streams in unusual forms ------------------------------------------------------------------------------------------
+
+
+HYPER = dict(
+    vocab_size=99,
+    hidden_size=48,
+    moe_intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    head_dim=12,
+    q_lora_rank=24,
+    num_experts_per_tok=2,
+    n_routed_experts=4,
+    max_position_embeddings=64,
+    layer_types=["heavily_compressed_attention", "compressed_sparse_attention"],
+    mlp_layer_types=["hash_moe", "moe"],
+    sliding_window=4,
+    o_lora_rank=24,
+    index_n_heads=4,
+    index_head_dim=12,
+    index_topk=8,
+    qk_rope_head_dim=8,
+)
+
+
+def test_copies_of_a_stream_mixed_by_a_matrix_are_one_stream():
+    """Hyper-connections keep several copies and mix them before each block."""
+    config = CONFIG_MAPPING["deepseek_v4"](**HYPER)
+    normmap = normswap.inspect(AutoModelForCausalLM.from_config(config))
+    (stream,) = normmap.streams
+    assert [block.placement for block in stream.blocks] == ["pre"] * 4 and stream.width == HYPER["hidden_size"]
+
+
+def test_queries_are_told_from_values_and_experts():
+    normmap = normswap.inspect(tiny("olmo2"))
+    roles = {path.rpartition(".")[2]: site.role for path, site in normmap.sites.items()}
+    assert roles["q_norm"] == roles["k_norm"] == "qk"
+
+
+def test_a_norm_that_runs_twice_keeps_the_place_of_its_first_run():
+    """One weightless norm stands after the embedding and at the end; the first block reads what it gave first."""
+    config = CONFIG_MAPPING["nanochat"](
+        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    )
+    normmap = normswap.inspect(AutoModelForCausalLM.from_config(config))
+    assert normmap.sites["model.norm"].role == "embedding"
+    assert normmap.sites["model.layers.0.input_layernorm"].role == "stream"
+    assert [block.placement for block in normmap.streams[0].blocks] == ["pre"] * 4
+
+
+def test_what_resembles_a_norm_is_told():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return nn.functional.normalize(x, dim=-1)
+
+    model = nn.Sequential(nn.Linear(5, 6), Odd(), nn.LayerNorm(6))
+    normmap = normswap.inspect(model, inputs=dict(input=torch.randn(3, 5)))
+    assert list(normmap.sites) == ["2"]
+    assert [note for note in normmap.notes if note.startswith("1 resembles a norm")]
+
+
+# -- an audit by names and attributes, which the package does not read -------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "olmo2", "nemotron", "t5", "vit", "cohere", "phimoe"])
+def test_the_formula_of_every_site_is_the_module(name):
+    model = tiny(name).double()
+    inputs = example_inputs(model)
+    inputs = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+    normmap = normswap.inspect(model, inputs=inputs)
+    assert len(normmap.sites) >= 3
+    assert audit(model, inputs, normmap) == []
+
+
+WRONG = {
+    "kind": ("rmsnorm", "off by"),
+    "eps": (1e-3, "eps is 1e-05"),
+    "weight": (None, "has weight and bias"),
+    "axes": ((-2,), "normalises the last 1 axes"),
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_the_audit_sees_what_is_wrong(field):
+    model, (value, words) = tiny("gpt2").double(), WRONG[field]
+    inputs = example_inputs(model)
+    normmap = normswap.inspect(model, inputs=inputs)
+    site = normmap.sites["transformer.h.1.ln_2"]
+    site.spec = site.spec.model_copy(update={field: value})
+    found = audit(model, inputs, normmap)
+    assert found and all(text.startswith("transformer.h.1.ln_2: ") for text in found)
+    assert any(words in text for text in found)
+
+
+def test_the_audit_misses_no_norm():
+    model = tiny("gpt2").double()
+    inputs = example_inputs(model)
+    normmap = normswap.inspect(model, inputs=inputs)
+    del normmap.sites["transformer.ln_f"]
+    assert audit(model, inputs, normmap) == ["transformer.ln_f: a LayerNorm ran and is no site"]
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ MISFITS = {
     "dropped, then filled": ([Drop(tensor=f"{LN}.bias"), Fill(tensor=f"{LN}.bias", value=0)], "no value yet"),
     "value for what is gone": (
         [swap(LN, nn.LayerNorm(32), 32, bias=False), Drop(tensor="transformer.h.0.ln_1.bias")]
-        + [FoldBias(tensor=f"{LN}.bias", reader="transformer.wpe.weight", axis=0, bias="transformer.wpe.weight")],
+        + [FoldBias(tensor=f"{LN}.bias", reader="transformer.wpe.weight", axis=1, bias="transformer.h.0.ln_2.bias")],
         "new structure has no such tensor",
     ),
     "both names of a tied tensor": (
@@ -243,10 +243,10 @@ def test_one_flag_ties_several_tensors_so_all_are_untied_or_none():
 def test_cross_attention_that_did_not_run_is_refused():
     """Given nothing to look at it is passed by; given something, it writes to the stream."""
     model = tiny("gpt2", add_cross_attention=True).double()
-    with pytest.raises(RefusedError, match=r"crossattention\.c_proj\.weight: did not take part"):
-        normswap.plan(model, norm="rmsnorm")
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 90, (3, 5), generator=generator)
+    with pytest.raises(RefusedError, match=r"h\.0\.crossattention\.c_attn\.weight and 15 more did not take part"):
+        normswap.plan(model, norm="rmsnorm", inputs=dict(input_ids=ids))
     seen = torch.randn(3, 7, WIDTH, generator=generator, dtype=torch.float64)
     original = copy.deepcopy(model)
     plan = normswap.convert_model(

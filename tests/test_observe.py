@@ -207,6 +207,78 @@ def test_boolean_masks_of_one_axis_index_unknown_tensors():
     assert len(trace.values[trace.outputs[0]].shape) == 2
 
 
+def by_mask_of_two_axes(self, y):
+    return y[y[..., 0] > 0] * 2
+
+
+def by_counts(self, y):
+    return y.repeat_interleave((y[0, 0] > 0).long().sum() + torch.ones(3, dtype=torch.long), dim=1) * 2
+
+
+def by_masked_select(self, y):
+    return y.masked_select(y > 0) * 2
+
+
+def by_parts(self, y):
+    sizes = (y[0] > 0).sum(0).tolist()
+    return torch.cat([part * 2 for part in y.flatten().split(sizes)])
+
+
+@pytest.mark.parametrize("body", [by_mask_of_two_axes, by_counts, by_masked_select, by_parts])
+def test_shapes_that_depend_on_unknown_values_are_stood_in_for(body):
+    trace = seen(body)
+    value = trace.values[trace.outputs[0]]
+    assert value.kind == "computed" and all(n > 0 for n in value.shape)
+    assert any("reads the value of a result" in note for note in trace.notes)
+    assert trace.ancestors()[value.index] >> trace.operations[0].outputs[0] & 1
+    assert not trace.strays
+
+
+def test_parts_of_unknown_size_add_up():
+    split = last(seen(by_parts), "split")
+    (found, *rest) = split.call({v: torch.randn(2 * 3 * WIDTH) for v in split.inputs})
+    assert len(rest) == WIDTH - 1 and len(found) == 6
+
+
+def known_mask(self, y):
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    spread = mask.unsqueeze(-1).expand_as(y)
+    assert y[spread].numel() == y[mask].numel() == 4 * WIDTH
+    return y.masked_scatter(spread, torch.ones(4 * WIDTH)) * y[mask].sum()
+
+
+def sizes_in_tensors(self, y):
+    half = torch.tensor(WIDTH) // 2
+    return y.view(2, 3, 2, half)[:, : torch.tensor(2)]
+
+
+@pytest.mark.parametrize(("body", "shape"), [(known_mask, (2, 3, WIDTH)), (sizes_in_tensors, (2, 2, 2, WIDTH // 2))])
+def test_known_masks_and_sizes_are_used_as_they_are(body, shape):
+    trace = seen(body)
+    assert trace.values[trace.outputs[0]].shape == shape and not trace.notes
+
+
+def test_a_mask_made_position_by_position_is_known_and_varies():
+    """Inside a `vmap` tensors have no memory; the mask that comes out depends on the padding that went in."""
+    padding = torch.tensor([[True, True, False]] * 2)
+
+    class Masked(Body):
+        def forward(self, x, padding):
+            seen_by = lambda b, i, j: padding[b, j] & (j <= i)  # noqa: E731
+            for dims in ((None, None, 0), (None, 0, None), (0, None, None)):
+                seen_by = torch.vmap(seen_by, in_dims=dims)
+            mask = seen_by(torch.arange(2), torch.arange(3), torch.arange(3))
+            y = self.lin(x)
+            return (y @ y.transpose(1, 2)).masked_fill(~mask, 0.0)
+
+    trace = observe(Masked(None), dict(x=torch.randn(2, 3, 4), padding=padding))
+    filled = last(trace, "masked_fill")
+    mask = trace.values[filled.inputs[1]]
+    assert mask.real is not None and mask.varies and mask.known is None
+    assert mask.real[0].tolist() == [[False, True, True], [False, False, True], [False, False, True]]
+    assert not trace.notes
+
+
 def test_experts_in_a_loop_are_all_visited():
     trace = observe(tiny("phimoe"), dict(input_ids=torch.arange(15).reshape(3, 5)))
     used = {trace.values[v].name for op in trace.operations for v in op.inputs}

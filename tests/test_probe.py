@@ -6,12 +6,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
+from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from transformers.models.mobilebert.modeling_mobilebert import NoNorm
 from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
 from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from normswap.norms.centred import centre_output
@@ -169,6 +173,51 @@ def test_batchnorm(make, shape):
     assert spec.axes == (1 - len(shape),)
 
 
+@pytest.mark.parametrize("shape", [IMAGES, (3, WIDTH, 1, 1), (3, WIDTH, 7)])
+@pytest.mark.parametrize("groups", [1, 4, WIDTH])
+def test_groups_of_channels(groups, shape):
+    spec = probe(nn.GroupNorm(groups, WIDTH, eps=1e-3), shape)
+    assert (spec.kind, spec.groups, spec.width) == ("groupnorm", groups, WIDTH // groups)
+    assert (spec.axes, spec.gain, spec.bias, spec.eps) == (tuple(range(1 - len(shape), 0)), "w", "bias", 1e-3)
+
+
+@pytest.mark.parametrize("make", [DetrFrozenBatchNorm2d, lambda n: nn.BatchNorm2d(n, affine=False)])
+def test_frozen_and_weightless_batchnorms(make):
+    spec = probe(make(WIDTH), IMAGES)
+    gain = "w" if make is DetrFrozenBatchNorm2d else None
+    assert (spec.kind, spec.gain, spec.weight, spec.eps) == ("batchnorm", gain, gain and "weight", 1e-5)
+
+
+def test_batchnorm_of_one_pixel():
+    assert probe(nn.BatchNorm2d(WIDTH), (1, WIDTH, 1, 1)).kind == "batchnorm"
+
+
+# module -> (place and function of its gate, number of groups)
+GATED = {
+    "after": (lambda: Qwen3NextRMSNormGated(WIDTH, eps=1e-5), ("after", "silu"), 1),
+    "sigmoid": (lambda: KimiLinearRMSNormGated(WIDTH, eps=1e-5), ("after", "sigmoid"), 1),
+    "before, in groups": (lambda: MambaRMSNormGated(WIDTH, group_size=8, eps=1e-5), ("before", "silu"), 3),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_norms(name):
+    make, gate, groups = GATED[name]
+    spec = probe(make(), TOKENS, gated=True)
+    assert (spec.kind, spec.gain, spec.eps) == ("rmsnorm", "w", 1e-5)
+    assert (spec.gate.place, spec.gate.activation) == gate
+    assert (spec.axes, spec.width, spec.groups) == ((-1,), WIDTH // groups, groups)
+
+
+class Times(nn.Module):
+    def forward(self, x, z):
+        return x * z.sigmoid()
+
+
+def test_a_product_is_no_gated_norm():
+    assert probe(Times(), TOKENS, gated=True) is None
+
+
 # -- what is no norm ---------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +272,20 @@ def centred_norm():
     return norm
 
 
+class ScaledFirst(nn.Module):
+    """The gain stands before the norm, which no spec can say."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x):
+        x = x * self.weight
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
 NO_NORMS = {
+    "gain first": ScaledFirst,
     "l2": L2,
     "no norm": lambda: NoNorm(WIDTH),
     "softmax": lambda: nn.Softmax(-1),
@@ -250,6 +312,12 @@ NO_NORMS = {
 def test_what_is_no_norm_is_not_called_one(name):
     spec = probe(NO_NORMS[name](), TOKENS)
     assert spec is None
+
+
+def test_at_full_width_a_small_difference_still_tells():
+    """With 8192 values, n and n - 1 differ by 6e-5."""
+    assert probe(Unbiased(), (1, 2, 8192)) is None
+    assert probe(nn.LayerNorm(8192), (1, 2, 8192)).kind == "layernorm"
 
 
 @pytest.mark.parametrize("eps", [1e-2, 1e-5, 1e-8])

@@ -61,3 +61,8 @@ class NormSpec(BaseModel):
     eps: float = 0.0
     casting: Casting = "input"
     gate: Gate | None = None
+
+    @property
+    def channels(self) -> int:
+        """How many values gain and bias have: all that are normalised side by side."""
+        return self.width * self.groups

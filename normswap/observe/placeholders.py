@@ -56,14 +56,20 @@ def on_meta(function: Callable, args: tuple, kwargs: dict, which: Hits) -> tuple
         numbered = tree_map(numbers, (args, kwargs))
         args_on_meta, kwargs_on_meta = tree_map(to_meta, numbered)
         return function(*args_on_meta, **kwargs_on_meta), False
-    with suppress(NotImplementedError, RuntimeError):
-        return _on_stand_ins(function, args, kwargs, which)
-    raise error
+    result = None
+    for whole in (0, 1):  # the place of an index, else a count: with counts of zero nothing would be left
+        with suppress(NotImplementedError, RuntimeError, IndexError):
+            result = _on_stand_ins(function, args, kwargs, which, whole)
+            if all(t.numel() for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)):
+                break
+    if result is None:
+        raise error
+    return result
 
 
-def _on_stand_ins(function: Callable, args: tuple, kwargs: dict, which: Hits) -> tuple[object, bool]:
+def _on_stand_ins(function: Callable, args: tuple, kwargs: dict, which: Hits, whole: int) -> tuple[object, bool]:
     leaves, spec = tree_flatten((args, kwargs))
-    stand_ins = {id(t): _stand_in(t, which) for t in leaves if isinstance(t, torch.Tensor) and t.is_meta}
+    stand_ins = {id(t): _stand_in(t, which, whole) for t in leaves if isinstance(t, torch.Tensor) and t.is_meta}
     if sum(t.numel() for t in stand_ins.values()) > LARGEST_STAND_IN:
         raise NotImplementedError("too large to be tried for real")
     before = {name: t._version for name, t in stand_ins.items()}
@@ -82,9 +88,10 @@ def _on_stand_ins(function: Callable, args: tuple, kwargs: dict, which: Hits) ->
     return tree_unflatten([original.get(id(t), to_meta(t)) for t in made], spec), guessed
 
 
-def _stand_in(tensor: torch.Tensor, which: Hits) -> torch.Tensor:
-    """Zeros in the place of unknown values; an unknown mask is set at the entries that count as hits."""
-    real = torch.zeros(tensor.shape, dtype=tensor.dtype)
+def _stand_in(tensor: torch.Tensor, which: Hits, whole: int) -> torch.Tensor:
+    """Zeros in the place of unknown values, `whole` for integers; a mask is set at the entries that count as hits."""
+    integer = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+    real = torch.full(tensor.shape, whole if integer else 0, dtype=tensor.dtype)
     if tensor.dtype == torch.bool and tensor.ndim and tensor.numel():
         real[_hits(which, tensor, as_tuple=True)] = True
     return real

@@ -40,9 +40,9 @@ class TensorEdit(Edit):
         raise NotImplementedError
 
 
-def _along(vector: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
-    """`vector` of shape `(n,)` as `(1, .., n, .., 1)`, to act along `axis` of a tensor with `ndim` axes."""
-    return vector.reshape([-1 if i == axis else 1 for i in range(ndim)])
+def _along(vector: torch.Tensor, runs: int, axis: int, ndim: int) -> torch.Tensor:
+    """`vector` of n values, `runs` times over, as `(1, .., runs n, .., 1)`, to act along `axis` of a tensor."""
+    return vector.flatten().repeat(runs).reshape([-1 if i == axis else 1 for i in range(ndim)])
 
 
 class Centre(TensorEdit):
@@ -77,12 +77,15 @@ class FoldGain(TensorEdit):
     """A scale per channel moved into its neighbour: `W <- W diag(g)` along the `axis` that meets it.
 
     The gain of a norm moves into what reads it, the scale of a branch into what writes it.
+
+    The axis may meet several vectors side by side (patches that are merged): then it holds `runs` runs of channels.
     """
 
     edit: Literal["fold_gain"] = "fold_gain"
     axis: int
     weight: str
     form: GainForm
+    runs: int = 1
 
     def reads(self):
         return (self.weight,)
@@ -93,22 +96,33 @@ class FoldGain(TensorEdit):
     def apply(self, value, read):
         weight = read(self.weight)
         gain = 1 + weight if self.form == "1 + w" else weight
-        return value * _along(gain, self.axis, value.ndim)
+        return value * _along(gain, self.runs, self.axis, value.ndim)
 
 
 class FoldBias(TensorEdit):
-    """A norm's bias moved into a reader's: `c <- c + W b`, with `W` as it was before any gain was folded."""
+    """A norm's bias moved into a reader's: `c <- c + W b`, with `W` as it was before any gain was folded.
+
+    `W b` is W times b along `axis`, summed over the axes `sums`: by default that one, for a convolution its kernel too.
+    `runs` as for the gain.
+    """
 
     edit: Literal["fold_bias"] = "fold_bias"
     reader: str
     axis: int
     bias: str
+    sums: tuple[int, ...] | None = None
+    runs: int = 1
 
     def reads(self):
         return (self.reader, self.bias)
 
     def apply(self, value, read):
-        carried = torch.tensordot(read(self.reader), read(self.bias), dims=([self.axis], [0]))
+        reader, sums = read(self.reader), self.sums or (self.axis,)
+        if kernel := [axis for axis in sums if axis != self.axis]:
+            reader = reader.sum(kernel, keepdim=True)
+        bias = read(self.bias).flatten().repeat(self.runs)
+        carried = torch.tensordot(reader, bias, dims=([self.axis], [0]))
+        carried = carried.reshape([n for axis, n in enumerate(reader.shape) if axis not in sums])
         return carried if value is None else value + carried
 
 

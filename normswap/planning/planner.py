@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from normswap.errors import RefusedError
 from normswap.paths import blurred, folded
 from normswap.planning.edits import (
@@ -18,6 +16,7 @@ from normswap.planning.edits import (
     SwapNorm,
     TensorEdit,
 )
+from normswap.planning.idle import Idle
 from normswap.planning.plans import Plan, Refusal, Request
 from normswap.planning.rewrites import centre as centring
 from normswap.planning.rewrites.centre import centre
@@ -25,16 +24,18 @@ from normswap.planning.rewrites.fold import Folding, fold
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
 
-_NUMBER = re.compile(r"\d+")
 TARGETS = (centring.TARGET,)
 
 
-def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_prefix: str = "") -> Plan:
+def make_plan(
+    normmap: NormMap, request: Request, model_type: str = "", base_prefix: str = "", stays_tied: str | None = None
+) -> Plan:
     """The plan that meets `request` on the model `normmap` describes.
 
     Args:
         model_type: of the source's configuration, kept in the plan.
         base_prefix: where the headless model stands inside the model, to tell whether its output changes.
+        stays_tied: why tied parameters cannot be untied; None where they can.
 
     Raises:
         RefusedError: nothing to do, or sites that cannot be converted and no `partial`.
@@ -49,19 +50,21 @@ def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_pre
     if request.norm is not None and request.norm not in TARGETS:
         raise RefusedError(f"norm '{request.norm}' is not offered: expected one of {', '.join(TARGETS)}.")
     swaps, wanted = _sites_to_swap(normmap, request), _sites_to_fold(normmap, request)
+    idle = Idle(normmap)
+    unseen, unread = idle.refuse_centring(swaps), idle.refuse_folding(wanted)
     for untied in (False, True):
-        ties = Ties(normmap, untied)
-        centred = centre(normmap, swaps, ties, request)
+        ties = Ties(normmap, untied, stays_tied)
+        centred = centre(normmap, [site for site in swaps if site.path not in unseen], ties, request)
         swapped = {site.path for site in centred.sites}
-        folding = fold(normmap, wanted, ties, request.tied, swapped)
-        if request.tied == "keep" or not ties.wanted:
+        folding = fold(normmap, [site for site in wanted if site.path not in unread], ties, swapped)
+        if request.tied == "keep" or stays_tied or not ties.wanted:
             break  # nothing is gained by untying
     refused = {
         module: f"its {kind} is called as a function; only norms that are modules can be exchanged"
         for module, kind in normmap.loose.items()
         if request.norm is not None and kind == centring.SOURCE
     }
-    refused |= centred.refused | {path: why for path, why in folding.refused.items() if path not in centred.refused}
+    refused |= unread | folding.refused | unseen | centred.refused
 
     converted = tuple(path for path in normmap.sites if path in swapped | {site.path for site in folding.sites})
     if refused and not request.partial:
@@ -78,7 +81,6 @@ def make_plan(normmap: NormMap, request: Request, model_type: str = "", base_pre
     edits += _treat_grown(folding.edits, centred.edits)
     edits += [_swap(normmap, site, bare) for site in centred.sites]
     edits += [edit for edit in (*folding.edits, *centred.edits) if isinstance(edit, ModuleEdit)]
-    _check_all_ran(normmap, edits)
     return Plan(
         architecture=normmap.architecture,
         model_type=model_type,
@@ -188,30 +190,3 @@ def _reasons(centred: centring.Centred, folding: Folding, edits: list[AnyEdit]) 
 def _base_unchanged(prefix: str, readers: list[str]) -> bool:
     """A norm folded into the head leaves the headless model without its gain."""
     return all(module == prefix or module.startswith(f"{prefix}.") for module in readers) if prefix else True
-
-
-def _check_all_ran(normmap: NormMap, edits: list[AnyEdit]) -> None:
-    """Refuse when a parameter did not run that may belong to what is edited: nobody knows what it does.
-
-    It is one like an edited one (an idle expert), or stands in a block (cross-attention that was given nothing to look
-    at, which writes to the stream all the same when it is).
-    """
-    ran = {normmap.trace.values[v].name for op in normmap.trace.operations for v in op.inputs}
-    ran |= {f"{path}.{name}" for path, site in normmap.sites.items() for name in (site.spec.weight, site.spec.bias)}
-    edited = {_NUMBER.sub("*", edit.tensor) for edit in edits if isinstance(edit, TensorEdit)}
-    blocks = tuple(f"{block.module}." for stream in normmap.streams for block in stream.blocks if block.module)
-    trained = {value.name for value in normmap.trace.values if value.kind == "parameter"}
-    idle = {}
-    for name in normmap.parameters:
-        if name in ran:
-            continue
-        if _NUMBER.sub("*", name) in edited:
-            idle[name] = "did not take part in the observed pass, while others like it are edited"
-        elif name in trained and name.startswith(blocks):
-            idle[name] = "did not take part in the observed pass, and may write to or read the stream of its block"
-    if idle:
-        raise RefusedError(
-            f"{normmap.architecture}: {len(idle)} parameters cannot be understood.\n{_listed(idle)}\n"
-            "Pass `inputs` that reach them to the library call.",
-            tuple(idle.items()),
-        )

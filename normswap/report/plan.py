@@ -73,6 +73,10 @@ def _target(edit: AnyEdit) -> str:
     return edit.module if isinstance(edit, ModuleEdit) else edit.key
 
 
+def _in_runs(runs: int) -> str:
+    return f", in {runs} runs" if runs > 1 else ""
+
+
 def _details(edit: AnyEdit) -> str:
     """What an edit is done with; tensors of the same layer are named from there."""
     match edit:
@@ -81,9 +85,10 @@ def _details(edit: AnyEdit) -> str:
         case Untie():
             return f"{edit.source} as it is"
         case FoldGain():
-            return f"{_within(edit.weight, edit.tensor)} ({edit.form}), axis {edit.axis}"
+            return f"{_within(edit.weight, edit.tensor)} ({edit.form}), axis {edit.axis}" + _in_runs(edit.runs)
         case FoldBias():
-            return f"{_within(edit.bias, edit.tensor)}, by {_within(edit.reader, edit.tensor)}, axis {edit.axis}"
+            by = f"{_within(edit.bias, edit.tensor)}, by {_within(edit.reader, edit.tensor)}, axis {edit.axis}"
+            return by + _in_runs(edit.runs)
         case Fill():
             return f"{edit.value:g}"
         case SwapNorm():

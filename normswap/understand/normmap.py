@@ -22,7 +22,7 @@ from normswap.observe.inputs import example_inputs
 from normswap.observe.run import observe
 from normswap.observe.trace import Operation, Trace, collapse_norms
 from normswap.understand.centring import Centring, Writer, centring
-from normswap.understand.placement import Block, Streams, meets_activations, nested, weight_values
+from normswap.understand.placement import Block, Streams, outermost
 from normswap.understand.reading import Reader, Readings, readings
 from normswap.understand.transfer import Prober
 
@@ -73,7 +73,7 @@ class NormMap:
         aliases: further names of tied parameters -> the first name.
         stored: names of all parameters and buffers a checkpoint of this model holds, aliases included.
         biasless: modules that were built without the bias their class can have.
-        centrings, readings: per width, the analyses behind the map.
+        centrings, readings: per width, and per number of channels, the analyses behind the map.
         loose: per module, the kind of a norm that it calls as a function; such a norm is no site.
         notes: what a reader should know: loose norms, and values that the observed run asked for and did not have.
         converted: for a folder that normswap wrote, what was done to it, in a sentence.
@@ -102,12 +102,11 @@ class NormMap:
         found_norms = find_norms(model, trace)
         norms = found_norms.specs
         trace = collapse_norms(trace, set(norms))
-        widths = {
-            spec.width for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")
-        }
+        followed = [spec for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")]
+        widths, channels = sorted({spec.width for spec in followed}), sorted({spec.channels for spec in followed})
         called = {op.module: op.name for op in trace.operations if op.function in FUNCTIONS}
         loose = {op.module: FUNCTIONS[op.function] for op in trace.operations if op.function in FUNCTIONS}
-        probers = {width: Prober(trace, width) for width in sorted(widths)}
+        probers = {width: Prober(trace, width) for width in {*widths, *channels}}
         names = dict(model.named_parameters()) | dict(model.named_buffers())
         first = {id(t): name for name, t in reversed(names.items())}
         aliases = {
@@ -122,8 +121,8 @@ class NormMap:
             stored=set(model.state_dict()),
             biasless={path for path, m in model.named_modules() if m._parameters.get("bias", m) is None},
             trace=trace,
-            centrings={width: centring(trace, norms, prober) for width, prober in probers.items()},
-            readings={width: readings(trace, norms, prober) for width, prober in probers.items()},
+            centrings={width: centring(trace, norms, probers[width]) for width in widths},
+            readings={width: readings(trace, norms, probers[width]) for width in channels},
             loose=loose,
             notes=[
                 *(
@@ -134,29 +133,15 @@ class NormMap:
                 *(f"{note}, and what depends on it was not observed" for note in dict.fromkeys(trace.notes)),
             ],
         )
-        found = {width: Streams(trace, norms, prober) for width, prober in probers.items()}
+        found = {width: Streams(trace, norms, probers[width]) for width in widths}
         result._place(norms, found)
         return result
 
     def _place(self, norms: dict[str, NormSpec], found: dict[int, Streams]) -> None:
         roles: dict[str, tuple[str, str | None]] = {}
         inside: set[str] = set()
-        consumers, weights, ancestors = self.trace.consumers(), weight_values(self.trace), self.trace.ancestors()
-        every = [stream for streams in found.values() for stream in streams.streams]
-        branches = {id(block): s.operands[block.add][1] for s in found.values() for block in s.blocks}
-        order = sorted(
-            (
-                stream
-                for stream in every
-                if not any(
-                    nested(stream, block, branches[id(block)], ancestors)
-                    for other in every
-                    if other is not stream and other.width != stream.width
-                    for block in other.blocks
-                )
-            ),
-            key=lambda stream: stream.blocks[0].add,
-        )
+        ancestors = self.trace.ancestors()
+        order = outermost(list(found.values()), ancestors)
         taken: dict[str, int] = {}
         for stream in order:
             name = _common_path([block.module for block in stream.blocks])
@@ -169,18 +154,19 @@ class NormMap:
                 roles.update({path: ("stream", name) for path in (*block.n_in, *block.n_out)})
             roles.update({path: ("embedding", name) for path in stream.embedding})
             roles.update({path: ("final", name) for path in stream.final})
-        starts = ends = 0  # bit sets of what the streams' first values, and all of them, are computed from
+        before = ends = 0  # bit sets of what the streams' first values, and all of them, are computed from
         for stream in order:
-            starts |= ancestors[stream.start]
+            before |= ancestors[stream.start]
             for v in stream.values:
                 ends |= ancestors[v]
+        meetings = [streams.meetings for streams in found.values()][:1]
 
         def off_stream(op: Operation) -> str:
-            if meets_activations(self.trace, op.outputs[0], consumers, weights):
+            if any(meeting.reach(op.outputs[0]) for meeting in meetings):
                 return "qk"
             if op.norm in inside:
                 return "branch"
-            if starts >> op.outputs[0] & 1:
+            if before >> op.outputs[0] & 1:
                 return "embedding"
             return "branch" if ends >> op.outputs[0] & 1 else "head"
 
@@ -189,7 +175,7 @@ class NormMap:
                 continue
             spec = norms[op.norm]
             role, stream = roles.get(op.norm) or (off_stream(op), None)
-            reads = self.readings.get(spec.width, Readings())
+            reads = self.readings.get(spec.channels, Readings())
             readers, others = reads.readers.get(op.norm, []), reads.others.get(op.norm, [])
             self.sites[op.norm] = Site(op.norm, spec, role, stream, readers, others)
 

@@ -7,11 +7,11 @@ stream it was computed from is the block's branch.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from normswap.norms.spec import NormSpec
 from normswap.observe.trace import Operation, Trace
+from normswap.understand.mixing import Meetings
 from normswap.understand.transfer import Prober
 
 #: (N_in, N_branch, N_out) -> the placement's name
@@ -81,7 +81,7 @@ class Streams:
         self.bases: dict[int, int] = {}
         self.factors: dict[int, float] = {}
         self.norm_of = {op.outputs[0]: op for op in trace.norm_operations()}
-        self.weights = weight_values(trace)
+        self.meetings = Meetings(trace, prober)
         self.operands: dict[int, tuple[int, int]] = {}  # per residual sum: the skip's value and the branch's
         self.reads: dict[tuple[int, str], int] = {}  # per residual sum and norm of its branch: what the norm reads
         self.blocks = self._find_blocks()
@@ -124,7 +124,7 @@ class Streams:
         if any(_broadcasts(self.trace.values[op.inputs[i]].shape, whole) for i in computed if i != position):
             return None
         for dim in self.prober.axes(self.trace.values[op.inputs[position]].shape):
-            passes = self.prober.scale(op, (position, dim), ()).passes
+            passes = self.prober.scale(op, ((position, dim),)).passes
             if any(op.outputs[o] == v for o, _ in passes):
                 return position
         return None
@@ -297,7 +297,7 @@ class Streams:
         return len(parts) == 2 and self._mixes(parts[0]) != self._mixes(parts[1])
 
     def _mixes(self, v: int) -> bool:
-        """Whether two computed values are contracted with each other between the stream and `v`."""
+        """Whether two computed values are brought together between the stream and `v`."""
         stops = {u for stream in self.streams for u in stream.values}
         seen, todo = set(), [v]
         while todo:
@@ -306,56 +306,36 @@ class Streams:
             if u in seen or u in stops or op is None:
                 continue
             seen.add(u)
-            if contracts(self.trace, op, self.weights):
+            if self.meetings.meet(op):
                 return True
             todo.extend(w for w in op.inputs if w in self.activations)
         return False
-
-
-def weight_values(trace: Trace) -> set[int]:
-    """Parameters, and what is made of them alone (the matrix of one expert)."""
-    found = {v.index for v in trace.values if v.kind == "parameter"}
-    for op in trace.operations:
-        made = [v for v in op.inputs if trace.values[v].kind != "constant"]
-        if made and all(v in found for v in made) and not any(trace.values[v].varies for v in op.inputs):
-            found.update(op.outputs)
-    return found
-
-
-def contracts(trace: Trace, op: Operation, weights: set[int]) -> bool:
-    """Two activations in, and the output has the shape of neither: a product over a shared axis, no concatenation."""
-    computed = [v for v in op.inputs if trace.values[v].kind == "computed" and trace.values[v].is_float]
-    if op.norm is not None or len(computed) < 2 or not op.outputs or any(v in weights for v in computed):
-        return False
-    shapes, shape = [trace.values[v].shape for v in computed], trace.values[op.outputs[0]].shape
-    joined = sum(math.prod(s) for s in shapes) == math.prod(shape)
-    return not joined and all(len(s) > 2 and s != shape for s in shapes)
-
-
-def meets_activations(trace: Trace, value: int, consumers: dict[int, list[Operation]], weights: set[int]) -> bool:
-    """Whether `value` goes into a product with other activations (attention scores) before meeting a parameter."""
-    seen, todo = set(), [value]
-    while todo:
-        v = todo.pop()
-        for op in consumers.get(v, []):
-            if op.index in seen or any(u in weights and trace.values[u].is_float for u in op.inputs):
-                continue
-            if contracts(trace, op, weights):
-                return True
-            seen.add(op.index)
-            todo.extend(op.outputs)
-    return False
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)) and len(shape) <= len(to)
 
 
-def nested(stream: Stream, block: Block, branch: int, ancestors: list[int]) -> bool:
-    """Whether all of `stream` is computed inside the branch of a block of another (a scan over time, a rotation)."""
-    within = ancestors[branch] & ~ancestors[block.previous]
-    results = [inner.result for inner in stream.blocks]
-    return all(within >> v & 1 and ancestors[v] >> block.previous & 1 for v in results)
+def outermost(found: list[Streams], ancestors: list[int]) -> list[Stream]:
+    """All streams in order of their first block, without those inside one branch of another (a scan, a rotation)."""
+    every = [(streams, stream) for streams in found for stream in streams.streams]
+
+    def inside(stream: Stream, streams: Streams, block: Block) -> bool:
+        branch = ancestors[streams.operands[block.add][1]] & ~ancestors[block.previous]
+        results = [inner.result for inner in stream.blocks]
+        return all(branch >> v & 1 and ancestors[v] >> block.previous & 1 for v in results)
+
+    kept = [
+        stream
+        for _, stream in every
+        if not any(
+            inside(stream, streams, block)
+            for streams, other in every
+            if other.width != stream.width
+            for block in other.blocks
+        )
+    ]
+    return sorted(kept, key=lambda stream: stream.blocks[0].add)
 
 
 def _layer(path: str) -> str:

@@ -18,8 +18,9 @@ class Reader:
 
     Attributes:
         name: the parameter's name.
-        axis: its axis that meets the normalised channels.
+        axis: its axis that meets the normalised channels, once or in runs of them side by side.
         module: path of the module that uses it.
+        sums: what a translation `b` of the norm's output does is `W b`: W times b along `axis`, summed over these axes.
         bias: name of the parameter that takes over a translation of the norm's output, if there is one.
         grows: without such a parameter, whether a bias added to the module would do.
     """
@@ -27,6 +28,7 @@ class Reader:
     name: str
     axis: int
     module: str
+    sums: tuple[int, ...]
     bias: str | None
     grows: bool
 
@@ -64,12 +66,12 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
             for v in op.inputs:
                 for dim in prober.axes(trace.values[v].shape):
                     if (norm := carried.get((v, dim))) is not None:
-                        _add(result.others, norm, f"the norm {op.norm} follows it")
+                        _add(result.others, norm, f"the norm {op.norm} follows it and does not pass a gain on")
                 for name in made_of.get(v, ()):
                     result.uses.setdefault((name, op.module), set()).add("")
             spec = norms[op.norm]
             ndim = len(trace.values[op.outputs[0]].shape)
-            if spec.width == prober.width and len(spec.axes) == 1:
+            if spec.channels == prober.width and len(spec.axes) == 1:
                 carried[op.outputs[0], spec.axes[0] % ndim] = op.norm
                 result.readers.setdefault(op.norm, [])
                 result.others.setdefault(op.norm, [])
@@ -78,38 +80,45 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
                     _add(result.others, op.norm, "it is an output of the model")
             continue
         floats = [v for v in op.inputs if trace.values[v].is_float and trace.values[v].kind != "constant"]
-        entering = [(i, dim) for i, v in enumerate(op.inputs) for dim in _dims(trace, v) if (v, dim) in carried]
+        entering: dict[str, list[tuple[int, int]]] = {}
+        for position, v in enumerate(op.inputs):
+            for dim in _dims(trace, v):
+                if (norm := carried.get((v, dim))) is not None:
+                    entering.setdefault(norm, []).append((position, dim))
         parameters = [(i, dim) for i, v in enumerate(op.inputs) for dim in _dims(trace, v) if (v, dim) in derived]
         names = set().union(*(made_of.get(v, set()) for v in floats))
         if floats and all(v in made_of for v in floats):  # parameters being rearranged before use
             for v in op.outputs:
                 made_of[v] = names
             for axis in parameters:
-                for o, dim in prober.scale(op, axis, ()).passes:
+                for o, dim in prober.scale(op, (axis,)).passes:
                     derived[op.outputs[o], dim] = derived[op.inputs[axis[0]], axis[1]]
             continue
         if not any(v in live for v in op.outputs):
             continue
         read: set[str] = set()
-        for axis in entering:
-            norm = carried[op.inputs[axis[0]], axis[1]]
-            transfer = prober.scale(op, axis, tuple(parameters))
+        passed: dict[tuple[int, int], list[str]] = {}
+        for norm, axes in entering.items():  # all that came from one norm has its gain
+            transfer = prober.scale(op, tuple(axes), tuple(parameters))
             for o, dim in transfer.passes:
-                v = op.outputs[o]
-                carried[v, dim] = norm
-                if v in outputs:
+                passed.setdefault((op.outputs[o], dim), []).append(norm)
+                if op.outputs[o] in outputs:
                     _add(result.others, norm, "it is an output of the model")
             result.translates[norm] &= transfer.translates or not transfer.passes
             if any(op.outputs[o] in live for o in transfer.other):
-                _add(result.others, norm, f"{op.name} in {op.module or 'the model'} consumes it")
+                where = op.module or "the model"
+                _add(result.others, norm, f"{op.name} in {where} reads it, and no weight there can take a gain")
             for absorber in transfer.absorbers[:1]:
                 position, dim = absorber.parameter
                 name, pdim = derived[op.inputs[position], dim]
+                whole = trace.values[op.inputs[position]].kind == "parameter"
+                sums = absorber.sums if whole else (pdim,)  # of a part, the other axes are not known to be the same
+                understood = whole or absorber.sums == (dim,)
                 bias = None
-                if absorber.bias is not None:
+                if absorber.bias is not None and understood:
                     held = made_of.get(op.inputs[absorber.bias], set())
                     bias = next(iter(held)) if len(held) == 1 else None
-                reader = Reader(name, pdim, op.module, bias, absorber.grows)
+                reader = Reader(name, pdim, op.module, sums, bias, absorber.grows and understood)
                 if reader not in result.readers[norm]:
                     result.readers[norm].append(reader)
                 result.uses.setdefault((name, op.module), set()).add(norm)
@@ -117,6 +126,13 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
                 if bias is not None:
                     result.uses.setdefault((bias, op.module), set()).add(norm)
                     read.add(bias)
+        for value_axis, norms_passed in passed.items():
+            if len(norms_passed) == 1:
+                carried[value_axis] = norms_passed[0]
+                continue
+            for norm in norms_passed:  # their gains meet in a product
+                where = op.module or "the model"
+                _add(result.others, norm, f"{op.name} in {where} multiplies it with what another norm gave")
         for name in names - read:
             result.uses.setdefault((name, op.module), set()).add("")
     return result

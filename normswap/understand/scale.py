@@ -19,19 +19,22 @@ class Absorber:
 
     Attributes:
         parameter: the input axis of the parameter that meets the scaled axis.
+        sums: axes of the parameter, multiplied by a translation along its own axis, whose sum is what the translation
+            does: that axis alone for a matrix, the kernel's too for a convolution.
         bias: the input that takes over a translation, None if there is none.
-        grows: a translation of the input translates the output along its last axis by `W b`: a new bias could do it.
+        grows: a translation of the input translates the output by that sum along one axis: a new bias could do it.
     """
 
     parameter: Axis
+    sums: tuple[int, ...]
     bias: int | None
     grows: bool
 
 
 @dataclass(frozen=True)
 class ScaleTransfer:
-    """What a scale of one input axis does: `passes` (to output axes; `translates` if translations pass too), is
-    absorbed, leaves outputs as they are (all empty), or does anything else to the outputs `other`."""
+    """What one scale of some input axes at once does: `passes` (to output axes; `translates` if translations pass too),
+    is absorbed, leaves outputs as they are (all empty), or does anything else to the outputs `other`."""
 
     passes: tuple[Axis, ...] = ()
     translates: bool = False
@@ -39,15 +42,16 @@ class ScaleTransfer:
     other: tuple[int, ...] = ()
 
 
-def scale_transfer(trial: Trial, axis: Axis, parameters: tuple[Axis, ...]) -> ScaleTransfer:
+def scale_transfer(trial: Trial, scales: tuple[Axis, ...], parameters: tuple[Axis, ...]) -> ScaleTransfer:
     generator = torch.Generator().manual_seed(2)
     gain = 0.5 + 1.5 * torch.rand(trial.width, generator=generator, dtype=torch.float64)
+    gain[::2] *= -1  # of both signs: a relu passes positive gains on, and trained ones need not be
     shift = torch.randn(trial.width, generator=generator, dtype=torch.float64)
-    position, dim = axis
-    x = trial.base[position]
     scaled, translated = list(trial.base), list(trial.base)
-    scaled[position] = x * trial.spread(gain, x, dim)
-    translated[position] = x + trial.spread(shift, x, dim)
+    for position, dim in scales:
+        scaled[position] = scaled[position] * trial.spread(gain, trial.base[position], dim)
+        translated[position] = translated[position] + trial.spread(shift, trial.base[position], dim)
+    changing = {position for position, _ in scales}
     after, moved = trial.run(scaled), trial.run(translated)
 
     changed = [o for o in range(len(after)) if trial.differs(after[o], trial.result[o])]
@@ -67,33 +71,48 @@ def scale_transfer(trial: Trial, axis: Axis, parameters: tuple[Axis, ...]) -> Sc
     absorbers = []
     for parameter, pdim in parameters:
         w = trial.base[parameter]
-        if w.shape[pdim] != trial.width or parameter == position:
+        if w.shape[pdim] % trial.width or parameter in changing:
             continue
         countered = list(scaled)
         countered[parameter] = w / trial.spread(gain, w, pdim)
         if all(not trial.differs(a, b) for a, b in zip(trial.run(countered), trial.result, strict=True)):
-            absorbers.append(_absorber(trial, (parameter, pdim), parameters, shift, moved, position))
+            absorbers.append(_absorber(trial, (parameter, pdim), parameters, shift, moved, changing))
     return ScaleTransfer(absorbers=tuple(absorbers), other=() if absorbers else tuple(changed))
 
 
-def _absorber(trial, parameter: Axis, parameters, shift, moved, position) -> Absorber:
-    w = trial.base[parameter[0]]
-    carried = torch.tensordot(w, shift, dims=([parameter[1]], [0]))
+def _absorber(
+    trial: Trial, parameter: Axis, parameters: tuple[Axis, ...], shift, moved, changing: set[int]
+) -> Absorber:
+    """Where a translation of the input goes: into another input, into a bias that is not there yet, or nowhere."""
+    w, pdim = trial.base[parameter[0]], parameter[1]
+    met = w * trial.spread(shift, w, pdim)
+    keeping_one = (tuple(d for d in range(w.ndim) if d != kept) for kept in range(w.ndim) if kept != pdim)
+    ways = {sums: met.sum(sums) for sums in dict.fromkeys([(pdim,), *keeping_one])}
     for candidate in dict.fromkeys(p for p, _ in parameters) | dict.fromkeys(range(len(trial.inputs))):
         value = trial.inputs[candidate]
-        if candidate in (parameter[0], position) or value.kind == "constant" or not value.is_float:
+        if candidate in {parameter[0], *changing} or value.kind == "constant" or not value.is_float:
             continue
-        if trial.base[candidate].shape != carried.shape:
-            continue
-        inputs = list(trial.base)
-        inputs[candidate] = inputs[candidate] + carried
-        if all(not trial.differs(a, b) for a, b in zip(trial.run(inputs), moved, strict=True)):
-            return Absorber(parameter, candidate, False)
-    grows = carried.ndim == 1 and all(
-        b.shape[-1:] == carried.shape and not trial.differs(a, b + carried)
-        for a, b in zip(moved, trial.result, strict=True)
-    )
-    return Absorber(parameter, None, grows)
+        for sums, carried in ways.items():
+            if trial.base[candidate].shape != carried.shape:
+                continue
+            inputs = list(trial.base)
+            inputs[candidate] = inputs[candidate] + carried
+            if all(not trial.differs(a, b) for a, b in zip(trial.run(inputs), moved, strict=True)):
+                return Absorber(parameter, sums, candidate, False)
+    for sums, carried in ways.items():
+        if carried.ndim == 1 and any(_adds(trial, moved, carried, from_end) for from_end in (1, 2, 3, 4)):
+            return Absorber(parameter, sums, None, True)
+    return Absorber(parameter, (pdim,), None, False)
+
+
+def _adds(trial: Trial, moved: list[torch.Tensor], vector: torch.Tensor, from_end: int) -> bool:
+    """Whether every output moved by `vector` along its axis `-from_end`: 1 for a linear map, 3 for images."""
+    for after, before in zip(moved, trial.result, strict=True):
+        if before.ndim < from_end or before.shape[-from_end] != len(vector):
+            return False
+        if trial.differs(after, before + vector.reshape(-1, *[1] * (from_end - 1))):
+            return False
+    return True
 
 
 def factor(trial: Trial, position: int) -> float:

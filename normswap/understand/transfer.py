@@ -37,10 +37,10 @@ class Prober:
             "scaled", op, (scale, *tracked), lambda trial: scaled_transfer(trial, tracked, scale), None
         )
 
-    def scale(self, op: Operation, axis: Axis, parameters: tuple[Axis, ...]) -> ScaleTransfer:
+    def scale(self, op: Operation, scales: tuple[Axis, ...], parameters: tuple[Axis, ...] = ()) -> ScaleTransfer:
         unknown = ScaleTransfer(other=tuple(range(len(op.outputs))))
         return self._remember(
-            "scale", op, (axis, *parameters), lambda trial: scale_transfer(trial, axis, parameters), unknown
+            "scale", op, (*scales, None, *parameters), lambda trial: scale_transfer(trial, scales, parameters), unknown
         )
 
     def sum(self, op: Operation, a: int, b: int) -> tuple[float, float] | None:
@@ -50,6 +50,10 @@ class Prober:
     def factor(self, op: Operation, position: int) -> float:
         """The constant by which an operation that passes scales of `input[position]` multiplies it."""
         return self._remember("factor", op, ((position, 0),), lambda trial: factor(trial, position), 1.0)
+
+    def spreading(self, op: Operation, ask) -> frozenset[int]:
+        """Positions of the inputs of which one value reaches several outputs, as `ask` finds them."""
+        return self._remember("spreading", op, (), ask, frozenset())
 
     def axes(self, shape: tuple[int, ...]) -> list[int]:
         """Dimensions of `shape` that hold whole runs of `width`."""

@@ -64,7 +64,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
         fewer = _parts(needs, [m for m in media if m is not left_out])
         combined += itertools.islice(_combinations(fewer), 4)
     chosen = combined[0] if len(combined) == 1 else trial.first_that_runs(combined)
-    return trial.with_what_reaches_more(chosen, needs.optional()) | needs.switches()
+    return needs.drawn(trial.with_what_reaches_more(chosen, needs.optional())) | needs.switches()
 
 
 @dataclass(frozen=True)

@@ -150,26 +150,32 @@ def _pictures(needs: Needs, config: PretrainedConfig, name: str) -> Iterator[Inp
         rows = torch.arange(1, 7).reshape(1, 6, 1).expand(needs.batch, 6, 1).float()
         yield {name: torch.cat([rows, rows, needs.randn(needs.batch, 6, channels * tall * broad)], -1)}
         return
-    frames = needs.stated("num_frames", within=config)
-    deep = [needs.randn, frames] if isinstance(frames, int) else None
     for side in _sides(needs, config):
-        single = needs.randn(needs.batch, channels, *side)
-        companions = _companions(needs, side, (needs.batch,))
-        several = [(needs.batch, n, channels, *side) for n in ((frames,) if deep else ()) + (1, 3, 5, 2)]
-        if "aspect_ratio_ids" in needs.taken:
-            tiles = needs.stated("max_num_tiles", within=config, default=4)
-            yield {
-                name: needs.randn(needs.batch, 1, tiles, channels, *side),
-                "aspect_ratio_ids": torch.ones(needs.batch, 1, dtype=torch.long),
-                "aspect_ratio_mask": torch.ones(needs.batch, 1, tiles, dtype=torch.long),
-            }
-        choices = [{name: single}, {name: single, **companions}] if companions else [{name: single}]
-        choices += [{name: needs.randn(*shape), **_companions(needs, side, shape[:2])} for shape in several]
-        if deep:
-            choices = choices[-4:-3] + choices[:-4] + choices[-3:]
-        yield from choices
-        count = (side[0] // tall) * (side[1] // broad)
-        yield {name: needs.randn(needs.batch, count, channels * tall * broad)}
+        yield from _unflattened(needs, config, name, side)
+        yield {name: needs.randn(needs.batch, (side[0] // tall) * (side[1] // broad), channels * tall * broad)}
+
+
+def _unflattened(needs: Needs, config: PretrainedConfig, name: str, side: tuple[int, int]) -> Iterator[Inputs]:
+    """Whole pictures: frames of a film where a number of them is stated, one picture, one in tiles, several."""
+    channels, *_ = _patch(needs, config)
+    if "aspect_ratio_ids" in needs.taken:
+        tiles = needs.stated("max_num_tiles", within=config, default=4)
+        yield {
+            name: needs.randn(needs.batch, 1, tiles, channels, *side),
+            "aspect_ratio_ids": torch.ones(needs.batch, 1, dtype=torch.long),
+            "aspect_ratio_mask": torch.ones(needs.batch, 1, tiles, dtype=torch.long),
+        }
+    frames = needs.stated("num_frames", within=config)
+    leads = [(needs.batch,), *((needs.batch, n) for n in (1, 3, 5, 2))]
+    if isinstance(frames, int):
+        leads.insert(0, (needs.batch, frames))
+    if needs.stated("image_grid_pinpoints") is not None:  # the whole picture and its tiles, two of them first
+        leads.insert(0, (needs.batch, 3))
+    for lead in leads:
+        companions = _companions(needs, side, lead)
+        if len(lead) == 1 and companions:
+            yield {name: needs.randn(*lead, channels, *side)}
+        yield {name: needs.randn(*lead, channels, *side), **companions}
 
 
 def _companions(needs: Needs, side: tuple[int, int], lead: tuple[int, ...]) -> Inputs:

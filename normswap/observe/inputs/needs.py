@@ -29,6 +29,9 @@ _NOT_DATA = (
 )
 
 
+_SOME = torch.full((), 0.5)  # not 0, which may mean padding
+
+
 @dataclass(frozen=True)
 class Needs:
     """What `model.forward` takes and the sizes to make it in."""
@@ -80,7 +83,17 @@ class Needs:
         return default
 
     def randn(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=self.generator)
+        """Stands for random numbers until `drawn` makes them: candidates that are not taken cost no memory."""
+        return _SOME.expand(shape)
+
+    def drawn(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs` with random numbers where they were only announced."""
+        return {
+            name: torch.randn(value.shape, generator=self.generator)
+            if isinstance(value, torch.Tensor) and value.data_ptr() == _SOME.data_ptr()
+            else value
+            for name, value in inputs.items()
+        }
 
     def ids(self, *shape: int) -> torch.Tensor:
         """Small ids, more than one, none of which the configuration gives a meaning of its own."""

@@ -4,16 +4,19 @@ For a reader `y = W n + c` of `n = z diag(g) + b`:
 
     y = (W diag(g)) z + (c + W b),
 
-with W in the second term as it was before the gain. For a `1 + w` norm g is `1 + w`. Every consumer of the norm must
-be such a reader, and every reader must read this norm alone; a reader without a bias grows one if there is a b.
+with W in the second term as it was before the gain. For a `1 + w` norm g is `1 + w`. W may be a convolution, where no
+padding hides b at the border. Every consumer of the norm must be such a reader, and every reader must read this norm
+alone; a reader without a bias grows one if there is a b.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from normswap.planning.edits import AnyEdit, Drop, Fill, FoldBias, FoldGain, GrowBias
+from normswap.planning.edits import AnyEdit, Drop, Fill, FoldBias, FoldGain, GrowBias, TensorEdit
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
 from normswap.understand.reading import Reader
@@ -29,7 +32,7 @@ class Folding:
     outside: list[str] = field(default_factory=list)  # modules of all readers
 
 
-def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, tied: str, swapped: set[str]) -> Folding:
+def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, swapped: set[str]) -> Folding:
     """Plan the folding of the gains and biases of `sites` into their readers.
 
     Args:
@@ -40,7 +43,7 @@ def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, tied: str, swapped
     for site in sites:
         if site.spec.weight is None and site.spec.bias is None:
             continue
-        edits = _site_edits(normmap, site, ties, tied)
+        edits = _site_edits(normmap, site, ties)
         if isinstance(edits, str):
             result.refused[site.path] = edits
             continue
@@ -55,35 +58,47 @@ def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, tied: str, swapped
     return result
 
 
-def _site_edits(normmap: NormMap, site: Site, ties: Ties, tied: str) -> list[AnyEdit] | str:
+def _site_edits(normmap: NormMap, site: Site, ties: Ties) -> list[AnyEdit] | str:
     """Edits of the site's readers, or the reason why it cannot be folded."""
     spec = site.spec
+    if len(spec.axes) != 1:
+        return f"it normalises axes {spec.axes} together; only gains along one axis can be folded"
+    for parameter in filter(None, (spec.weight, spec.bias)):
+        if math.prod(shape := normmap.parameters[f"{site.path}.{parameter}"]) != spec.channels:
+            return f"its {parameter} has shape {shape}; only one value per normalised channel can be folded"
+    if spec.bias is not None and spec.gate is not None and spec.gate.place == "after":
+        return "its bias is multiplied by its gate, which is another for every token"
     if site.other_consumers:
         return f"its gain cannot move into its readers: {site.other_consumers[0]}"
     if not site.readers:
-        return "nothing that reads it can take its gain"
-    reads = normmap.readings[spec.width]
+        return "its gain cannot move into its readers: nothing that the model gives out reads it"
+    reads = normmap.readings[spec.channels]
     if spec.bias is not None and not reads.translates[site.path]:
         return "its bias does not reach its readers unchanged (a mask or a router stands between)"
     edits: list[AnyEdit] = []
     for reader in site.readers:
-        if (reason := _obstacle(normmap, reader.name, reader.module, site, ties, tied)) is not None:
+        if (reason := _obstacle(normmap, reader.name, reader.module, site, ties)) is not None:
             return reason
         name = ties.name(reader.name, reader.module)
+        runs = normmap.parameters[reader.name][reader.axis] // spec.channels
         if spec.bias is not None:
-            into = _bias_edits(normmap, reader, name, site, ties, tied)
+            into = _bias_edits(normmap, reader, name, runs, site, ties)
             if isinstance(into, str):
                 return into
             edits += into
         if spec.weight is not None:
             gain = f"{site.path}.{spec.weight}"
-            edits.append(FoldGain(tensor=name, axis=reader.axis, weight=gain, form=spec.gain))
-    return list(dict.fromkeys(edits))  # a module called twice reads twice and is changed once
+            edits.append(FoldGain(tensor=name, axis=reader.axis, weight=gain, form=spec.gain, runs=runs))
+    edits = list(dict.fromkeys(edits))  # a module called twice reads twice and is changed once
+    changed = Counter(edit.tensor for edit in edits if isinstance(edit, TensorEdit))
+    if twice := [name for name, times in changed.items() if times > 1]:
+        return f"{twice[0]} reads it in two ways, which call for different changes"
+    return edits
 
 
-def _obstacle(normmap: NormMap, parameter: str, module: str, site: Site, ties: Ties, tied: str) -> str | None:
+def _obstacle(normmap: NormMap, parameter: str, module: str, site: Site, ties: Ties) -> str | None:
     """Why the tensor that `module` reads as `parameter` cannot be changed for this site alone, None if it can."""
-    uses = normmap.readings[site.spec.width].uses
+    uses = normmap.readings[site.spec.channels].uses
     users = ties.users(parameter, module)
     if set().union(*(uses.get((parameter, user), {""}) for user in users)) == {site.path}:
         return None
@@ -92,25 +107,25 @@ def _obstacle(normmap: NormMap, parameter: str, module: str, site: Site, ties: T
     if not others:
         return f"{parameter} in {module} reads other values too"
     ties.want(parameter)
-    shared = len(normmap.names(parameter)) > 1
-    way_out = (
-        "untie them with --tied untie" if shared and tied == "keep" else "they read it by one name and cannot be untied"
+    return f"its reader {parameter} in {module} is used in {others} as well; {ties.way_out(parameter)}"
+
+
+def _bias_edits(normmap: NormMap, reader: Reader, name: str, runs: int, site: Site, ties: Ties) -> list[AnyEdit] | str:
+    """Edits that take the norm's bias into the bias of one reader, or the reason why there is no such bias."""
+    carried = tuple(n for axis, n in enumerate(normmap.parameters[reader.name]) if axis not in reader.sums)
+    edit = FoldBias(
+        tensor=f"{reader.module}.bias",
+        reader=name,
+        axis=reader.axis,
+        bias=f"{site.path}.{site.spec.bias}",
+        sums=None if reader.sums == (reader.axis,) else reader.sums,
+        runs=runs,
     )
-    return f"its reader {parameter} in {module} is used in {others} as well; {way_out}"
-
-
-def _bias_edits(normmap: NormMap, reader: Reader, name: str, site: Site, ties: Ties, tied: str) -> list[AnyEdit] | str:
-    bias = f"{site.path}.{site.spec.bias}"
-    if reader.bias is not None:
-        if (reason := _obstacle(normmap, reader.bias, reader.module, site, ties, tied)) is not None:
+    if reader.bias is not None and normmap.parameters[reader.bias] == carried:
+        if (reason := _obstacle(normmap, reader.bias, reader.module, site, ties)) is not None:
             return reason
-        own = ties.name(reader.bias, reader.module)
-        return [FoldBias(tensor=own, reader=name, axis=reader.axis, bias=bias)]
-    if not reader.grows or reader.module not in normmap.biasless:
-        return f"its reader {reader.name} has no bias to take the norm's and cannot grow one"
-    shape = normmap.parameters[reader.name]
-    grown = f"{reader.module}.bias"
-    return [
-        GrowBias(module=reader.module, size=shape[1 - reader.axis]),
-        FoldBias(tensor=grown, reader=name, axis=reader.axis, bias=bias),
-    ]
+        return [edit.model_copy(update={"tensor": ties.name(reader.bias, reader.module)})]
+    built_without = reader.module in normmap.biasless and normmap.name_in(reader.module, reader.name) is not None
+    if not (reader.grows and built_without and len(carried) == 1):
+        return f"its reader {reader.name} is linear, but has no bias to take the norm's and cannot grow one"
+    return [GrowBias(module=reader.module, size=carried[0]), edit]

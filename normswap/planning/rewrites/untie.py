@@ -16,10 +16,12 @@ class Ties:
     Attributes:
         untied: whether tied names are separated in this plan.
         wanted: set by a rewrite that could go on if they were.
+        stays_tied: why they cannot be, None where they can.
     """
 
-    def __init__(self, normmap: NormMap, untied: bool):
-        self.normmap, self.untied, self.wanted = normmap, untied, False
+    def __init__(self, normmap: NormMap, untied: bool, stays_tied: str | None = None):
+        self.normmap, self.untied, self.stays_tied = normmap, untied, stays_tied
+        self.wanted = False
 
     def name(self, parameter: str, module: str) -> str:
         own = self.normmap.name_in(module, parameter)
@@ -33,6 +35,12 @@ class Ties:
     def want(self, parameter: str) -> None:
         if len(self.normmap.names(parameter)) > 1:
             self.wanted = True
+
+    def way_out(self, parameter: str) -> str:
+        """What to do about a parameter that others use too."""
+        if len(self.normmap.names(parameter)) == 1 or self.untied:
+            return "they read it by one name and cannot be untied"
+        return self.stays_tied or "untie them with --tied untie"
 
     def edits(self) -> list[AnyEdit]:
         if not self.untied:
