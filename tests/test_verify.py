@@ -327,7 +327,8 @@ def test_lifting_sees_below_float32():
 
     assert 1e-13 < error(1e-11, lift=True) < 1e-9
     assert error(4e-11, lift=True) == pytest.approx(4 * error(1e-11, lift=True), rel=1e-3)
-    assert error(4e-11, lift=False) != pytest.approx(4 * error(1e-11, lift=False), rel=1e-1)
+    small, large = error(1e-11, lift=False), error(4e-11, lift=False)
+    assert large == 0 or large != pytest.approx(4 * small, rel=1e-1)  # measured: both lost, or both one rounding
 
 
 def test_nan_in_one_model_is_reported_at_its_first_site():
