@@ -11,7 +11,7 @@ Record = dict[str, Any]
 BAD = ("WRONG", "unstable", "crashed")
 
 # How the analysis names a stream that more than norms read, or that the model gives out.
-_OUTPUT, _READ = "is an output of the model", "would notice a shift"
+_OUTPUT, _READ = "is an output of the model", ("would notice a shift", "is not invariant to shifts")
 
 
 def summary(records: Iterable[Record]) -> dict[str, Any]:
@@ -19,7 +19,8 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
 
     A site counts as converted where its conversion measured exact. `pre` are the sites on pre-norm streams: of role
     stream or final, on a stream of which no block ends in a norm. Of the pre-norm sites that are refused, `output` and
-    `read` count those whose stream the model gives out as it is, or that something other than a norm reads.
+    `read` count those whose stream the model gives out as it is, or that something other than a norm of all its
+    channels reads; `normed` are all others.
     """
     records = list(records)
     built = [record for record in records if record["status"] != "missing"]
@@ -76,8 +77,10 @@ def _totals(inspected: list[Record], words: str) -> dict[str, Any]:
                 groups.append("pre")
                 if not done and _OUTPUT in why:
                     groups.append("output")
-                if not done and _READ in why:
+                elif not done and any(reading in why for reading in _READ):
                     groups.append("read")
+                else:
+                    groups.append("normed")
             groups += ["linear"] if site["linear"] else []
             for group in groups:
                 totals[group] += 1
@@ -87,7 +90,7 @@ def _totals(inspected: list[Record], words: str) -> dict[str, Any]:
                 types.setdefault(pattern, []).append(record["type"])
     groups = {
         group: {"sites": totals[group], "converted": totals[f"{group} done"]}
-        for group in ("all", "pre", "linear", "output", "read")
+        for group in ("all", "pre", "normed", "linear", "output", "read")
     }
     top = [
         {"reason": reason, "sites": count, "types": list(dict.fromkeys(types[reason]))}
@@ -115,12 +118,13 @@ def summary_lines(found: dict[str, Any], reasons: int = 12) -> list[str]:
         f"Of {found['types']} model types, {found['built']} can be built; inspect succeeds on {found['inspected']} of "
         f"them ({share:.1%}), with {kinds} sites; its audit finds fault with {len(found['audit'])}.",
         "",
-        f"| conversion | exact | {' | '.join(BAD)} | worst error | sites | on pre-norm streams | with linear readers |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| conversion | exact | {' | '.join(BAD)} | worst error | sites | on pre-norm streams | "
+        "of these, on streams that norms alone read | with linear readers |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for words, totals in found["conversions"].items():
         results = totals["results"]
-        cells = [_share(totals["groups"][group]) for group in ("all", "pre", "linear")]
+        cells = [_share(totals["groups"][group]) for group in ("all", "pre", "normed", "linear")]
         counts = " | ".join(str(results.get(result, 0)) for result in ("exact", *BAD))
         lines.append(f"| `{words}` | {counts} | {totals['worst error']:.1e} | {' | '.join(cells)} |")
     if found["disk"]:

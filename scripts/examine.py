@@ -26,13 +26,14 @@ from normswap.verification.inputs import redrawn
 from normswap.verification.models import compare_models
 from normswap.verification.outputs import outputs_of
 from normswap.verification.proof import measure_live
-from normswap.verification.untying import check_untying
+from normswap.verification.untying import why_tied
 
 #: every conversion, in the words of the command line; each is asked for with `--partial`
 CONVERSIONS = {
     "--norm rmsnorm": dict(norm="rmsnorm"),
     "--fold": dict(fold=True),
     "--norm rmsnorm --fold": dict(norm="rmsnorm", fold=True),
+    "--norm rmsnorm --explicit always": dict(norm="rmsnorm", explicit="always"),
 }
 #: what a record's conversion may be
 RESULTS = ("exact", "refused", "WRONG", "unstable", "crashed", "nothing")
@@ -129,7 +130,8 @@ def _convert(model, normmap: NormMap, batches, request: Request) -> tuple[dict[s
     """The result of one conversion, and its plan; a plan that was measured before is not measured again."""
     try:
         plan = make_plan(normmap, request, model.config.model_type)
-        check_untying(model, plan, batches[0])
+        if stays_tied := why_tied(model, plan, batches[0]):
+            plan = make_plan(normmap, request, model.config.model_type, stays_tied=stays_tied)
     except RefusedError as error:
         sites = {site: why for site, why in error.refusals if site in normmap.sites}
         asked = [path for path, site in normmap.sites.items() if _is_asked(site, request)]
