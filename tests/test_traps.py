@@ -368,6 +368,28 @@ def test_an_index_for_all_channels_alike_passes_a_mean_on(length):
     check_refused(ready(GatheredChannels()), ["gather in the model"], dict(ids=ids(3, length)))
 
 
+class Scattered(Net):
+    """Features of another kind take the places that a mask names, as a picture's take those of its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Parameter(torch.randn(40, WIDTH))
+
+    def between(self, x, mask):
+        return x.masked_scatter(mask[..., None] == 0, torch.tanh(self.features[: int((mask == 0).sum())]))
+
+
+@pytest.mark.parametrize("left", [0, 1, 9])
+def test_features_scattered_by_a_mask_are_not_overlooked(left):
+    """Found wrong: tried on fewer features than the mask has places, the operation ran with an empty mask alone."""
+    mask = torch.zeros(4, 9, dtype=torch.long)
+    mask[:, :left] = 1  # of none, some or all of the ids the observed pass has anything to see
+    model, observed = ready(Scattered()), dict(ids=ids(4, 9), mask=mask)
+    check_refused(model, ["second.norm", "in the model"], observed)
+    other = dict(ids=ids(4, 9, seed=3), mask=torch.ones(4, 9, dtype=torch.long).index_fill(1, torch.tensor([2]), 0))
+    check_exact(model, observed, [other], norm="rmsnorm", partial=True)
+
+
 class FirstOfTuple(Net):
     """A module that gives out more than the stream; the norms behind it are served by one subtraction there."""
 

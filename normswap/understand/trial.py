@@ -37,13 +37,23 @@ class Trial:
     def runs(self) -> bool:
         if any(k % self.width for n, k in self.sizes.items() if n % self.true_width == 0):
             return False  # what held whole runs of the width no longer does
+        if self._runs_on():
+            return True
         # a mask made from the inputs is another one next time; but as an index it must hit as often as it did, and
-        # into a table of one row there is one index
-        return (
-            self._runs_on()
-            or (any(v.varies for v in self.inputs) and self._runs_on(hits=True))
-            or self._runs_on(indices=1)
-        )
+        # into a table of one row there is one index. What is not reached so is hidden, and not known.
+        hits = any(v.varies for v in self.inputs) and self._runs_on(hits=True)
+        return (hits or self._runs_on(indices=1)) and self._each_counts()
+
+    def _each_counts(self) -> bool:
+        """Whether each floating input has a part in the outputs."""
+        for position, v in enumerate(self.inputs):
+            if v.is_float:
+                changed = list(self.base)
+                changed[position] = changed[position] + 1
+                after = self.run(changed)
+                if not any(self.differs(a, b) for a, b in zip(after, self.result, strict=True)):
+                    return False
+        return True
 
     def _runs_on(self, hits: bool = False, indices: int = 2) -> bool:
         generator = torch.Generator().manual_seed(0)
@@ -121,10 +131,11 @@ def _random(value: Value, shape: tuple[int, ...], generator: torch.Generator, hi
     if real is not None and shape == value.shape:
         # indices must stay valid after sizes shrank: small ones always are
         return real if value.dtype == torch.bool else real.clamp(-2, 2)
+    if value.dtype == torch.bool:
+        return torch.randint(0, 2, shape, generator=generator, dtype=torch.int64).bool()
     if value.known is not None and all(small <= n for small, n in zip(shape, value.shape, strict=True)):
         # a constant of the model is cut to size: an index that is the same for all channels stays so
-        cut = value.known[tuple(slice(n) for n in shape)]
-        return cut if value.dtype == torch.bool else cut % indices
+        return value.known[tuple(slice(n) for n in shape)] % indices
     return torch.randint(0, indices, shape, generator=generator, dtype=torch.int64).to(value.dtype)
 
 
