@@ -458,3 +458,18 @@ def test_example_inputs_have_sizes_of_their_own():
 def test_a_module_that_is_none_of_transformers_needs_inputs():
     with pytest.raises(ObserveError, match="Sequential is no model of transformers.*Pass `inputs`"):
         normswap.inspect(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)))
+
+
+def test_distributions_are_not_asked_for_values_that_are_not_there():
+    class Sampling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = nn.Linear(4, 5)
+
+        def forward(self, x):
+            return torch.distributions.Categorical(logits=self.logits(x)).entropy()
+
+    trace = observe(Sampling(), dict(x=torch.randn(2, 4)))
+    assert len(trace.operations) > 3
+    with pytest.raises(ValueError):  # outside, they are asked as ever
+        torch.distributions.Categorical(logits=torch.full((2,), torch.nan))

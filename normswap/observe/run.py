@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
+from torch.distributions import Distribution
 
 from normswap.errors import ObserveError
 from normswap.observe.placeholders import META, Hits
@@ -54,7 +55,7 @@ def _idle_parameters(model: nn.Module, trace: Trace) -> bool:
 def _record(twin: nn.Module, inputs: Mapping[str, torch.Tensor], hits: Hits) -> Trace:
     recorder = Recorder(twin, inputs, hits)
     try:
-        with torch.no_grad(), recorder.module_hooks(), recorder:
+        with torch.no_grad(), _distributions_unchecked(), recorder.module_hooks(), recorder:
             output = twin(**inputs)
     except Exception as error:
         where = recorder.stack[-1] if recorder.stack else ""
@@ -67,6 +68,17 @@ def _record(twin: nn.Module, inputs: Mapping[str, torch.Tensor], hits: Hits) -> 
     tensors = [t for t in tensors_in(output) if id(t) in recorder.ids]
     trace.outputs = tuple(dict.fromkeys(recorder.ids[id(t)] for t in tensors))
     return trace
+
+
+@contextmanager
+def _distributions_unchecked():
+    """Torch's distributions check the values they are given; here there are none to check."""
+    checked = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(checked)
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
