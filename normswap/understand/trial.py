@@ -64,8 +64,18 @@ class Trial:
             self.result = self.run(self.base)
         except Exception:  # any error means that these sizes do not fit this operation
             return False
-        expected = [self._small(v.shape) for v in self.outputs]
-        return [tuple(t.shape) for t in self.result] == expected
+        made = [tuple(t.shape) for t in self.result]
+        return len(made) == len(self.outputs) and all(map(self._fits, made, self.outputs))
+
+    def _fits(self, made: tuple[int, ...], output: Value) -> bool:
+        """Whether an output came out as it had to: sizes of the inputs in their small form, and new ones (a sum of
+        sizes, a product) that hold whole runs of the width where the true ones do."""
+        inputs = {n for v in self.inputs for n in v.shape}
+        return len(made) == len(output.shape) and all(
+            small == self.sizes.get(n, n)
+            or (n in self.sizes and n not in inputs and (small % self.width == 0) == (n % self.true_width == 0))
+            for small, n in zip(made, output.shape, strict=True)
+        )
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Outputs as float64 (complex ones, which pairs of reals would give another axis, as a sum of their parts)."""
