@@ -96,7 +96,7 @@ class Operation:
     def call(self, tensors: dict[int, torch.Tensor], sizes: dict[int, int] | None = None) -> list[torch.Tensor]:
         """Run the operation again on other tensors, one per input value, in float64.
 
-        Sizes among the arguments are replaced by `sizes`, and floating dtypes by float64.
+        Sizes among the arguments are replaced by `sizes`, floating dtypes by float64, and devices by the CPU.
 
         Returns the tensors standing for `outputs`. In-place changes act on copies.
         """
@@ -109,6 +109,8 @@ class Operation:
                 leaf = (sizes or {}).get(leaf, leaf)
             elif isinstance(leaf, torch.dtype) and leaf.is_floating_point:
                 leaf = torch.float64
+            elif isinstance(leaf, torch.device):
+                leaf = torch.device("cpu")
             leaves.append(leaf)
         args, kwargs = tree_unflatten(leaves, self.spec)
         returned = self.function(*args, **kwargs)
