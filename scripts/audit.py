@@ -43,8 +43,8 @@ def audit(model: nn.Module, inputs: Mapping[str, Any], normmap: NormMap) -> list
     - the spec's formula on the module's real inputs gives its real output;
     - torch's own norms are sites of their kind, with torch's eps, gain, bias and axes;
     - eps is the module's own where it has one;
-    - every module without children whose class is called a norm is a site, or a note names it, or it is an affine map
-      or acts on parameters alone.
+    - every module without children whose class is called a norm is a site, or a note names it, or it is an affine
+      map, gives out another shape than it takes, or acts on parameters alone.
     """
     found: list[str] = []
     lift = LiftFloat32() if all(p.dtype != torch.float32 for p in model.parameters()) else nullcontext()
@@ -187,7 +187,7 @@ def _by_running_statistics(module: nn.Module, spec: NormSpec, x: torch.Tensor) -
 
 
 def _explained(module: nn.Module, path: str, calls: list, normmap: NormMap) -> bool:
-    """No norm in spite of its name (an affine map), or one that the map's notes tell of."""
+    """No norm in spite of its name (an affine map, a divisor alone), or one that the map's notes tell of."""
     if any(note.startswith(f"{path} ") for note in normmap.notes) or path in normmap.loose:
         return True
     if isinstance(module, tuple(KINDS)):
@@ -200,4 +200,6 @@ def _explained(module: nn.Module, path: str, calls: list, normmap: NormMap) -> b
             at = [module(factor * x, *others) for factor in (0, 1, 2)]
         except (RuntimeError, TypeError, AttributeError):
             return False
+    if torch.is_tensor(at[0]) and at[0].shape != x.shape:
+        return True
     return torch.is_tensor(at[0]) and torch.allclose(at[2] - at[1], at[1] - at[0], rtol=1e-9, atol=1e-12)

@@ -70,9 +70,11 @@ def examine(model_type: str, disk: str | None = None) -> dict[str, Any]:
         return record | {"status": "missing", "why": _short(error)}
     record |= {"class": type(model).__name__}
     try:
-        outputs_of(model, inputs, False, "A")
+        outputs = outputs_of(model, inputs, False, "A")
     except ObserveError as error:
         return record | {"status": "missing", "why": f"it cannot be run: {error}"}
+    if not any(value.isfinite().any() for value in outputs.values()):
+        return record | {"status": "missing", "why": "nothing that it gives out is finite"}
     record["seconds"]["build"] = time.perf_counter() - start
     record |= examine_model(model, inputs, record["seconds"])
     if disk is not None and record["status"] == "inspected":
