@@ -311,6 +311,26 @@ class ReadTwice(Net):
         return x + self.first.down(F.gelu(self.first.up(torch.tanh(self.first.norm(x)))))
 
 
+class ReadsInput(Net):
+    """A reader that also reads what the caller gives (the encoder's states, in merged attention), which has no gain."""
+
+    def between(self, x, mask):
+        return x + self.first.down(F.gelu(self.first.up(mask)))
+
+
+def test_a_reader_of_an_input_of_the_model_takes_no_gain():
+    model, observed = ready(ReadsInput()), dict(ids=ids(3, 5), mask=torch.randn(3, 5, WIDTH, dtype=torch.float64))
+    error = check_refused(model, ["first.up.weight", "other values too"], observed, norm=None, fold=True)
+    assert set(dict(error.refusals)) == {"first.norm"}
+    check_exact(model, observed, [observed], norm=None, fold=True, partial=True)
+
+
+def test_a_result_that_a_module_keeps_is_no_obstacle():
+    model = ready(Net())
+    model.kept = model(ids(3, 5))  # not a leaf of its graph: such a tensor cannot be copied
+    assert len(normswap.inspect(model, inputs=dict(ids=ids(3, 5))).sites) == 3
+
+
 class MaskedRead(Net):
     """Between norm and reader a mask: the gain passes, the bias does not."""
 

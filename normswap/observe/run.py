@@ -94,6 +94,8 @@ def meta_twin(model: nn.Module) -> nn.Module:
     for b in model.buffers():
         if b.is_floating_point():
             memo[id(b)] = torch.empty_like(b, device=META, dtype=torch.float32)
+    for module in model.modules():  # results of an earlier pass that modules keep
+        memo |= {id(t): t.detach() for t in tensors_in(vars(module)) if not t.is_leaf}
     twin = copy.deepcopy(model, memo).eval()
     make_eager(twin)
     return twin

@@ -5,6 +5,7 @@ One pass over a trace, in execution order.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from normswap.norms.spec import NormSpec
@@ -87,7 +88,8 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
                     entering.setdefault(norm, []).append((position, dim))
         parameters = [(i, dim) for i, v in enumerate(op.inputs) for dim in _dims(trace, v) if (v, dim) in derived]
         names = set().union(*(made_of.get(v, set()) for v in floats))
-        if floats and all(v in made_of for v in floats):  # parameters being rearranged before use
+        alone = not any(trace.values[v].kind == "constant" and _many(trace, v) for v in op.inputs)
+        if floats and alone and all(v in made_of for v in floats):  # parameters being rearranged before use
             for v in op.outputs:
                 made_of[v] = names
             for axis in parameters:
@@ -136,6 +138,11 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
         for name in names - read:
             result.uses.setdefault((name, op.module), set()).add("")
     return result
+
+
+def _many(trace: Trace, v: int) -> bool:
+    """Whether `v` is floating and more than one number: something that a weight may read."""
+    return trace.values[v].is_float and math.prod(trace.values[v].shape) > 1
 
 
 def _dims(trace: Trace, v: int) -> range:

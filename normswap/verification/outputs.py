@@ -37,6 +37,7 @@ class OutputMetrics(Record):
     mismatched: int = 0
 
 
+@torch.no_grad()
 def outputs_of(model: nn.Module, inputs: Inputs, lifted: bool, name: str) -> Outputs:
     """Every floating output of `model`, in order, by name; what is kept for generation (caches) is left out.
 
