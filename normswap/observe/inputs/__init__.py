@@ -7,8 +7,6 @@ is taken. How many placeholder tokens a picture or a sound needs is counted on t
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +14,16 @@ import torch
 from transformers import PreTrainedModel
 
 from normswap.errors import ObserveError
+from normswap.observe.inputs.guesses import guesses
 from normswap.observe.inputs.media import Medium, media_of
 from normswap.observe.inputs.needs import Needs, takes_one_row
-from normswap.observe.inputs.others import other_parts
+from normswap.observe.inputs.series import series_parts
 from normswap.observe.inputs.text import text_parts, with_placeholders
 from normswap.observe.inputs.trial import Trial
 
 __all__ = ["example_inputs", "takes_one_row"]
 
 Inputs = dict[str, Any]
-#: how many combinations of choices are tried before the one that got furthest is taken
-_TRIALS = 40
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
@@ -48,23 +45,26 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
     trial = Trial(model)
     media = [_Choices.of(medium, needs, trial) for medium in media_of(needs)]
     parts = _parts(needs, media)
-    missing = sorted(needs.required - {name for choices in parts for choice in choices for name in choice})
+    made = _names(parts)
+    missing = sorted(needs.required - made)
     if missing:
         raise ObserveError(
             f"{type(model).__name__} needs {', '.join(missing)}, and neither its signature nor its configuration tells "
             f"what that is. Pass `inputs`, keyword arguments of its forward for one small batch, to the library call."
         )
-    combined = list(itertools.islice(_combinations(parts), _TRIALS))
-    if not combined or not combined[0]:
+    if not made:
         raise ObserveError(
             f"{type(model).__name__} takes {', '.join(sorted(needs.taken)) or 'nothing'}, none of which this can make. "
             f"Pass `inputs` with a batch of your own to the library call."
         )
-    for left_out in media if len(media) > 1 else []:  # some take one kind at a time
-        fewer = _parts(needs, [m for m in media if m is not left_out])
-        combined += itertools.islice(_combinations(fewer), 4)
-    chosen = combined[0] if len(combined) == 1 else trial.first_that_runs(combined)
-    return needs.drawn(trial.with_what_reaches_more(chosen, needs.optional())) | needs.switches()
+    extras = [choices for name in needs.optional(made) if (choices := guesses(needs, name))]
+    if all(len(choices) == 1 for choices in parts) and not extras:  # nothing to choose
+        return needs.drawn({k: v for choices in parts for k, v in choices[0].items()}) | needs.switches()
+    best = trial.fit(parts)
+    for left_out in media if len(media) > 1 and not best.ran else []:  # some take one kind at a time
+        fewer = trial.fit(_parts(needs, [m for m in media if m is not left_out]))
+        best = max(best, fewer, key=lambda attempt: attempt.distance)
+    return needs.drawn(trial.extend(best, extras).inputs) | needs.switches()
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class _Choices:
 
     @classmethod
     def of(cls, medium: Medium, needs: Needs, trial: Trial) -> _Choices:
-        found = trial.features(medium.method, medium.choices) if medium.method else None
+        text = text_parts(needs)[0][0] if medium.methods else {}
+        found = trial.features(medium.methods, medium.choices, text)
         if found is None:
             return cls(medium.kind, medium.choices, None)
         others = [choice for choice in medium.choices if choice is not found[0]]
@@ -90,14 +91,13 @@ def _parts(needs: Needs, media: list[_Choices]) -> list[list[Inputs]]:
     if "input_ids" in needs.taken:
         counted = {m.kind: m.features for m in media if m.features}
         if counted:
-            texts[0] = [with_placeholders(needs, choice, counted) for choice in texts[0]]
+            texts[0] = [*(with_placeholders(needs, choice, counted) for choice in texts[0]), texts[0][0]]
         elif media:  # models that count for themselves have one token for each picture or sound
             texts[0] += [with_placeholders(needs, texts[0][0], {m.kind: needs.batch for m in media})]
-    parts = [*texts, *(m.choices for m in media)]
-    made = {name for choices in parts for choice in choices for name in choice}
-    return [*parts, *other_parts(needs, made)]
+    parts = [*texts, *(m.choices for m in media), *series_parts(needs)]
+    missing = sorted(needs.required - _names(parts))
+    return [*parts, *(choices for name in missing if (choices := guesses(needs, name)))]
 
 
-def _combinations(parts: list[list[Inputs]]) -> Iterator[Inputs]:
-    for choice in itertools.product(*parts):
-        yield {name: value for part in choice for name, value in part.items()}
+def _names(parts: list[list[Inputs]]) -> set[str]:
+    return {name for choices in parts for choice in choices for name in choice}

@@ -56,13 +56,16 @@ def _with_companions(needs: Needs, name: str, ids: torch.Tensor) -> Inputs:
         inputs["bbox"] = torch.stack([corner, corner, corner + 3, corner + 2], -1)
     if "mm_token_type_ids" in needs.taken:
         inputs["mm_token_type_ids"] = torch.zeros_like(ids)
+    if {"image_attention_mask", "pixel_values"} <= needs.taken:  # which text sees which picture
+        inputs["image_attention_mask"] = torch.ones(*ids.shape[:2], 1, dtype=torch.long)
     return inputs
 
 
 def with_placeholders(needs: Needs, text: Inputs, tokens: dict[str, int]) -> Inputs:
     """`text` with, in each row, as many of each kind's token as there are features of it.
 
-    Kinds for which the configuration names no token enter the model by another way.
+    Kinds for which the configuration names no token enter the model by another way: by a mask of their places, or not
+    through the text at all.
     """
     ids = text["input_ids"]
     if ids.ndim != 2:
@@ -70,6 +73,8 @@ def with_placeholders(needs: Needs, text: Inputs, tokens: dict[str, int]) -> Inp
     pieces, types = [ids[:, :2]], [torch.zeros_like(ids[:, :2])]
     for kind, count in tokens.items():
         token = needs.stated(*(f"{kind}_token_{end}" for end in ("id", "index")), f"{kind}_token")
+        if type(token) is not int and f"{kind}_embeds_position_mask" in needs.taken:
+            token = int(ids[0, 0])
         if type(token) is not int or count % len(ids):
             continue
         block = [token] * (count // len(ids))
@@ -82,7 +87,10 @@ def with_placeholders(needs: Needs, text: Inputs, tokens: dict[str, int]) -> Inp
     types.append(torch.zeros_like(ids[:, 2:]))
     filled = torch.cat(pieces, 1)
     made = {"input_ids": filled, "attention_mask": torch.ones_like(filled), "mm_token_type_ids": torch.cat(types, 1)}
-    return text | {name: value for name, value in made.items() if name in text}
+    filled_in = text | {name: value for name, value in made.items() if name in text}
+    if "image_embeds_position_mask" in needs.taken:
+        filled_in["image_embeds_position_mask"] = (made["mm_token_type_ids"] == _TYPES["image"]).long()
+    return filled_in
 
 
 def _marker(needs: Needs, kind: str, which: str) -> list[int]:
