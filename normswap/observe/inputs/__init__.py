@@ -18,7 +18,7 @@ from normswap.observe.inputs.guesses import guesses
 from normswap.observe.inputs.media import Medium, media_of
 from normswap.observe.inputs.needs import Needs, takes_one_row
 from normswap.observe.inputs.series import series_parts
-from normswap.observe.inputs.text import text_parts, with_placeholders
+from normswap.observe.inputs.text import has_places, text_parts, with_placeholders
 from normswap.observe.inputs.trial import Trial
 
 __all__ = ["example_inputs", "takes_one_row"]
@@ -64,7 +64,12 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
     for left_out in media if len(media) > 1 and not best.ran else []:  # some take one kind at a time
         fewer = trial.fit(_parts(needs, [m for m in media if m is not left_out]))
         best = max(best, fewer, key=lambda attempt: attempt.distance)
-    return needs.drawn(trial.extend(best, extras).inputs) | needs.switches()
+    if not best.ran and extras:  # an argument may be needed although it has a default
+        both = trial.fit([*([{}, *choices] for choices in extras), *parts])
+        best = max(best, both, key=lambda attempt: attempt.distance)
+    if best.ran:
+        best = trial.extend(best, [choices for choices in extras if not choices[0].keys() & best.inputs.keys()])
+    return needs.drawn(best.inputs) | needs.switches()
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,9 @@ class _Choices:
 
     @classmethod
     def of(cls, medium: Medium, needs: Needs, trial: Trial) -> _Choices:
-        text = text_parts(needs)[0][0] if medium.methods else {}
-        found = trial.features(medium.methods, medium.choices, text)
+        if not medium.methods and not has_places(needs, medium.kind):
+            return cls(medium.kind, medium.choices, None)
+        found = trial.features(medium.methods, medium.choices, text_parts(needs)[0][0])
         if found is None:
             return cls(medium.kind, medium.choices, None)
         others = [choice for choice in medium.choices if choice is not found[0]]
@@ -91,7 +97,7 @@ def _parts(needs: Needs, media: list[_Choices]) -> list[list[Inputs]]:
     if "input_ids" in needs.taken:
         counted = {m.kind: m.features for m in media if m.features}
         if counted:
-            texts[0] = [*(with_placeholders(needs, choice, counted) for choice in texts[0]), texts[0][0]]
+            texts[0] = [with_placeholders(needs, choice, counted) for choice in texts[0]]
         elif media:  # models that count for themselves have one token for each picture or sound
             texts[0] += [with_placeholders(needs, texts[0][0], {m.kind: needs.batch for m in media})]
     parts = [*texts, *(m.choices for m in media), *series_parts(needs)]

@@ -14,6 +14,10 @@ Inputs = dict[str, Any]
 _IDS = ("ids", "code", "codes", "marks", "options")
 #: words for where something stands, or how far it is: numbers within 0 .. 1
 _FRACTIONS = ("step", "timestep", "pos", "boxes")
+#: words for what another part of a model computes
+_STATES = ("states", "state", "embeds", "embeddings", "embedding", "features", "feats", "latents", "hidden", "vector")
+#: words for heights and widths, as many places as a guessed state has
+_SIZES = ("shapes", "sizes")
 
 
 def guesses(needs: Needs, name: str) -> list[Inputs]:
@@ -28,13 +32,16 @@ def _values(needs: Needs, name: str, word: str) -> Iterator[Any]:
     batch, length = needs.batch, needs.length
     if word == "mask":
         yield torch.ones(batch, length, dtype=torch.bool if "Bool" in annotation else torch.long)
-    elif word in _IDS or "Long" in annotation and word not in ("state", "states"):
+    elif word in _IDS or "Long" in annotation and word not in ("state", "states", *_SIZES):
         yield from (needs.ids(batch, length), needs.ids(batch))
     elif word in _FRACTIONS:
         yield from (torch.full((batch,), 0.5), torch.full((batch, length), 0.5))
+    elif word in _SIZES:
+        yield torch.tensor([[1, length]] * batch)
+        yield torch.tensor([[1, length]])
     elif annotation.startswith("list["):
         yield from ([value] for value in _maps(needs))
-    elif "Tensor" in annotation or name in needs.required:
+    elif word in _STATES or name in needs.required:
         yield from _states(needs)
         yield from _maps(needs)
 

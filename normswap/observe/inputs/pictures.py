@@ -90,7 +90,7 @@ def _listed(needs: Needs, patch: _Patch, name: str, table: str, frames: int) -> 
     """Patches of all pictures in one list, with a table of how many there are of each in time, height and width.
 
     A patch is flat, with its frames or without, or has its axes; the list may have an axis of batches, of one or all;
-    its entries may be blocks of merged patches with the channels last.
+    its entries, and those of the table, may be blocks of merged patches with the channels last.
     """
     merge = patch.merge
     for grid in _grids(merge, frames):
@@ -106,6 +106,7 @@ def _listed(needs: Needs, patch: _Patch, name: str, table: str, frames: int) -> 
             (needs.batch, each, patch.frames * patch.area),
             (1, count, patch.channels, patch.tall, patch.broad),
             (count // merge**2, merge * patch.tall, merge * patch.broad, patch.channels),
+            (count, merge * patch.tall, merge * patch.broad, patch.channels),
         ):
             yield {name: needs.randn(*shape), **beside}
 

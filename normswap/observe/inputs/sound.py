@@ -73,7 +73,11 @@ def _beside(needs: Needs, time: int) -> Inputs:
     """Masks that let all of `time` through, and lengths."""
     names = _MASKS if "input_ids" in needs.taken else (*_MASKS, "attention_mask")
     mask = torch.ones(needs.batch, time, dtype=torch.long)
-    extra: Inputs = {name: mask.bool() if name == "mask" else mask for name in names if name in needs.taken}
+    extra: Inputs = {
+        name: mask.bool() if "Bool" in needs.annotations[name] or name == "mask" else mask
+        for name in names
+        if name in needs.taken
+    }
     if "audio_feature_lengths" in needs.taken:
         extra["audio_feature_lengths"] = torch.full((needs.batch,), time)
     if "chunk_sample_lengths" in needs.taken:

@@ -72,10 +72,10 @@ def with_placeholders(needs: Needs, text: Inputs, tokens: dict[str, int]) -> Inp
         return text
     pieces, types = [ids[:, :2]], [torch.zeros_like(ids[:, :2])]
     for kind, count in tokens.items():
-        token = needs.stated(*(f"{kind}_token_{end}" for end in ("id", "index")), f"{kind}_token")
-        if type(token) is not int and f"{kind}_embeds_position_mask" in needs.taken:
-            token = int(ids[0, 0])
-        if type(token) is not int or count % len(ids):
+        token = _token(needs, kind)
+        if token is None and _places(kind) in needs.taken:
+            token = int(ids[0, 0])  # the mask says where, any id will do
+        if token is None or count % len(ids):
             continue
         block = [token] * (count // len(ids))
         start, end = (_marker(needs, kind, which) for which in ("start", "end"))
@@ -88,9 +88,24 @@ def with_placeholders(needs: Needs, text: Inputs, tokens: dict[str, int]) -> Inp
     filled = torch.cat(pieces, 1)
     made = {"input_ids": filled, "attention_mask": torch.ones_like(filled), "mm_token_type_ids": torch.cat(types, 1)}
     filled_in = text | {name: value for name, value in made.items() if name in text}
-    if "image_embeds_position_mask" in needs.taken:
-        filled_in["image_embeds_position_mask"] = (made["mm_token_type_ids"] == _TYPES["image"]).long()
+    if _places("image") in needs.taken:
+        filled_in[_places("image")] = (made["mm_token_type_ids"] == _TYPES["image"]).long()
     return filled_in
+
+
+def has_places(needs: Needs, kind: str) -> bool:
+    """Whether features of this kind take the place of some of the text."""
+    return "input_ids" in needs.taken and (_token(needs, kind) is not None or _places(kind) in needs.taken)
+
+
+def _places(kind: str) -> str:
+    """The argument that masks the places of features where no token does."""
+    return f"{kind}_embeds_position_mask"
+
+
+def _token(needs: Needs, kind: str) -> int | None:
+    token = needs.stated(*(f"{kind}_token_{end}" for end in ("id", "index")), f"{kind}_token")
+    return token if type(token) is int else None
 
 
 def _marker(needs: Needs, kind: str, which: str) -> list[int]:

@@ -84,7 +84,7 @@ class Trial:
         return best
 
     def extend(self, attempt: Attempt, extras: Sequence[Sequence[Inputs]]) -> Attempt:
-        """`attempt` with those of `extras` that make it run to the end, or more modules run: one alone, or two.
+        """`attempt`, which ran, with those of `extras` that make more modules run: one alone, or two.
 
         Args:
             extras: for each further argument, ways to make it.
@@ -96,12 +96,10 @@ class Trial:
             for one, other in itertools.product(first[:4], second[:4])
         ]
         for extra in [*alone, *pairs][:_TRIALS]:
-            if attempt.ran and not self._idle(attempt):
+            if not self._idle(attempt):
                 break
-            if extra.keys() & attempt.inputs.keys():
-                continue
             more = self.attempt({**attempt.inputs, **extra})
-            if more.ran and more.reached > attempt.reached or not attempt.ran and more.distance > attempt.distance:
+            if more.ran and more.reached > attempt.reached:
                 attempt = more
         return attempt
 
@@ -119,7 +117,7 @@ class Trial:
                 count = _rows(_features_in(self.attempt(known, method).output))
                 if count:
                     return inputs, count
-        attempts = [(inputs, self.attempt({**text, **inputs})) for inputs in candidates[:_TRIALS] if methods]
+        attempts = [(inputs, self.attempt({**text, **inputs})) for inputs in candidates[:_TRIALS]]
         inputs, furthest = max(attempts, key=lambda pair: pair[1].distance, default=({}, None))
         if furthest is None or furthest.ran:
             return None
