@@ -27,15 +27,17 @@ def sounds(needs: Needs, config: PretrainedConfig, name: str) -> Iterator[Inputs
     """Sound for the argument `name`, with its masks and lengths."""
     stated = (needs.stated(key, within=config) for key in _BINS)
     bins = list(dict.fromkeys(n for n in stated if type(n) is int))[:3] or [128, 80]
+    bins += [4 * bins[0]]  # four frames stacked
     if "feature_lens" in needs.taken:
         yield from _in_one_row(needs, config, name, bins)
     waves = [(shape, n) for n in _SAMPLES for shape in _waves(needs, config, n)]
     spectra = [(shape, n) for n in _lengths(needs, config) for width in bins for shape in _spectra(needs, n, width)]
-    for shape, time in spectra if "values" not in name else waves + spectra:
-        yield {name: needs.randn(*shape), **_beside(needs, time)}
-    if "values" not in name:
-        for shape, time in waves:
-            yield {name: needs.randn(*shape), **_beside(needs, time)}
+    for shape, time in waves + spectra if "values" in name else spectra + waves:
+        beside = _beside(needs, time)
+        yield {name: needs.randn(*shape), **beside}
+        bare = {key: value for key, value in beside.items() if key in needs.required}
+        if bare.keys() != beside.keys():  # some take their mask in the form that attention takes it
+            yield {name: needs.randn(*shape), **bare}
 
 
 def _lengths(needs: Needs, config: PretrainedConfig) -> list[int]:

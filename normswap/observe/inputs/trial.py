@@ -19,7 +19,7 @@ from normswap.observe.trace import Trace
 
 Inputs = dict[str, Any]
 #: how many trials a search may make
-_TRIALS = 60
+_TRIALS = 120
 #: more features than any small input makes
 _MOST_ROWS = 10_000
 
