@@ -7,6 +7,7 @@ is taken. How many placeholder tokens a picture or a sound needs is counted on t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from normswap.observe.inputs.media import Medium, media_of
 from normswap.observe.inputs.needs import Needs, takes_one_row
 from normswap.observe.inputs.series import series_parts
 from normswap.observe.inputs.text import has_places, text_parts, with_placeholders
-from normswap.observe.inputs.trial import Trial
+from normswap.observe.inputs.trial import Attempt, Trial
 
 __all__ = ["example_inputs", "takes_one_row"]
 
@@ -61,9 +62,8 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
     if all(len(choices) == 1 for choices in parts) and not extras:  # nothing to choose
         return needs.drawn({k: v for choices in parts for k, v in choices[0].items()}) | needs.switches()
     best = trial.fit(parts)
-    for left_out in media if len(media) > 1 and not best.ran else []:  # some take one kind at a time
-        fewer = trial.fit(_parts(needs, [m for m in media if m is not left_out]))
-        best = max(best, fewer, key=lambda attempt: attempt.distance)
+    if not best.ran and media:
+        best = max([best, *_one_at_a_time(needs, media, trial)], key=lambda a: (a.ran, len(a.reached), a.distance))
     if not best.ran and extras:  # an argument may be needed although it has a default
         both = trial.fit([*([{}, *choices] for choices in extras), *parts])
         best = max(best, both, key=lambda attempt: attempt.distance)
@@ -89,6 +89,15 @@ class _Choices:
             return cls(medium.kind, medium.choices, None)
         others = [choice for choice in medium.choices if choice is not found[0]]
         return cls(medium.kind, [found[0], *others[:6]], found[1])
+
+
+def _one_at_a_time(needs: Needs, media: list[_Choices], trial: Trial) -> Iterator[Attempt]:
+    """Attempts for models that take one kind of input at a time: without one of the media, or without the text."""
+    for left_out in media if len(media) > 1 else []:
+        yield trial.fit(_parts(needs, [medium for medium in media if medium is not left_out]))
+    if "input_ids" in needs.taken - needs.required:
+        parts = _parts(needs, media)
+        yield trial.fit([choices for choices in parts if "input_ids" not in choices[0]])
 
 
 def _parts(needs: Needs, media: list[_Choices]) -> list[list[Inputs]]:

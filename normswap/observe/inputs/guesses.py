@@ -12,8 +12,8 @@ from normswap.observe.inputs.needs import Needs, widths
 
 Inputs = dict[str, Any]
 _IDS = ("ids", "code", "codes", "marks", "options")
-#: words for where something stands, or how far it is: numbers within 0 .. 1
-_FRACTIONS = ("step", "timestep", "pos", "boxes")
+#: words for how far something is: numbers within 0 .. 1
+_FRACTIONS = ("step", "timestep")
 #: words for what another part of a model computes
 _STATES = ("states", "state", "embeds", "embeddings", "embedding", "features", "feats", "latents", "hidden", "vector")
 #: words for heights and widths, as many places as a guessed state has

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from normswap.observe.inputs.needs import Needs
+from normswap.observe.inputs.needs import Needs, widths
 
 Inputs = dict[str, Any]
 #: sides tried where none is stated: two that differ, then squares for models that want them
@@ -61,6 +61,8 @@ def pictures(needs: Needs, config: PretrainedConfig, name: str) -> Iterator[Inpu
         count = (side[0] // patch.tall) * (side[1] // patch.broad)
         yield {name: needs.randn(needs.batch, count, patch.area)}
         yield {name: needs.randn(needs.batch * count, patch.area)}
+    if name == "hidden_states":  # what another part of the model made of the pixels
+        yield from ({name: needs.randn(needs.batch, needs.length, width)} for width in widths(config))
 
 
 def videos(needs: Needs, config: PretrainedConfig) -> Iterator[Inputs]:

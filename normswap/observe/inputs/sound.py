@@ -18,7 +18,7 @@ _SAMPLES = (3200, 16000, 48000)
 _FRAMES = (64, 96, 128, 256, 400)
 _BINS = (
     "num_mel_bins feature_size input_feat_per_channel mel_dim n_mels input_dim input_size input_feat_size "
-    "feature_projection_input_dim num_chroma"
+    "feature_projection_input_dim num_chroma d_model"
 ).split()
 _MASKS = ("input_features_mask", "feature_attention_mask", "input_values_mask", "audio_mel_mask", "mask")
 

@@ -19,7 +19,11 @@ def text_parts(needs: Needs) -> list[list[Inputs]]:
     main = needs.model.main_input_name
     ids = "input_ids" if "input_ids" in needs.taken else main if main == "inputs" and main in needs.taken else None
     if ids:
-        parts.append([_with_companions(needs, ids, choice) for choice in _ids(needs, needs.length)])
+        choices = [_with_companions(needs, ids, choice) for choice in _ids(needs, needs.length)]
+        if {"image_attention_mask", "pixel_values"} <= needs.taken:  # which text sees which picture
+            seen = torch.ones(needs.batch, needs.length, 1, dtype=torch.long)
+            choices += [{**choices[0], "image_attention_mask": seen}]
+        parts.append(choices)
     if "decoder_input_ids" in needs.taken:
         parts.append([{"decoder_input_ids": choice} for choice in _ids(needs, needs.target)])
     for name in sorted(needs.taken):
@@ -56,8 +60,6 @@ def _with_companions(needs: Needs, name: str, ids: torch.Tensor) -> Inputs:
         inputs["bbox"] = torch.stack([corner, corner, corner + 3, corner + 2], -1)
     if "mm_token_type_ids" in needs.taken:
         inputs["mm_token_type_ids"] = torch.zeros_like(ids)
-    if {"image_attention_mask", "pixel_values"} <= needs.taken:  # which text sees which picture
-        inputs["image_attention_mask"] = torch.ones(*ids.shape[:2], 1, dtype=torch.long)
     return inputs
 
 
