@@ -18,8 +18,10 @@ from normswap.observe.run import meta_twin
 from normswap.observe.trace import Trace
 
 Inputs = dict[str, Any]
-#: how many trials a search may make
-_TRIALS = 120
+#: how many trials one model may have
+_TRIALS = 200
+#: how many forms of one medium are tried alone
+_OF_ONE = 40
 #: more features than any small input makes
 _MOST_ROWS = 10_000
 
@@ -51,6 +53,7 @@ class Trial:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.left = _TRIALS
         self._twin: PreTrainedModel | None = None
 
     @property
@@ -66,16 +69,14 @@ class Trial:
         """
         chosen = [choices[0] for choices in parts]
         best = self.attempt(_union(chosen))
-        left = _TRIALS
         for _ in range(3):
             before = best
             for place, choices in enumerate(parts):
                 for choice in choices:
-                    if best.ran or not left:
+                    if best.ran or self.left <= 0:
                         return best
                     if choice is chosen[place]:
                         continue
-                    left -= 1
                     attempt = self.attempt(_union([*chosen[:place], choice, *chosen[place + 1 :]]))
                     if attempt.distance > best.distance:
                         best, chosen[place] = attempt, choice
@@ -95,8 +96,8 @@ class Trial:
             for first, second in itertools.combinations(extras, 2)
             for one, other in itertools.product(first[:4], second[:4])
         ]
-        for extra in [*alone, *pairs][:_TRIALS]:
-            if not self._idle(attempt):
+        for extra in [*alone, *pairs]:
+            if self.left <= 0 or not self._idle(attempt):
                 break
             more = self.attempt({**attempt.inputs, **extra})
             if more.ran and more.reached > attempt.reached:
@@ -112,12 +113,12 @@ class Trial:
         for method in methods:
             signature = inspect.signature(operator.attrgetter(method)(self.model)).parameters
             named = {p.name for p in signature.values() if p.kind is p.POSITIONAL_OR_KEYWORD}
-            for inputs in candidates:
+            for inputs in candidates[:_OF_ONE]:
                 known = {k: v for k, v in inputs.items() if k in named} if named else inputs
                 count = _rows(_features_in(self.attempt(known, method).output))
                 if count:
                     return inputs, count
-        attempts = [(inputs, self.attempt({**text, **inputs})) for inputs in candidates[:_TRIALS]]
+        attempts = [(inputs, self.attempt({**text, **inputs})) for inputs in candidates[:_OF_ONE]]
         inputs, furthest = max(attempts, key=lambda pair: pair[1].distance, default=({}, None))
         if furthest is None or furthest.ran:
             return None
@@ -126,6 +127,7 @@ class Trial:
 
     def attempt(self, inputs: Inputs, method: str | None = None) -> Attempt:
         """Run the forward, or `method`, once."""
+        self.left -= 1
         recorder = Recorder(self.twin, inputs, "ends")
         function = self.twin if method is None else operator.attrgetter(method)(self.twin)
         try:
