@@ -122,7 +122,7 @@ class Trial:
         inputs, furthest = max(attempts, key=lambda pair: pair[1].distance, default=({}, None))
         if furthest is None or furthest.ran:
             return None
-        count = _last_rows(furthest.trace)
+        count = _last_rows(furthest.trace, text["input_ids"].numel())
         return (inputs, count) if 0 < count < _MOST_ROWS else None
 
     def attempt(self, inputs: Inputs, method: str | None = None) -> Attempt:
@@ -159,10 +159,11 @@ def _rows(tensors: Sequence[torch.Tensor]) -> int:
     return sum(t.numel() // t.shape[-1] for t in tensors if t.ndim and t.numel())
 
 
-def _last_rows(trace: Trace) -> int:
-    """Rows of what the last module that ran to its end gave out, the outermost of several."""
+def _last_rows(trace: Trace, of_text: int) -> int:
+    """Rows of what the last module that ran to its end gave out, the outermost of several, the text aside."""
     ended = [call for call in trace.calls if call.end and call.outputs]
-    if not ended:
-        return 0
-    last = max(ended, key=lambda call: (call.end, -call.start))
-    return prod(trace.values[last.outputs[0]].shape[:-1])
+    for call in sorted(ended, key=lambda call: (-call.end, call.start)):
+        rows = prod(trace.values[call.outputs[0]].shape[:-1])
+        if rows != of_text:
+            return rows
+    return 0
