@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 from zoo import build
 
 from normswap.errors import ObserveError
@@ -24,6 +25,14 @@ KINDS = {
     "patchtst": {"past_values"},
     "time_series_transformer": {"past_values", "past_time_features", "future_values"},
     "layoutlm": {"input_ids", "bbox"},
+    "inkling2_vision": {"pixel_values", "image_grid_thw"},  # blocks of merged patches
+    "mllama_text_model": {"cross_attention_states"},  # optional, but parts of it do not run otherwise
+    "instructblip_qformer": {"query_embeds", "encoder_hidden_states"},  # two that only help together
+    "moshi_depth": {"input_ids", "last_hidden_state"},  # has a default, and is needed
+    "sam3_detr_encoder": {"vision_features", "vision_pos_embeds", "text_features"},  # lists of maps
+    "pop2piano": {"input_features", "decoder_input_ids"},  # takes text or sound, not both
+    "musicflamingo": {"input_ids", "input_features"},  # its features cannot be made without the placeholders
+    "qwen2_audio_encoder": {"input_features"},  # its mask has the form that attention takes
 }
 
 
@@ -36,7 +45,7 @@ def test_every_part_of_the_model_runs(model_type):
     for path, module in model.named_modules():
         module.register_forward_hook(lambda *_, path=path: ran.add(path))
     with torch.no_grad():
-        model(**{k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()})
+        model(**tree_map(lambda v: v.double() if torch.is_tensor(v) and v.is_floating_point() else v, inputs))
     norms = {path for path, module in model.named_modules() if "norm" in type(module).__name__.lower()}
     assert norms and norms <= ran
 
@@ -74,7 +83,9 @@ def test_verification_draws_other_pixels_and_keeps_the_placeholders():
     batches, shape, _ = evaluation_inputs(model, None, None, 64)
     example = example_inputs(model)
     assert len(batches) > 1 and shape[0] == len(batches) * len(example["pixel_values"])
-    assert all(torch.equal(batch["input_ids"], example["input_ids"]) for batch in batches)
+    token = model.config.image_token_id
+    places = example["input_ids"] == token
+    assert places.any() and all(torch.equal(batch["input_ids"] == token, places) for batch in batches)
     assert not torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
 
 

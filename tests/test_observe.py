@@ -473,3 +473,25 @@ def test_distributions_are_not_asked_for_values_that_are_not_there():
     assert len(trace.operations) > 3
     with pytest.raises(ValueError):  # outside, they are asked as ever
         torch.distributions.Categorical(logits=torch.full((2,), torch.nan))
+
+
+def test_writes_through_a_known_mask_are_counted_as_on_real_tensors():
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+
+    def scatter(self, y, rows):
+        return torch.zeros(2, 3, WIDTH).masked_scatter(mask[..., None], y.flatten(0, 1)[:rows])
+
+    def assign(self, y, rows):
+        target = torch.zeros_like(y)
+        target[mask] = y.flatten(0, 1)[:rows]
+        return target
+
+    for write in (scatter, assign):
+        assert seen(lambda self, y, write=write: write(self, y, 3)).outputs
+        with pytest.raises(ObserveError, match="places|expanded size|size of tensor"):
+            seen(lambda self, y, write=write: write(self, y, 2))
+
+
+def test_sizes_that_were_not_guessed_are_not_mended():
+    with pytest.raises(ObserveError, match="split"):
+        seen(lambda self, y: torch.cat(y.split([2, 3], dim=-1), -1))

@@ -127,6 +127,23 @@ def whole_parts(name: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return (args[0], [whole // parts + (i < whole % parts) for i in range(parts)], *args[2:]), kwargs
 
 
+def check_counts(name: str, args: tuple) -> None:
+    """Refuse a write through a known mask of more or fewer values than it has places: the meta device does not look.
+
+    Raises:
+        RuntimeError: as the same call would on tensors with values.
+    """
+    if name == "masked_scatter" and not args[1].is_meta:
+        places, given = int(args[1].expand(args[0].shape).sum()), args[2].numel()
+        if given < places:
+            raise RuntimeError(f"masked_scatter of {given} values into {places} places")
+    if name == "__setitem__" and isinstance(args[1], torch.Tensor) and isinstance(args[2], torch.Tensor):
+        target, mask, given = args
+        if mask.dtype == torch.bool and not mask.is_meta:
+            places = torch.Size((int(mask.sum()), *target.shape[mask.ndim :]))
+            torch.broadcast_to(given.to(META), places)
+
+
 PLACEHOLDERS = {
     "item": _zero,
     "__bool__": lambda tensor: False,

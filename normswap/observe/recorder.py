@@ -20,6 +20,7 @@ from normswap.observe.placeholders import (
     META,
     PLACEHOLDERS,
     Hits,
+    check_counts,
     likeness,
     off_meta,
     on_meta,
@@ -153,7 +154,9 @@ class Recorder(TorchFunctionMode):
     # -- calls -------------------------------------------------------------------------------------------------
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        args, kwargs = whole_parts(getattr(function, "__name__", ""), args, kwargs or {})
+        kwargs = kwargs or {}
+        if self.trace.notes:  # sizes may stem from values that were not there
+            args, kwargs = whole_parts(getattr(function, "__name__", ""), args, kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
@@ -220,6 +223,7 @@ class Recorder(TorchFunctionMode):
             args, kwargs = tree_map(likeness, (args, kwargs))
             return function(*args, **kwargs), self.trace.values[self.ids[id(args[0])]].kind == "constant"
         result = NotImplemented
+        check_counts(name, args)
         if name in PLACEHOLDERS:
             result = PLACEHOLDERS[name](*args, **kwargs)
         elif name in HITS:

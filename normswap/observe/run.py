@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import nn
 from torch.distributions import Distribution
+from torch.utils._pytree import tree_map
 
 from normswap.errors import ObserveError
 from normswap.observe.placeholders import META, Hits
@@ -31,10 +32,7 @@ def observe(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Trace:
     Raises:
         ObserveError: the forward pass failed; the message names the module and the error.
     """
-    inputs = {
-        name: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
+    inputs = tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, dict(inputs))
     try:
         trace = _record(meta_twin(model), inputs, "ends")
     except ObserveError:

@@ -7,7 +7,6 @@ is taken. How many placeholder tokens a picture or a sound needs is counted on t
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +15,16 @@ import torch
 from transformers import PreTrainedModel
 
 from normswap.errors import ObserveError
+from normswap.observe.inputs.guesses import guesses
 from normswap.observe.inputs.media import Medium, media_of
 from normswap.observe.inputs.needs import Needs, takes_one_row
-from normswap.observe.inputs.others import other_parts
-from normswap.observe.inputs.text import text_parts, with_placeholders
-from normswap.observe.inputs.trial import Trial
+from normswap.observe.inputs.series import series_parts
+from normswap.observe.inputs.text import has_places, text_parts, with_placeholders
+from normswap.observe.inputs.trial import Attempt, Trial
 
 __all__ = ["example_inputs", "takes_one_row"]
 
 Inputs = dict[str, Any]
-#: how many combinations of choices are tried before the one that got furthest is taken
-_TRIALS = 40
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
@@ -48,23 +46,30 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
     trial = Trial(model)
     media = [_Choices.of(medium, needs, trial) for medium in media_of(needs)]
     parts = _parts(needs, media)
-    missing = sorted(needs.required - {name for choices in parts for choice in choices for name in choice})
+    made = _names(parts)
+    missing = sorted(needs.required - made)
     if missing:
         raise ObserveError(
             f"{type(model).__name__} needs {', '.join(missing)}, and neither its signature nor its configuration tells "
             f"what that is. Pass `inputs`, keyword arguments of its forward for one small batch, to the library call."
         )
-    combined = list(itertools.islice(_combinations(parts), _TRIALS))
-    if not combined or not combined[0]:
+    if not made:
         raise ObserveError(
             f"{type(model).__name__} takes {', '.join(sorted(needs.taken)) or 'nothing'}, none of which this can make. "
             f"Pass `inputs` with a batch of your own to the library call."
         )
-    for left_out in media if len(media) > 1 else []:  # some take one kind at a time
-        fewer = _parts(needs, [m for m in media if m is not left_out])
-        combined += itertools.islice(_combinations(fewer), 4)
-    chosen = combined[0] if len(combined) == 1 else trial.first_that_runs(combined)
-    return needs.drawn(trial.with_what_reaches_more(chosen, needs.optional())) | needs.switches()
+    extras = [choices for name in needs.optional(made) if (choices := guesses(needs, name))]
+    if all(len(choices) == 1 for choices in parts) and not extras:  # nothing to choose
+        return needs.drawn({k: v for choices in parts for k, v in choices[0].items()}) | needs.switches()
+    best = trial.fit(parts)
+    if not best.ran and media:
+        best = max([best, *_one_at_a_time(needs, media, trial)], key=lambda a: (a.ran, len(a.reached), a.distance))
+    if not best.ran and extras:  # an argument may be needed although it has a default
+        both = trial.fit([*([{}, *choices] for choices in extras), *parts])
+        best = max(best, both, key=lambda attempt: attempt.distance)
+    if best.ran:
+        best = trial.extend(best, [choices for choices in extras if not choices[0].keys() & best.inputs.keys()])
+    return needs.drawn(best.inputs) | needs.switches()
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,22 @@ class _Choices:
 
     @classmethod
     def of(cls, medium: Medium, needs: Needs, trial: Trial) -> _Choices:
-        found = trial.features(medium.method, medium.choices) if medium.method else None
+        if not medium.methods and not has_places(needs, medium.kind):
+            return cls(medium.kind, medium.choices, None)
+        found = trial.features(medium.methods, medium.choices, text_parts(needs)[0][0])
         if found is None:
             return cls(medium.kind, medium.choices, None)
         others = [choice for choice in medium.choices if choice is not found[0]]
         return cls(medium.kind, [found[0], *others[:6]], found[1])
+
+
+def _one_at_a_time(needs: Needs, media: list[_Choices], trial: Trial) -> Iterator[Attempt]:
+    """Attempts for models that take one kind of input at a time: without one of the media, or without the text."""
+    for left_out in media if len(media) > 1 else []:
+        yield trial.fit(_parts(needs, [medium for medium in media if medium is not left_out]))
+    if "input_ids" in needs.taken - needs.required:
+        parts = _parts(needs, media)
+        yield trial.fit([choices for choices in parts if "input_ids" not in choices[0]])
 
 
 def _parts(needs: Needs, media: list[_Choices]) -> list[list[Inputs]]:
@@ -93,11 +109,10 @@ def _parts(needs: Needs, media: list[_Choices]) -> list[list[Inputs]]:
             texts[0] = [with_placeholders(needs, choice, counted) for choice in texts[0]]
         elif media:  # models that count for themselves have one token for each picture or sound
             texts[0] += [with_placeholders(needs, texts[0][0], {m.kind: needs.batch for m in media})]
-    parts = [*texts, *(m.choices for m in media)]
-    made = {name for choices in parts for choice in choices for name in choice}
-    return [*parts, *other_parts(needs, made)]
+    parts = [*texts, *(m.choices for m in media), *series_parts(needs)]
+    missing = sorted(needs.required - _names(parts))
+    return [*parts, *(choices for name in missing if (choices := guesses(needs, name)))]
 
 
-def _combinations(parts: list[list[Inputs]]) -> Iterator[Inputs]:
-    for choice in itertools.product(*parts):
-        yield {name: value for part in choice for name, value in part.items()}
+def _names(parts: list[list[Inputs]]) -> set[str]:
+    return {name for choices in parts for choice in choices for name in choice}

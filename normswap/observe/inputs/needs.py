@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers import PretrainedConfig, PreTrainedModel
 
 from normswap.errors import ObserveError
@@ -27,7 +28,8 @@ _NOT_DATA = (
     "kwargs",
     "args",
 )
-
+#: words in the keys of sizes that a vector may have
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "width", "channels", "input_size", "output_size", "embed_size")
 
 _SOME = torch.full((), 0.5)  # not 0, which may mean padding
 
@@ -43,6 +45,7 @@ class Needs:
     length: int
     target: int
     generator: torch.Generator
+    annotations: dict[str, str]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Needs:
@@ -67,6 +70,7 @@ class Needs:
             length,
             target,
             torch.Generator().manual_seed(0),
+            {p.name: _annotation(p) for p in named},
         )
 
     @property
@@ -88,12 +92,11 @@ class Needs:
 
     def drawn(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` with random numbers where they were only announced."""
-        return {
-            name: torch.randn(value.shape, generator=self.generator)
-            if isinstance(value, torch.Tensor) and value.data_ptr() == _SOME.data_ptr()
-            else value
-            for name, value in inputs.items()
-        }
+        return tree_map(self._drawn, inputs)
+
+    def _drawn(self, value: Any) -> Any:
+        announced = isinstance(value, torch.Tensor) and value.data_ptr() == _SOME.data_ptr()
+        return torch.randn(value.shape, generator=self.generator) if announced else value
 
     def ids(self, *shape: int) -> torch.Tensor:
         """Small ids, more than one, none of which the configuration gives a meaning of its own."""
@@ -101,23 +104,39 @@ class Needs:
         plain = [n for n in range(1, 64) if n not in special][:2] or [1, 2]
         return torch.tensor(plain)[torch.arange(max(1, torch.Size(shape).numel())) % len(plain)].reshape(shape)
 
-    def optional(self) -> list[dict[str, torch.Tensor]]:
-        """What a model may take besides, to be given where parts of it do not run otherwise."""
-        if "encoder_hidden_states" not in self.taken - self.required:
-            return []
-        names = (
-            "encoder_hidden_size",
-            "cross_attention_hidden_size",
-            "encoder_width",
-            "hidden_size",
-            "d_model",
-            "n_embd",
-        )
-        widths = dict.fromkeys(v for n in names if isinstance(v := self.stated(n), int))
-        return [{"encoder_hidden_states": self.randn(self.batch, self.target, width)} for width in widths]
+    def optional(self, made: set[str]) -> list[str]:
+        """Tensors that the model may take besides those in `made`."""
+        steering = ("labels", "token_type_ids", "mask", "head_mask", "logits_to_keep")
+        return [
+            name
+            for name in self.annotations
+            if name in self.taken - self.required - made
+            and "Tensor" in self.annotations[name]
+            and not name.endswith(steering)
+            and not any(part in name for part in _NOT_DATA)
+        ]
 
     def switches(self) -> dict[str, bool]:
         return {"use_cache": False} if "use_cache" in self.taken else {}
+
+
+def _annotation(parameter: inspect.Parameter) -> str:
+    """The type as written, without modules; empty where none is."""
+    if parameter.annotation is parameter.empty:
+        return ""
+    kind = parameter.annotation
+    return (kind.__name__ if isinstance(kind, type) else str(kind)).replace("torch.", "")
+
+
+def widths(config: PretrainedConfig) -> list[int]:
+    """Every number of channels that the configuration states, or one nested in it, outer ones first."""
+    stated = (
+        value
+        for part in walk(config)
+        for key, value in vars(part).items()
+        if type(value) is int and any(word in key for word in _WIDTHS) and "head_dim" not in key
+    )
+    return list(dict.fromkeys(value for value in stated if 1 < value < 1 << 16))
 
 
 def takes_one_row(model: PreTrainedModel) -> bool:

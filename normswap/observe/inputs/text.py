@@ -19,7 +19,11 @@ def text_parts(needs: Needs) -> list[list[Inputs]]:
     main = needs.model.main_input_name
     ids = "input_ids" if "input_ids" in needs.taken else main if main == "inputs" and main in needs.taken else None
     if ids:
-        parts.append([_with_companions(needs, ids, choice) for choice in _ids(needs, needs.length)])
+        choices = [_with_companions(needs, ids, choice) for choice in _ids(needs, needs.length)]
+        if {"image_attention_mask", "pixel_values"} <= needs.taken:  # which text sees which picture
+            seen = torch.ones(needs.batch, needs.length, 1, dtype=torch.long)
+            choices += [{**choices[0], "image_attention_mask": seen}]
+        parts.append(choices)
     if "decoder_input_ids" in needs.taken:
         parts.append([{"decoder_input_ids": choice} for choice in _ids(needs, needs.target)])
     for name in sorted(needs.taken):
@@ -62,15 +66,18 @@ def _with_companions(needs: Needs, name: str, ids: torch.Tensor) -> Inputs:
 def with_placeholders(needs: Needs, text: Inputs, tokens: dict[str, int]) -> Inputs:
     """`text` with, in each row, as many of each kind's token as there are features of it.
 
-    Kinds for which the configuration names no token enter the model by another way.
+    Kinds for which the configuration names no token enter the model by another way: by a mask of their places, or not
+    through the text at all.
     """
     ids = text["input_ids"]
     if ids.ndim != 2:
         return text
     pieces, types = [ids[:, :2]], [torch.zeros_like(ids[:, :2])]
     for kind, count in tokens.items():
-        token = needs.stated(*(f"{kind}_token_{end}" for end in ("id", "index")), f"{kind}_token")
-        if type(token) is not int or count % len(ids):
+        token = _token(needs, kind)
+        if token is None and _places(kind) in needs.taken:
+            token = int(ids[0, 0])  # the mask says where, any id will do
+        if token is None or count % len(ids):
             continue
         block = [token] * (count // len(ids))
         start, end = (_marker(needs, kind, which) for which in ("start", "end"))
@@ -82,7 +89,25 @@ def with_placeholders(needs: Needs, text: Inputs, tokens: dict[str, int]) -> Inp
     types.append(torch.zeros_like(ids[:, 2:]))
     filled = torch.cat(pieces, 1)
     made = {"input_ids": filled, "attention_mask": torch.ones_like(filled), "mm_token_type_ids": torch.cat(types, 1)}
-    return text | {name: value for name, value in made.items() if name in text}
+    filled_in = text | {name: value for name, value in made.items() if name in text}
+    if _places("image") in needs.taken:
+        filled_in[_places("image")] = (made["mm_token_type_ids"] == _TYPES["image"]).long()
+    return filled_in
+
+
+def has_places(needs: Needs, kind: str) -> bool:
+    """Whether features of this kind take the place of some of the text."""
+    return "input_ids" in needs.taken and (_token(needs, kind) is not None or _places(kind) in needs.taken)
+
+
+def _places(kind: str) -> str:
+    """The argument that masks the places of features where no token does."""
+    return f"{kind}_embeds_position_mask"
+
+
+def _token(needs: Needs, kind: str) -> int | None:
+    token = needs.stated(*(f"{kind}_token_{end}" for end in ("id", "index")), f"{kind}_token")
+    return token if type(token) is int else None
 
 
 def _marker(needs: Needs, kind: str, which: str) -> list[int]:

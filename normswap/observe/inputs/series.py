@@ -1,4 +1,4 @@
-"""Series in time, embeddings and whatever else a forward cannot do without."""
+"""Series in time, and trajectories of states and actions."""
 
 from __future__ import annotations
 
@@ -9,29 +9,20 @@ import torch
 from normswap.observe.inputs.needs import Needs
 
 Inputs = dict[str, Any]
-_WIDTHS = ("hidden_size", "d_model", "embed_dim", "n_embd", "dim", "encoder_hidden_size", "input_dim", "latent_dim")
 
 
-def other_parts(needs: Needs, made: set[str]) -> list[list[Inputs]]:
-    """Ways to make inputs that are neither ids nor pixels nor sound, those in `made` aside."""
+def series_parts(needs: Needs) -> list[list[Inputs]]:
+    """Ways to make a series, or a trajectory, if the model takes one."""
     parts = []
     if "past_values" in needs.taken:
         parts.append(_series(needs))
     if "states" in needs.taken and "actions" in needs.taken:
         parts.append([_trajectory(needs)])
-    made = made | {name for choices in parts for choice in choices for name in choice}
-    for name in sorted(needs.required - made):
-        choices = _embedding(needs, name)
-        if choices:
-            parts.append(choices)
-    if "visual_feats" in needs.taken:
-        width = needs.stated("visual_feat_dim", default=needs.stated(*_WIDTHS))
-        places = torch.rand(needs.batch, needs.target, 4, generator=needs.generator)
-        parts.append([{"visual_feats": needs.randn(needs.batch, needs.target, width), "visual_pos": places}])
     return parts
 
 
 def _series(needs: Needs) -> list[Inputs]:
+    """The past as far as the lags reach, with or without an axis of channels, and what is known of the future."""
     context = needs.stated("context_length", default=needs.length)
     lags = max(needs.stated("lags_sequence", default=[0]) or [0])
     ahead = needs.stated("prediction_length", default=needs.target) or needs.target
@@ -60,6 +51,7 @@ def _series(needs: Needs) -> list[Inputs]:
 
 
 def _trajectory(needs: Needs) -> Inputs:
+    """States, actions and rewards, one of each per step."""
     states, actions = needs.stated("state_dim", default=4), needs.stated("act_dim", default=2)
     steps = torch.arange(needs.length).expand(needs.batch, needs.length)
     return {
@@ -70,18 +62,3 @@ def _trajectory(needs: Needs) -> Inputs:
         "timesteps": steps,
         "attention_mask": torch.ones(needs.batch, needs.length, dtype=torch.long),
     }
-
-
-def _embedding(needs: Needs, name: str) -> list[Inputs]:
-    """Embeddings of every width that the configuration states, where the name says that it is one."""
-    if name in ("inputs_embeds", "query_embeds", "hidden_states", "spectrogram", "mel_spectrogram", "latents"):
-        keys = _WIDTHS if "spec" not in name else ("num_mel_bins", "model_in_dim", "mel_dim")
-        widths = dict.fromkeys(v for key in keys if isinstance(v := needs.stated(key), int))
-        return [
-            {name: needs.randn(*shape)}
-            for width in widths
-            for shape in ((needs.batch, needs.length, width), (needs.batch, width, needs.length))
-        ]
-    if name == "attention_mask":
-        return [{name: torch.ones(needs.batch, needs.length, dtype=torch.long)}]
-    return []
