@@ -19,7 +19,7 @@ WIDTH = re.compile(
     r"^(d_model|n_embd|dim|width|n_embed_dim|emb_dim|embed_dims?|embedding_dim|input_dim|output_dim|out_dim|query_dim"
     r"|codebook_dim|head_hidden_size|latent_dim|mask_dim|embedding_size|projector_dim|dims?|conv_dim|tdnn_dim"
     r"|d_embed|d_latents|projection_size|coordinate_size|shape_size|num_filters|backbone_channel_list)$"
-    r"|hidden_size(s|_global)?$|hidden_dims?$|embed_dims?$|embed_dim_per_stage$|embedding_dim$|project(ion|or)?_dims?$"
+    r"|hidden_size(s|_global)?$|hidden_dim(s|ension)?$|embed_dims?$|embed_dim_per_stage$|embedding_dim$|project(ion|or)?_dims?$"
     r"|(out|output|in|input|mid|stem|initial|base|upsample_initial|auxiliary|latent|conv)_channels?$|_output_dim$"
     r"|out_hidden_size$|embd_size$|embeds?_dim$|pos_feats$|_filters$|proj(_codevector)?_dim$|proj_size$"
     r"|codevector_dim$|feature_sizes?$|emb_size$|_channels$|adapter_(in|out)_dim$|adapter_input_size$|condition_dim$|^feature_size$|spkr_embed_dim$|hidden_channels$"
@@ -84,6 +84,8 @@ class _Shrinker:
                 small[key] = value
             elif isinstance(value, dict) and "model_type" in value:
                 continue
+            elif kept and value == list(range(kept[0])):
+                small[key] = list(range(len(kept[1])))
             elif kept and isinstance(value, list) and len(value) == kept[0]:
                 small[key] = [self.value(key, value[i], config) for i in kept[1]]
             elif type(value) is int and value == stages and LAYERS.search(key):

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,11 @@ def tiny_config(model_type: str) -> PretrainedConfig:
         raise CannotBuild(override["missing"])
     config_class = CONFIG_MAPPING[model_type]
     try:
-        default = config_class(**_tuples(override.get("default", {}))).to_dict()
+        stated = config_class(**_tuples(override.get("default", {})))
     except Exception as error:
         raise CannotBuild(f"no default configuration: {type(error).__name__}: {error}") from error
-    small = shrink(default, equal_widths=override.get("widths") == "equal")
+    default = stated.to_dict()
+    small = _underived(stated, shrink(default, equal_widths=override.get("widths") == "equal"))
     changed = {key: value for key, value in small.items() if isinstance(value, dict) or value != default[key]}
     changed |= {k: v for k, v in override.get("default", {}).items() if k not in changed}
     return config_class(**_merged(changed, _tuples(override.get("config", {}))))
@@ -211,12 +213,21 @@ def _input(spec: dict[str, Any], generator: torch.Generator) -> Any:
     return torch.tensor(spec["value"]) if kind == "values" else spec["value"]
 
 
+def _underived(config: PretrainedConfig, small: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that configurations derive from others: they derive them again from the small ones."""
+    kept = {field.name for field in fields(config)} | {"model_type", "out_features", "out_indices"}
+    parts = {key: part for key, part in vars(config).items() if isinstance(part, PretrainedConfig)}
+    return {k: _underived(parts[k], v) if k in parts else v for k, v in small.items() if k in kept}
+
+
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     both = {
         key: _merged(base[key], over[key])
         for key in base.keys() & over.keys()
         if isinstance(base[key], dict) and isinstance(over[key], dict)
     }
+    if over.get("model_type", base.get("model_type")) != base.get("model_type"):
+        return over  # a part of another type takes nothing from the one in its place
     return {**base, **over, **both}
 
 
