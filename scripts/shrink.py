@@ -22,7 +22,7 @@ WIDTH = re.compile(
     r"|hidden_size(s|_global)?$|hidden_dim(s|ension)?$|embed_dims?$|embed_dim_per_stage$|embedding_dim$|project(ion|or)?_dims?$"
     r"|(out|output|in|input|mid|stem|initial|base|upsample_initial|auxiliary|latent|conv)_channels?$|_output_dim$"
     r"|out_hidden_size$|embd_size$|embeds?_dim$|pos_feats$|_filters$|proj(_codevector)?_dim$|proj_size$"
-    r"|codevector_dim$|^(mask_)?feature_sizes?$|bottleneck_features$|emb_size$|_channels$|adapter_(in|out)_dim$|adapter_input_size$|condition_dim$|^feature_size$|spkr_embed_dim$|hidden_channels$"
+    r"|codevector_dim$|^(mask_)?feature_sizes?$|pooler_output_size$|bottleneck_features$|emb_size$|_channels$|adapter_(in|out)_dim$|adapter_input_size$|condition_dim$|^feature_size$|spkr_embed_dim$|hidden_channels$"
 )
 INNER = re.compile(
     r"(^|_)(intermediate|ffn|inner|mlp|ff|feed_forward|feedforward)_(hidden_)?(size|dim|units)$|d_ff$|n_inner$|^linear_units$|_ffn_dim$|intermediate_sizes?$|mlp_dim$|conv_dim_inner$|_latent_size$|intermediate_size_mlp$"
