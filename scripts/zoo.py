@@ -101,7 +101,10 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
     """
     torch.manual_seed(seed)
     config, cls = tiny_config(model_type), model_class(model_type)
-    model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
+    try:
+        model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
+    except ImportError as error:  # transformers' own message, of which the first sentence says what is missing
+        raise CannotBuild(str(error).strip().partition(". ")[0]) from error
     model = model.float().eval()
     make_eager(model)
     return randomise(model, seed)
@@ -121,13 +124,13 @@ def inputs_for(model: PreTrainedModel) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, seed: int = 0, mean: float = 0.1) -> nn.Module:
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter of `model` a value that a mistake would show in; in place, and returned.
 
     Gains (1-D weights) become 1 + 0.3 randn, one in four of them negative, or 0.3 randn where they start at 0 (the
-    `1 + w` form); biases of norms 0.2 randn, other biases 0.1 randn; weights of two and more axes 0.2 randn plus the
-    constant `mean`, so that every value written into a stream has a mean along it; running means 0.5 randn, running
-    variances within 0.5 .. 2.
+    `1 + w` form); biases of norms 0.2 randn, other biases 0.1 randn; running means 0.5 randn, running variances
+    within 0.5 .. 2. Weights of two and more axes, each reading n values, become randn / sqrt(n) + 1 / n: an output is
+    as large as its input however deep the model, and every value written into a stream has a mean along it.
 
     Call it on a freshly initialised model: the gain's form is told by its initial value.
     """
@@ -144,7 +147,8 @@ def randomise(model: nn.Module, seed: int = 0, mean: float = 0.1) -> nn.Module:
             if not parameter.is_floating_point():
                 continue
             if parameter.ndim >= 2:
-                parameter.copy_(mean + 0.2 * randn(parameter))
+                read = _values_read(module, parameter)
+                parameter.copy_(min(0.5, read**-0.5) * randn(parameter) + min(0.5, 1 / read))
             elif "bias" in name:
                 parameter.copy_((0.2 if is_norm else 0.1) * randn(parameter))
             else:
@@ -158,6 +162,13 @@ def randomise(model: nn.Module, seed: int = 0, mean: float = 0.1) -> nn.Module:
             elif name == "running_var":
                 buffer.copy_(0.5 + 1.5 * torch.rand(buffer.shape, generator=generator).to(buffer.dtype))
     return model
+
+
+def _values_read(module: nn.Module, weight: nn.Parameter) -> int:
+    """How many values an output of `weight` is a sum of (a row's width, for tables and bare parameters)."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return weight.shape[-1]
+    return weight.numel() // weight.shape[1 if module.transposed else 0]
 
 
 def _mappings(task: str) -> list[dict[str, Any]]:
