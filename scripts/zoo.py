@@ -100,8 +100,8 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
         CannotBuild: see `tiny_config` and `model_class`.
     """
     torch.manual_seed(seed)
-    config, cls = tiny_config(model_type), model_class(model_type)
     try:
+        config, cls = tiny_config(model_type), model_class(model_type)
         model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
     except ImportError as error:  # transformers' own message, of which the first sentence says what is missing
         raise CannotBuild(str(error).strip().partition(". ")[0]) from error
