@@ -328,7 +328,7 @@ def _is_layer_index(key: str, value: Any, count: int) -> bool:
     if not re.search(r"out_indices$|index(es|s)$|_layers?$|_indices$|blocks?_idx|layer_ids?$|_blocks$|fullatt", key):
         return False
     if isinstance(value, list):
-        return bool(value) and all(type(v) is int and -count <= v <= count for v in value)
+        return 0 < len(value) < count and all(type(v) is int and -count <= v <= count for v in value)
     return (
         type(value) is int
         and key.endswith(("feature_layer", "select_layer", "layer_id", "layer_idx"))

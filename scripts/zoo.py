@@ -228,7 +228,8 @@ def _underived(config: PretrainedConfig, small: dict[str, Any]) -> dict[str, Any
     """Without the keys that configurations derive from others: they derive them again from the small ones."""
     kept = {field.name for field in fields(config)} | {"model_type", "out_features", "out_indices"}
     parts = {key: part for key, part in vars(config).items() if isinstance(part, PretrainedConfig)}
-    return {k: _underived(parts[k], v) if k in parts else v for k, v in small.items() if k in kept}
+    small = {k: v for k, v in small.items() if k in kept or isinstance(v, bool | str)}  # flags do not shrink
+    return {k: _underived(parts[k], v) if k in parts else v for k, v in small.items()}
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -237,8 +238,6 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         for key in base.keys() & over.keys()
         if isinstance(base[key], dict) and isinstance(over[key], dict)
     }
-    if over.get("model_type", base.get("model_type")) != base.get("model_type"):
-        return over  # a part of another type takes nothing from the one in its place
     return {**base, **over, **both}
 
 
