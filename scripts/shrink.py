@@ -157,6 +157,8 @@ class _Shrinker:
             return self.inner.get(v, v)
         if re.search(r"mel_bins$|^mel_dim$|^feature_size$|^n_mels$|^input_feat_per_channel$", key) and v <= 160:
             return 16 if v > 16 else v
+        if key == "num_filters":  # of the first stage of a codec, doubled by each further one
+            return min(v, 8)
         if WIDTH.search(key):
             return self.widths.get(v, v)
         if re.search(r"experts_per_tok(en)?$|moe_?(k|topk)$|top_?k(_experts|_group)?$|num_selected", key):
