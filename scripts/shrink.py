@@ -110,6 +110,9 @@ class _Shrinker:
                 small[key] = min(value, 2)  # the last stage holds whole windows
             elif stages and key == "image_size":
                 small[key] = 64 if type(value) is int else [64 for _ in value]
+            elif key == "backbone_feature_sizes":
+                least = min(side for pair in value for side in pair)
+                small[key] = [[side * 8 // least for side in pair] for pair in value]
             elif key.endswith("pinpoints"):
                 least = min(side for pair in value for side in pair)
                 small[key] = [[side * 32 // least for side in pair] for pair in value]
