@@ -56,9 +56,9 @@ def main(out: Path, only: str, jobs: int, redo: bool, disk: bool, seconds: float
 
     Prints the summary. Ends with status 1 where a conversion is wrong, or anything crashed.
     """
-    import zoo
-    from coverage_table import summary, summary_lines, table_lines
-    from examine import versions
+    from sweep import zoo
+    from sweep.examine import versions
+    from sweep.table import summary, summary_lines, table_lines
 
     globs = [glob.strip() for glob in only.split(",")]
     types = [name for name in zoo.model_types() if any(fnmatch.fnmatch(name, glob) for glob in globs)]
@@ -101,8 +101,8 @@ def _sweep(
     types: list[str], key: dict[str, object], out: Path, jobs: int, seconds: float, gibibytes: float
 ) -> dict[str, dict]:
     """Examine the types, and append each record to `out` as it is made; with `disk` in the key, once it was loaded."""
-    from examine import examine
-    from workers import run_all
+    from sweep.examine import examine
+    from sweep.workers import run_all
 
     found = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -131,7 +131,7 @@ def _sweep(
 
 def _load(prepared: list[str], scratch: Path, found: dict[str, dict], file) -> None:
     """Load what was prepared on disk, in one process, and complete the records; `prepared` is empty afterwards."""
-    from disk import load_all
+    from sweep.disk import load_all
 
     loaded = load_all([scratch / name for name in prepared], scratch / "cache") if prepared else {}
     for name in prepared:

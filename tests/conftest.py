@@ -9,7 +9,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # the zoo
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # coverage.py and its sweep
 
 import pytest
 import torch

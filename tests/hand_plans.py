@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 
 import torch
-from models import TINY, randomise
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from models import TINY, randomise
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
 from normswap.planning.edits import Centre, CentreOutput, Drop, FoldBias, FoldGain, GrowBias, SwapNorm, Untie

@@ -10,7 +10,8 @@ from transformers import (
     PretrainedConfig,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from zoo import randomise
+
+from sweep.zoo import randomise
 
 WIDTH = 32  # of every stream; few other sizes are multiples of it: q, k, v side by side, MLPs of four widths
 _COMMON = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)

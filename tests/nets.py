@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from models import randomise
 from torch import nn
 from torch.nn import functional as F
 
 import normswap
+from models import randomise
 from normswap.apply.live import apply_plan
 from normswap.errors import RefusedError
 from normswap.understand.normmap import find_sites

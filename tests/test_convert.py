@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from models import tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 import normswap
+from models import tiny
 from normswap import conversion
 from normswap.apply.live import apply_plan
 from normswap.errors import DestinationError, PlanError, RefusedError, SourceError, VerificationError

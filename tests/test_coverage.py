@@ -1,18 +1,15 @@
 """The sweep over all of transformers, on a spread of types: each is inspected, converted in every way and measured."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import coverage  # noqa: E402
-import worker_tasks  # noqa: E402
-import workers  # noqa: E402
-from coverage_table import summary, summary_lines, table_lines  # noqa: E402
-from examine import examine  # noqa: E402
+import coverage
+import worker_tasks
+from sweep import workers
+from sweep.examine import examine
+from sweep.table import summary, summary_lines, table_lines
 
 # type -> how many sites, at the least, become RMSNorms exactly, and how many are folded
 SPREAD = {
@@ -101,7 +98,7 @@ def test_summary_counts_what_was_measured_only():
 def test_the_command_resumes_and_prints(tmp_path):
     out, table = tmp_path / "records.jsonl", tmp_path / "table.md"
     arguments = ["--out", str(out), "--only", "gpt2,lla[m]a", "--jobs", "1", "--table", str(table), "--json"]
-    from examine import versions
+    from sweep.examine import versions
 
     done = _record("llama") | {"key": versions() | {"disk": False}, "class": "FromBefore"}
     stale = _record("gpt2") | {"key": {**done["key"], "torch": "1.0"}}

@@ -5,13 +5,11 @@ inputs for every tower, at every output.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from disk import check_type, load_all  # noqa: E402
+from sweep.disk import check_type, load_all
 
 TOLERANCE = 1e-6  # 2e-14 is measured; code that casts to float32 inside, which nothing lifts here, gives up to 1e-7
 

@@ -6,9 +6,9 @@ from functools import cache
 
 import pytest
 import torch
-from models import tiny
 
 import normswap
+from models import tiny
 from normswap.apply.live import apply_plan
 from normswap.errors import NormswapError, RefusedError
 from normswap.norms.rms_norm import RMSNorm

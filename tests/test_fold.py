@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from models import randomise, tiny
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 import normswap
+from models import randomise, tiny
 from normswap.apply.live import apply_plan
 from normswap.errors import RefusedError
 from normswap.understand.normmap import find_sites

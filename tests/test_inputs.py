@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch.utils._pytree import tree_map
-from zoo import build
 
 from normswap.errors import ObserveError
 from normswap.observe.inputs import example_inputs
 from normswap.verification.run import evaluation_inputs
+from sweep.zoo import build
 
 KINDS = {
     "t5": {"input_ids", "decoder_input_ids"},

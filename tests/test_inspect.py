@@ -8,15 +8,15 @@ from collections import Counter
 
 import pytest
 import torch
-from audit import audit
 from click.testing import CliRunner
-from models import WIDTH, tiny, tiny_config
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 import normswap
+from models import WIDTH, tiny, tiny_config
 from normswap.cli import main
 from normswap.observe.inputs import example_inputs
+from sweep.audit import audit
 
 # name -> (model type, flags, streams, sites by (kind, gain, bias, role), placement of every block of the first stream)
 PRE, PARALLEL = ["pre"] * 4, ["pre, parallel"] * 2

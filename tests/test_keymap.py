@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from models import randomise, tiny
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, GPT2Model, MixtralConfig, MixtralForCausalLM
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from models import randomise, tiny
 from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.keymap import Group, KeyMap
 from normswap.errors import PlanError, SourceError

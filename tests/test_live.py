@@ -2,14 +2,14 @@ import copy
 
 import pytest
 import torch
-from hand_plans import PARTS, folded_gpt2_plan, logits, plan_of, rms_edits, rms_plan, small, swap, token_ids
-from models import WIDTH, tiny
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM
 from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 
 import normswap
+from hand_plans import PARTS, folded_gpt2_plan, logits, plan_of, rms_edits, rms_plan, small, swap, token_ids
+from models import WIDTH, tiny
 from normswap.apply.live import apply_plan, apply_structure
 from normswap.errors import PlanError, RefusedError
 from normswap.norms.rms_norm import RMSNorm

@@ -2,10 +2,10 @@ import json
 
 import pytest
 import torch
-from hand_plans import folded_gpt2_plan, logits, publish, rms_plan, small, token_ids
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hand_plans import folded_gpt2_plan, logits, publish, rms_plan, small, token_ids
 from normswap.errors import NormswapError, SourceError
 from normswap.loading import load
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hand_plans import folded_gpt2_plan, logits, plan_of, publish, rms_edits, rms_plan, small, swap, token_ids
-from models import tiny
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, NemotronConfig, NemotronForCausalLM
 
 import normswap
+from hand_plans import folded_gpt2_plan, logits, plan_of, publish, rms_edits, rms_plan, small, swap, token_ids
+from models import tiny
 from normswap.apply.folding import expand, fold
 from normswap.apply.modelling import load_generated, write_modelling
 from normswap.errors import PlanError, SourceError

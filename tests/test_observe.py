@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny
 from torch import nn
 from torch.nn import functional as F
 
 import normswap
+from models import tiny
 from normswap.errors import ObserveError
 from normswap.observe.inputs import example_inputs
 from normswap.observe.run import observe

@@ -4,10 +4,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from models import CAUSAL, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from models import CAUSAL, tiny
 from normswap.verification.precision import LiftFloat32
 
 

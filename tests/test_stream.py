@@ -8,7 +8,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from models import randomise, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -20,6 +19,7 @@ from transformers import (
     PhimoeForCausalLM,
 )
 
+from models import randomise, tiny
 from normswap.apply.stream import preview, write_tensors
 from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.header import render_header

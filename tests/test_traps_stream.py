@@ -7,11 +7,11 @@ import copy
 
 import pytest
 import torch
-from nets import WIDTH, Block, Net, check_exact, check_refused, ids, kinds, ready, relative
 from torch import nn
 from torch.nn import functional as F
 
 import normswap
+from nets import WIDTH, Block, Net, check_exact, check_refused, ids, kinds, ready, relative
 from normswap.apply.live import apply_plan
 
 # -- sizes -----------------------------------------------------------------------------------------------------------

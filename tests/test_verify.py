@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from models import randomise, tiny
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 import normswap
+from models import randomise, tiny
 from normswap.apply.live import apply_plan
 from normswap.errors import ObserveError, SourceError, VerificationError
 from normswap.norms.rms_norm import RMSNorm

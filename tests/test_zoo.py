@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from shrink import PATCH, shrink
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from zoo import OVERRIDES, CannotBuild, build, inputs_for, model_class, model_types, tiny_config
+
+from sweep.shrink import PATCH, shrink
+from sweep.zoo import OVERRIDES, CannotBuild, build, inputs_for, model_class, model_types, tiny_config
 
 SPREAD = ("mamba2", "bart", "swin", "hubert", "clap", "deepseek_v3")
 
@@ -83,7 +84,7 @@ def test_a_package_that_is_missing_is_said(monkeypatch):
     def missing(model_type):
         raise ImportError("\nModel requires the timm library but it was not found in your environment. Install it.")
 
-    monkeypatch.setattr("zoo.model_class", missing)
+    monkeypatch.setattr("sweep.zoo.model_class", missing)
     with pytest.raises(CannotBuild, match="^Model requires the timm library but it was not found in your environment$"):
         build("bert")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 from normswap.observe.inputs import example_inputs
 from normswap.observe.run import make_eager
-
-sys.path.insert(0, str(Path(__file__).parent))
-from shrink import shrink  # noqa: E402
+from sweep.shrink import shrink
 
 OVERRIDES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("zoo.json").read_text())
 #: which head of a type is built, first found; a base model after all of these

@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import torch
 import transformers
-import zoo
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import normswap
 from normswap.errors import RefusedError
+from sweep import zoo
 
 #: how a source is stored: in the form of published checkpoints, that in several shards, in the model's own names and
 #: groups, and in that of the first checkpoints, in which a norm's parameters are gamma and beta

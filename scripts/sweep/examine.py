@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-import zoo
-from disk import prepare
 from torch import nn
 
 import normswap
@@ -27,6 +25,8 @@ from normswap.verification.models import compare_models
 from normswap.verification.outputs import outputs_of
 from normswap.verification.proof import measure_live
 from normswap.verification.untying import why_tied
+from sweep import zoo
+from sweep.disk import prepare
 
 #: every conversion, in the words of the command line; each is asked for with `--partial`
 CONVERSIONS = {
@@ -205,7 +205,7 @@ def _stream(stream) -> dict[str, Any]:
 
 
 def _audit(model: nn.Module, inputs: Mapping[str, Any], normmap: NormMap) -> list[str]:
-    from audit import audit
+    from sweep.audit import audit
 
     try:
         return audit(model, inputs, normmap)
