@@ -28,7 +28,7 @@ INNER = re.compile(
     r"(^|_)(intermediate|ffn|inner|mlp|ff|feed_forward|feedforward)_(hidden_)?(size|dim|units)$|d_ff$|n_inner$|^linear_units$|_ffn_dim$|intermediate_sizes?$|mlp_dim$|conv_dim_inner$|_latent_size$|intermediate_size_mlp$"
 )
 HEADS = re.compile(
-    r"(attention_heads|num_heads|n_heads?|key_value_heads|kv_heads|key_heads|value_heads|_heads)(_per_stage)?$|^nhead$"
+    r"(attention_heads|num_heads|n_heads?|key_value_heads|kv_heads|key_heads|value_heads|_heads)(_per_(stage|layer))?$|^nhead$"
 )
 HEAD_SIZE = re.compile(
     r"head_dim$|d_kv$|kv_channels$|attention_head_size$|dim_head$|d_head$|dim_per_head$|head_size$|^rotary_dim$"

@@ -225,7 +225,7 @@ def _underived(config: PretrainedConfig, small: dict[str, Any]) -> dict[str, Any
     """Without the keys that configurations derive from others: they derive them again from the small ones."""
     stated = {field.name for field in fields(config)}
     stored = {config.attribute_map.get(name, name) for name in stated}
-    kept = stated | stored | {"model_type", "out_features", "out_indices"}
+    kept = stated | stored | {"model_type", "out_features", "out_indices", "image_size"}
     parts = {key: part for key, part in vars(config).items() if isinstance(part, PretrainedConfig)}
     small = {k: v for k, v in small.items() if k in kept or isinstance(v, bool | str)}  # flags do not shrink
     return {k: _underived(parts[k], v) if k in parts else v for k, v in small.items()}
