@@ -331,6 +331,38 @@ def test_a_result_that_a_module_keeps_is_no_obstacle():
     assert len(normswap.inspect(model, inputs=dict(ids=ids(3, 5))).sites) == 3
 
 
+class SharedGain(Net):
+    """Two norms with one gain (an encoder's and a decoder's): folded at one, it would be gone at the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.second.norm.weight = self.first.norm.weight
+
+
+def test_a_gain_of_two_norms_stays():
+    model = ready(SharedGain())
+    error = check_refused(model, ["second.norm.weight", "lose it too"], norm=None, fold=True)
+    assert set(dict(error.refusals)) == {"first.norm", "second.norm"}
+    converted, _ = check_exact(model)
+    assert converted.first.norm.weight is converted.second.norm.weight and kinds(converted) == ["rmsnorm"] * 3
+
+
+class AsksItsNorm(Net):
+    """The model's own code takes a dtype from a norm's weight."""
+
+    def forward(self, ids, mask=None):
+        return super().forward(ids, mask).to(self.last.weight.dtype)
+
+
+def test_a_model_that_asks_its_norms_for_their_weights_is_refused_in_words():
+    model, observed = ready(AsksItsNorm()), dict(ids=ids(3, 5))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RefusedError, match="does not run, while the original does"):
+        normswap.convert_model(model, norm="rmsnorm", fold=True, inputs=observed)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    check_exact(model)
+
+
 class MaskedRead(Net):
     """Between norm and reader a mask: the gain passes, the bias does not."""
 

@@ -129,7 +129,7 @@ def _treat_grown(folded: list[AnyEdit], centred: list[AnyEdit]) -> list[AnyEdit]
 def _swap(normmap: NormMap, site: Site, bare: set[str]) -> SwapNorm:
     spec, keeps = site.spec, site.path not in bare
     name = spec.weight or spec.bias
-    shape = normmap.parameters[f"{site.path}.{name}"] if name and keeps else (spec.width,)
+    shape = normmap.shape(f"{site.path}.{name}") if name and keeps else (spec.width,)
     # a LayerNorm that casts does so once, at the end; the swapped norm keeps the site's own casting
     return SwapNorm(
         module=site.path,

@@ -193,8 +193,13 @@ class NormMap:
         }
         return sorted(found, key=lambda w: (rank.get(w.name, -1), w.axis, w.module))
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter or buffer, by any of its names."""
+        return self.parameters[self.aliases.get(name, name)]
+
     def names(self, parameter: str) -> list[str]:
         """All names of a parameter, its first one first."""
+        parameter = self.aliases.get(parameter, parameter)
         return [parameter, *(alias for alias, first in self.aliases.items() if first == parameter)]
 
     def name_in(self, module: str, parameter: str) -> str | None:

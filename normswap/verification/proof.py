@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import load_generated
 from normswap.checkpoint.source import Source
-from normswap.errors import ObserveError, SourceError, VerificationError
+from normswap.errors import ObserveError, RefusedError, SourceError, VerificationError
 from normswap.observe.inputs import example_inputs
 from normswap.observe.run import make_eager
 from normswap.planning.edits import CentreInput, CentreOutput, SwapNorm
@@ -121,7 +121,7 @@ def prove(
         described = Path(text).name  # of the user's folders nothing is published
     names = source.title, "the converted folder"
 
-    sites = find_sites(original), find_sites(result)
+    sites = find_sites(original), _sites_now(result)
     _check_swapped(sites[1], plan)
 
     def measure(what: str, a: nn.Module, b: nn.Module, dtypes: Sequence[torch.dtype]) -> Report:
@@ -165,6 +165,18 @@ def _mathematics(original: PreTrainedModel, plan: Plan, measure) -> tuple[Report
             if dtype == torch.float32:
                 raise
     raise AssertionError("unreachable")
+
+
+def _sites_now(converted: nn.Module, inputs: Mapping[str, Any] | None = None) -> list[SiteSpec]:
+    """The norms of a converted model, which has to run for that. Raises RefusedError where it does not."""
+    try:
+        return find_sites(converted, inputs)
+    except ObserveError as error:
+        raise RefusedError(
+            f"the converted {type(converted).__name__} does not run, while the original does: {error} The model's own "
+            f"code wants something of its norms that the new ones do not have (a weight, for its dtype): leave out "
+            f"--fold, or ask for --fold alone, which keeps neutral parameters. Nothing was changed."
+        ) from error
 
 
 def _check_exact(report: Report) -> None:
@@ -297,7 +309,7 @@ def measure_live(
                 raise
     converted = apply_plan(copy.deepcopy(original), plan)
     sites = find_sites(original, batches[0]) if sites is None else sites
-    now = find_sites(converted, batches[0])
+    now = _sites_now(converted, batches[0])
     _check_swapped(now, plan)
     comparison = compare_models(original, converted, batches, sites, now, tolerance=TOLERANCES[dtype])
     if plan.claim == "exact" and comparison.first_divergence is None:

@@ -147,6 +147,9 @@ def _convert(model, normmap: NormMap, batches, request: Request) -> tuple[dict[s
     sites = [(site.path, site.spec) for site in normmap.sites.values()]
     try:
         comparison = measure_live(model, plan, batches, sites)
+    except RefusedError as error:
+        whole = str(error).split("\n")[0]
+        return {"result": "refused", "refused": {site: whole for site in found["converted"]} | found["refused"]}, plan
     except VerificationError as error:
         return found | {"result": "WRONG", "why": str(error)}, plan
     except Exception as error:

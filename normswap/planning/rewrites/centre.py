@@ -98,7 +98,7 @@ def _shape_obstacle(normmap: NormMap, site: Site) -> str | None:
     if len(site.spec.axes) != 1:
         return f"it normalises the axes {site.spec.axes} of its input together; only norms over one axis can be swapped"
     for name in (site.spec.weight, site.spec.bias):
-        shape = normmap.parameters[f"{site.path}.{name}"] if name else (site.spec.width,)
+        shape = normmap.shape(f"{site.path}.{name}") if name else (site.spec.width,)
         if shape[-1] != site.spec.width or (site.spec.axes != (-1,) and len(shape) > 1):
             return f"it has a {name} of shape {shape}; expected one value per channel"
     return None

@@ -64,8 +64,10 @@ def _site_edits(normmap: NormMap, site: Site, ties: Ties) -> list[AnyEdit] | str
     if len(spec.axes) != 1:
         return f"it normalises axes {spec.axes} together; only gains along one axis can be folded"
     for parameter in filter(None, (spec.weight, spec.bias)):
-        if math.prod(shape := normmap.parameters[f"{site.path}.{parameter}"]) != spec.channels:
+        if math.prod(shape := normmap.shape(f"{site.path}.{parameter}")) != spec.channels:
             return f"its {parameter} has shape {shape}; only one value per normalised channel can be folded"
+        if others := set(normmap.names(f"{site.path}.{parameter}")) - {f"{site.path}.{parameter}"}:
+            return f"its {parameter} is {', '.join(sorted(others))} as well, which would lose it too"
     if spec.bias is not None and spec.gate is not None and spec.gate.place == "after":
         return "its bias is multiplied by its gate, which is another for every token"
     if site.other_consumers:
