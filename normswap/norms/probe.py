@@ -70,11 +70,13 @@ def _shapes(trace: Trace, call: ModuleCall) -> tuple[tuple[int, ...], ...] | Non
     outputs = [trace.values[v] for v in call.outputs]
     if not 1 <= len(floats) <= 2 or len(outputs) != 1 or call.end == call.start or call.outputs[0] in call.inputs:
         return None
-    if floats[0].kind == "parameter" or not outputs[0].is_float or len(floats[0].shape) < 2:
+    if floats[0].kind == "parameter" or not outputs[0].is_float or not floats[0].shape:
         return None
     if len(floats) == 2 and floats[1].shape != floats[0].shape:
         return None
-    return (*(value.shape for value in floats), outputs[0].shape)
+    shapes = (*(value.shape for value in floats), outputs[0].shape)
+    alone = len(shapes[0]) == 1  # one vector; norms take several
+    return tuple((3, *shape) for shape in shapes) if alone else shapes
 
 
 def _could_be_norm(module: nn.Module, shape: tuple[int, ...]) -> bool:
