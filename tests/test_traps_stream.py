@@ -266,6 +266,17 @@ class Gathered(Net):
         return x + x.gather(1, order)
 
 
+class StridedIndex(Net):
+    """An index of one entry cut out of a longer one, whose bytes do not lie as those of a new one would."""
+
+    def between(self, x, mask):
+        return x + x.index_select(1, torch.arange(4)[::2][1:])
+
+
+def test_an_index_cut_out_of_another_is_told_by_its_value():
+    check_exact(ready(StridedIndex()))
+
+
 class GatheredChannels(Net):
     """The index differs from channel to channel: what it picks has another mean."""
 

@@ -511,3 +511,14 @@ def test_refusals_of_verify(checkpoints, tmp_path):
     (tmp_path / "other" / "model.safetensors").unlink()
     with pytest.raises(SourceError, match="cannot be loaded"):
         verify(tmp_path / "other", tmp_path / "other")
+
+
+def test_of_several_parts_that_read_text_the_smallest_vocabulary_counts():
+    from transformers import MusicgenConfig, MusicgenDecoderConfig, T5Config
+
+    from normswap.verification.inputs import of_text
+
+    config = MusicgenConfig(text_encoder=T5Config(vocab_size=99).to_dict(),
+                            audio_encoder={"model_type": "encodec"},
+                            decoder=MusicgenDecoderConfig(vocab_size=50).to_dict())  # fmt: skip
+    assert of_text(config, "vocab_size") == 50 and of_text(config.decoder, "vocab_size") == 50

@@ -82,7 +82,9 @@ class Prober:
         if value.real is None or (value.varies and value.is_float):
             return None
         if value.index not in self.fingerprints:
-            data = value.real.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            data = (
+                value.real.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+            )
             self.fingerprints[value.index] = hashlib.sha256(data).hexdigest()
         return self.fingerprints[value.index]
 

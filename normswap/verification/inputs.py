@@ -39,7 +39,7 @@ def evaluation_inputs(
         tokens: how many in all, about; of text alone.
     """
     example = example_inputs(model)
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    vocabulary = of_text(model.config, "vocab_size")
     tensors = {name for name, value in example.items() if isinstance(value, torch.Tensor)}
     if vocabulary is None or "input_ids" not in tensors or not tensors <= _OF_TEXT.keys():
         batches = [redrawn(example, model.config, seed) for seed in range(_DRAWS)]
@@ -71,9 +71,18 @@ def redrawn(example: Inputs, config: PretrainedConfig | None, seed: int) -> dict
     return drawn
 
 
+def of_text(config: PretrainedConfig, key: str) -> int | None:
+    """What the part that reads text states under `key`; of several such parts the smallest number."""
+    try:
+        return getattr(config.get_text_config(), key, None)
+    except ValueError:  # transformers does not choose between an encoder of text and a decoder
+        parts = [part for part in vars(config).values() if isinstance(part, PretrainedConfig)]
+        return min((n for part in parts if isinstance(n := getattr(part, key, None), int)), default=None)
+
+
 def _other_tokens(ids: torch.Tensor, config: PretrainedConfig, generator: torch.Generator) -> torch.Tensor:
     named = torch.tensor(sorted(_named_tokens(config.to_dict())), dtype=torch.long)
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    vocabulary = of_text(config, "vocab_size")
     free = torch.arange(vocabulary) if isinstance(vocabulary, int) else ids.unique()
     free = free[~torch.isin(free, named)]
     if not len(free):
@@ -94,7 +103,7 @@ def _named_tokens(config: Mapping[str, object]) -> set[int]:
 
 
 def _positions(config: PretrainedConfig) -> int:
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    found = of_text(config, "max_position_embeddings")
     return min(_LENGTH, found) if isinstance(found, int) and found > 0 else _LENGTH
 
 

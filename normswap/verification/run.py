@@ -14,7 +14,7 @@ from normswap.checkpoint.source import Source
 from normswap.errors import SourceError, VerificationError
 from normswap.observe.run import make_eager
 from normswap.understand.normmap import find_sites
-from normswap.verification.inputs import evaluation_inputs
+from normswap.verification.inputs import evaluation_inputs, of_text
 from normswap.verification.metrics import Record
 from normswap.verification.models import TOLERANCES, Comparison, Progress, compare_models
 from normswap.verification.outputs import Inputs
@@ -197,7 +197,7 @@ def _check_vocabularies(a: Source, b: Source) -> None:
 
 
 def _vocabulary(source: Source) -> int | None:
-    return getattr(source.config.get_text_config(), "vocab_size", None)
+    return of_text(source.config, "vocab_size")
 
 
 def coarsest_dtype(model: nn.Module) -> torch.dtype:

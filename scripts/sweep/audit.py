@@ -6,6 +6,7 @@ and attributes, and evaluates the formula of each spec in its own words on the i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -194,7 +195,8 @@ def _explained(module: nn.Module, path: str, calls: list, normmap: NormMap) -> b
         return False
     if not calls:  # it acts on parameters alone
         return True
-    x, *others = calls[0][0]
+    x, *others = (t.double() if t.is_floating_point() else t for t in calls[0][0])
+    module = copy.deepcopy(module).double()
     with torch.no_grad(), LiftFloat32():
         try:
             at = [module(factor * x, *others) for factor in (0, 1, 2)]
