@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_map
 from normswap.errors import ObserveError
 from normswap.observe.inputs import example_inputs
 from normswap.verification.run import evaluation_inputs
-from sweep.zoo import build
+from sweep.zoo import build, model_class, tiny_config
 
 KINDS = {
     "t5": {"input_ids", "decoder_input_ids"},
@@ -96,4 +96,4 @@ def test_what_cannot_be_known_is_named():
 
 def test_a_model_without_a_forward_is_refused():
     with pytest.raises(ObserveError, match="BarkModel has no forward of its own"):
-        example_inputs(build("bark"))
+        example_inputs(model_class("bark")(tiny_config("bark")))
