@@ -136,30 +136,68 @@ class Drop(TensorEdit):
 
 
 class Fill(TensorEdit):
-    """The tensor keeps its place and shape but is set to `value`: the neutral gain or bias of a folded norm."""
+    """Every entry of the tensor becomes `value`: the neutral gain or bias of a folded norm.
+
+    A tensor that the model does not have yet (of an added norm) is made, of shape `shape`.
+    """
 
     edit: Literal["fill"] = "fill"
     value: float
+    shape: tuple[int, ...] | None = None
 
     def apply(self, value, read):
+        if value is None:
+            return torch.full(self.shape, self.value, dtype=torch.float64)
         return torch.full_like(value, self.value)
+
+
+class Scale(TensorEdit):
+    """`T <- factor T`; of a gain in the form `1 + w`, the gain is what is scaled: `w <- factor (1 + w) - 1`."""
+
+    edit: Literal["scale"] = "scale"
+    factor: float
+    form: GainForm = "w"
+
+    def keeps_rows_apart(self):
+        return True
+
+    def apply(self, value, read):
+        return self.factor * (1 + value) - 1 if self.form == "1 + w" else self.factor * value
+
+
+class Copy(TensorEdit):
+    """The tensor takes the original values of `source`, times `factor`: a gain that moves to another norm."""
+
+    edit: Literal["copy"] = "copy"
+    source: str
+    factor: float = 1.0
+
+    def reads(self):
+        return (self.source,)
+
+    def apply(self, value, read):
+        return self.factor * read(self.source)
 
 
 class ModuleEdit(Edit):
     module: str
 
 
+NormKind = Literal["rmsnorm", "layernorm", "affine", "none"]
+
+
 class SwapNorm(ModuleEdit):
     """The norm at `module` becomes one of another kind; parameters that stay keep their names.
 
     Attributes:
+        kind: `affine` is a gain and a bias without normalising, `none` hands its input on.
         width: size of the normalised axis.
         axis: the normalised axis, counted from the end.
         shape: of gain and bias; None: `(width,)`.
     """
 
     edit: Literal["swap_norm"] = "swap_norm"
-    kind: Literal["rmsnorm"]
+    kind: NormKind
     width: int
     eps: float
     gain: GainForm | None
@@ -167,6 +205,58 @@ class SwapNorm(ModuleEdit):
     casting: Casting
     axis: int = -1
     shape: tuple[int, ...] | None = None
+
+
+class AddNorm(SwapNorm):
+    """A norm where there was none: `module` is the path that it gets. Its parameters begin neutral."""
+
+    edit: Literal["add_norm"] = "add_norm"
+
+
+class SetScale(ModuleEdit):
+    """The module gets the attribute `name`, a number that its rewritten code multiplies by."""
+
+    edit: Literal["set_scale"] = "set_scale"
+    name: str
+    value: float
+
+
+class Change(BaseModel):
+    """One change of a method's source. All are insertions and deletions at the ends of one expression.
+
+    - `unwrap`: the call of a norm becomes its first argument;
+    - `wrap`: `x` becomes `self.name(x)`; where the expression is a statement `x += y`, that becomes
+      `x = self.name(x + y)`;
+    - `scale`: `x` becomes `self.name * x`, in parentheses where the source needs them;
+    - `enter`: `argument = self.name(argument)` becomes the first statement of the method.
+
+    Attributes:
+        span: line, column, end line, end column of the expression. Lines count from the first line of the method
+            (its first decorator, if it has any), columns in UTF-8 bytes, both from 0; as Python's syntax tree has them.
+        name: attribute of the module: a norm or a number.
+        argument: of `enter`, the parameter's name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["unwrap", "wrap", "scale", "enter"]
+    span: tuple[int, int, int, int] | None = None
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    argument: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+
+
+class Rewrite(ModuleEdit):
+    """A method of the module is its class's own with `changes` in its source.
+
+    Attributes:
+        method: name of the method.
+        digest: of the source the changes were made for; another version of the class is refused.
+    """
+
+    edit: Literal["rewrite"] = "rewrite"
+    method: str
+    changes: tuple[Change, ...]
+    digest: str
 
 
 class CentreOutput(ModuleEdit):
@@ -199,6 +289,21 @@ class SetConfig(Edit):
 
 
 AnyEdit = Annotated[
-    Centre | Untie | FoldGain | FoldBias | Drop | Fill | SwapNorm | CentreOutput | CentreInput | GrowBias | SetConfig,
+    Centre
+    | Untie
+    | FoldGain
+    | FoldBias
+    | Drop
+    | Fill
+    | Scale
+    | Copy
+    | SwapNorm
+    | AddNorm
+    | SetScale
+    | Rewrite
+    | CentreOutput
+    | CentreInput
+    | GrowBias
+    | SetConfig,
     Field(discriminator="edit"),
 ]
