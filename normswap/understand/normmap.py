@@ -22,7 +22,7 @@ from normswap.observe.inputs import example_inputs
 from normswap.observe.run import observe
 from normswap.observe.trace import Operation, Trace, collapse_norms
 from normswap.understand.centring import Centring, Writer, centring
-from normswap.understand.placement import Block, Streams, outermost
+from normswap.understand.placement import Block, Stream, Streams, outermost
 from normswap.understand.reading import Reader, Readings, readings
 from normswap.understand.transfer import Prober
 
@@ -53,12 +53,20 @@ class Site:
 
 @dataclass
 class StreamInfo:
-    """One residual stream: its name (the module all its blocks stand in), width, writers and blocks in order."""
+    """One residual stream.
+
+    Attributes:
+        name: the module that all its blocks stand in.
+        writers: what adds to it, in the model's order.
+        blocks: in order.
+        found: the analysis, with its values and the norms before the first block and after the last.
+    """
 
     name: str
     width: int
     writers: list[Writer]
     blocks: list[Block]
+    found: Stream
 
 
 @dataclass
@@ -73,6 +81,7 @@ class NormMap:
         aliases: further names of tied parameters -> the first name.
         stored: names of all parameters and buffers a checkpoint of this model holds, aliases included.
         biasless: modules that were built without the bias their class can have.
+        classes: class of each module by its path.
         centrings, readings: per width, and per number of channels, the analyses behind the map.
         loose: per module, the kind of a norm that it calls as a function; such a norm is no site.
         notes: what a reader should know: loose norms, and values that the observed run asked for and did not have.
@@ -87,6 +96,7 @@ class NormMap:
     aliases: dict[str, str]
     stored: set[str]
     biasless: set[str]
+    classes: dict[str, type[nn.Module]]
     trace: Trace
     centrings: dict[int, Centring] = field(default_factory=dict)
     readings: dict[int, Readings] = field(default_factory=dict)
@@ -120,6 +130,7 @@ class NormMap:
             aliases=aliases,
             stored=set(model.state_dict()),
             biasless={path for path, m in model.named_modules() if m._parameters.get("bias", m) is None},
+            classes={path: type(m) for path, m in model.named_modules()},
             trace=trace,
             centrings={width: centring(trace, norms, probers[width]) for width in widths},
             readings={width: readings(trace, norms, probers[width]) for width in channels},
@@ -147,7 +158,7 @@ class NormMap:
             name = _common_path([block.module for block in stream.blocks])
             taken[name] = taken.get(name, 0) + 1
             name = name if taken[name] == 1 else f"{name}#{taken[name]}"
-            self.streams.append(StreamInfo(name, stream.width, self._writers(stream), stream.blocks))
+            self.streams.append(StreamInfo(name, stream.width, self._writers(stream), stream.blocks, stream))
             for block in stream.blocks:
                 inside |= block.inside
                 roles.update({path: ("branch", name) for path in block.n_branch})

@@ -38,6 +38,8 @@ class Block:
         skip, branch: the coefficients a and b.
         parallel: several branches read the same value and are added together.
         result: the value after the sum.
+        operands: the values that the sum adds, the skip's and the branch's.
+        read: per norm of `n_in`, the value of the stream that it reads.
     """
 
     add: int
@@ -51,6 +53,8 @@ class Block:
     n_out: list[str] = field(default_factory=list)
     parallel: bool = False
     inside: set[str] = field(default_factory=set)
+    operands: tuple[int, int] = (-1, -1)
+    read: dict[str, int] = field(default_factory=dict)
 
     @property
     def placement(self) -> str:
@@ -66,6 +70,7 @@ class Stream:
 
     width: int
     start: int
+    analysis: Streams = field(repr=False)
     blocks: list[Block] = field(default_factory=list)
     embedding: list[str] = field(default_factory=list)  # norms between the embeddings and the first block
     final: list[str] = field(default_factory=list)  # norms that read the stream after its last block
@@ -82,8 +87,6 @@ class Streams:
         self.factors: dict[int, float] = {}
         self.norm_of = {op.outputs[0]: op for op in trace.norm_operations()}
         self.meetings = Meetings(trace, prober)
-        self.operands: dict[int, tuple[int, int]] = {}  # per residual sum: the skip's value and the branch's
-        self.reads: dict[tuple[int, str], int] = {}  # per residual sum and norm of its branch: what the norm reads
         self.blocks = self._find_blocks()
         self.streams = self._chain()
         self._fill_slots()
@@ -185,8 +188,7 @@ class Streams:
                 # a factor before the first block scales the embeddings, not the skip
                 factor = self.factors[skip] if root in chains else 1.0
                 scales = coefficients[0] * factor, coefficients[1] * self.factors[branch]
-                blocks.append(Block(op.index, op.module, op.outputs[0], root, *scales))
-                self.operands[op.index] = (skip, branch)
+                blocks.append(Block(op.index, op.module, op.outputs[0], root, *scales, operands=(skip, branch)))
                 chains[op.outputs[0]] = own | 1 << op.outputs[0]
                 self.bases[op.outputs[0]], self.factors[op.outputs[0]] = op.outputs[0], 1.0
                 break
@@ -198,7 +200,7 @@ class Streams:
         for block in self.blocks:
             stream = of_result.get(block.previous)
             if stream is None:
-                stream = streams.setdefault(block.previous, Stream(self.prober.width, block.previous))
+                stream = streams.setdefault(block.previous, Stream(self.prober.width, block.previous, self))
             stream.blocks.append(block)
             of_result[block.result] = stream
         for stream in streams.values():
@@ -210,7 +212,7 @@ class Streams:
         return kept
 
     def _trunk_norms(self, stream: Stream) -> set[str]:
-        return {path for block in stream.blocks for path in self.trunk(self.operands[block.add][0])[1]}
+        return {path for block in stream.blocks for path in self.trunk(block.operands[0])[1]}
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
@@ -226,24 +228,24 @@ class Streams:
             trunk = self._trunk_norms(stream)
             own[stream.start] = stream.values | {v for v, op in self.norm_of.items() if op.norm in trunk}
             for block in stream.blocks:
-                root, passed = self.trunk(self.operands[block.add][0])
+                root, passed = self.trunk(block.operands[0])
                 target = by_result[root].n_out if root in by_result else stream.embedding
                 target.extend(path for path in passed if path not in target)
                 trunk_norms.update(passed)
         stops = values | {v for v, op in self.norm_of.items() if op.norm in trunk_norms}
         claimed = set(trunk_norms)
         for stream, block in [(s, block) for s in self.streams for block in s.blocks]:
-            branch = self.operands[block.add][1]
+            branch = block.operands[1]
             touched = self._cone(block, branch, stops)
             # what reads another stream (cross-attention to an encoder's final norm) is no norm of this block
-            block.n_in = [path for path in block.n_in if self.reads[block.add, path] in own[stream.start]]
+            block.n_in = [path for path in block.n_in if block.read[path] in own[stream.start]]
             block.n_in.sort(key=order.get)
             end = self.norm_of.get(self.base(branch))
             if end is not None and end.norm not in trunk_norms:
                 block.n_branch.append(end.norm)
             block.inside -= set(block.n_in) | set(block.n_branch)
             claimed |= block.inside | set(block.n_in) | set(block.n_branch)
-            earlier = by_result.get(self.base(self.operands[block.add][0]))
+            earlier = by_result.get(self.base(block.operands[0]))
             if earlier is not None and touched & own[stream.start] and earlier.result not in touched:
                 block.parallel = earlier.parallel = True  # it read what the sum before it read
             elif self._two_branches(branch):
@@ -277,7 +279,7 @@ class Streams:
             if op.norm is not None:
                 slot = self.base(op.inputs[0])
                 if slot in stops:
-                    self.reads[block.add, op.norm] = slot
+                    block.read[op.norm] = slot
                     block.n_in = block.n_in if op.norm in block.n_in else [op.norm, *block.n_in]
                     touched.add(slot)
                     continue
@@ -321,7 +323,7 @@ def outermost(found: list[Streams], ancestors: list[int]) -> list[Stream]:
     every = [(streams, stream) for streams in found for stream in streams.streams]
 
     def inside(stream: Stream, streams: Streams, block: Block) -> bool:
-        branch = ancestors[streams.operands[block.add][1]] & ~ancestors[block.previous]
+        branch = ancestors[block.operands[1]] & ~ancestors[block.previous]
         results = [inner.result for inner in stream.blocks]
         return all(branch >> v & 1 and ancestors[v] >> block.previous & 1 for v in results)
 
