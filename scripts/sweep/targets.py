@@ -1,0 +1,167 @@
+"""What a moved model has to compute, from the placement table: placements for `slots.placed`.
+
+A raw stream `x` becomes a normalised one, `u = n(x)`, with `n` the norm that reads the value, without gain and bias,
+and `s` a constant in the place of each token's scale:
+
+    u_0 = n(x_0)        u_{i+1} = n(s_i u_i + F(g_i u_i + b_i))        the final norm gives g u_N + b
+
+What reads the stream without a norm gets `s_i u_i`. With `s` each token's own scale this is the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.norms.spec import NormSpec
+from normswap.understand.normmap import NormMap
+from normswap.understand.placement import Block, Stream
+from sweep.slots import Function, Placement, Slots, StreamReaders, placed, times
+
+Scales = Mapping[int, "float | torch.Tensor"]
+
+
+def standardise(x: torch.Tensor, spec: NormSpec) -> torch.Tensor:
+    """`x` normalised as `spec` says, without gain and bias."""
+    if spec.kind == "layernorm":
+        x = x - x.mean(spec.axes, keepdim=True)
+    return x / scale(x, spec)
+
+
+def scale(x: torch.Tensor, spec: NormSpec) -> torch.Tensor:
+    """What `standardise` divides `x` by, behind the centring."""
+    if spec.kind == "layernorm":
+        x = x - x.mean(spec.axes, keepdim=True)
+    return (x.square().mean(spec.axes, keepdim=True) + spec.eps).sqrt()
+
+
+def affine(x: torch.Tensor, spec: NormSpec, norm: nn.Module) -> torch.Tensor:
+    """The norm's gain and bias, without normalising."""
+    shape = [1] * x.ndim
+    shape[spec.axes[0]] = -1
+    if spec.weight is not None:
+        weight = getattr(norm, spec.weight).reshape(shape)
+        x = x * (1 + weight if spec.gain == "1 + w" else weight)
+    return x if spec.bias is None else x + getattr(norm, spec.bias).reshape(shape)
+
+
+def steps(normmap: NormMap, stream: Stream) -> list[list[Block]]:
+    """The blocks of a stream, those together that read the same value (parallel branches, added one by one)."""
+    readers = StreamReaders(normmap.trace, stream)
+    found: list[list[Block]] = []
+    for block in stream.blocks:
+        read = {readers.source(v) for _, v in readers.of(block)}
+        before = found[-1][0] if found else None
+        # nothing read what the sum before gave: both branches are of the same value
+        if before and found[-1][-1].result not in read and readers.source(before.operands[0]) in read:
+            found[-1].append(block)
+        else:
+            found.append([block])
+    return found
+
+
+def final_norms(normmap: NormMap, stream: Stream) -> list[str]:
+    """The norms that read the stream's last value, and stand in no block."""
+    inside = {path for block in stream.blocks for path in (*block.n_in, *block.n_out)}
+    readers = StreamReaders(normmap.trace, stream)
+    last = stream.blocks[-1].result
+    ops = [op for op in normmap.trace.norm_operations() if readers.source(op.inputs[0]) == last]
+    return list(dict.fromkeys(op.norm for op in ops if op.norm not in inside))
+
+
+class _Raw:
+    """A raw stream: what norms read each of its values."""
+
+    def __init__(self, model: nn.Module, normmap: NormMap, stream: Stream):
+        self.modules, self.sites, self.stream = dict(model.named_modules()), normmap.sites, stream
+        self.steps = steps(normmap, stream)
+        self.final = final_norms(normmap, stream)
+
+    def spec_before(self, i: int) -> NormSpec:
+        """Of the norm that makes the value that step `i` reads; of the last value for `i = len(steps)`."""
+        own = self.steps[min(i, len(self.steps) - 1)]
+        paths = [path for block in own for path in block.n_in]
+        if i == len(self.steps):
+            paths = self.final + paths
+        paths += [path for block in own for path in block.n_branch]
+        paths += [path for step in self.steps for block in step for path in (*block.n_in, *block.n_branch)]
+        return self.sites[paths[0]].spec
+
+    def affine(self, path: str) -> Function:
+        return lambda x: affine(x, self.sites[path].spec, self.modules[path])
+
+
+def value_scales(model: nn.Module, normmap: NormMap, streams: Iterable[Stream], inputs: Mapping[str, Any]) -> Scales:
+    """Each token's own scale of each value, by the value that a step's first sum adds to (`Block.previous`)."""
+    found: dict[int, torch.Tensor] = {}
+
+    def noting(value: int, spec: NormSpec) -> Function:
+        def note(x):
+            found[value] = scale(x, spec)
+            return x
+
+        return note
+
+    placement = Placement()
+    for stream in streams:
+        raw = _Raw(model, normmap, stream)
+        placement.entry[stream.start] = noting(stream.start, raw.spec_before(0))
+        for i, step in enumerate(raw.steps):
+            placement.blocks[step[-1].add] = Slots(n_out=noting(step[-1].result, raw.spec_before(i + 1)))
+    with placed(model, normmap, placement), torch.no_grad():
+        model(**inputs)
+    return found
+
+
+def normalised(
+    model: nn.Module,
+    normmap: NormMap,
+    streams: Iterable[Stream],
+    scales: Scales | None = None,
+    keep_n_in: bool = False,
+) -> Placement:
+    """Raw streams as post-norm streams (with scales that are not 1: deepnorm), see above.
+
+    Args:
+        scales: by `Stream.start` or `Block.result`, that value's `s`; 1 where there is none.
+        keep_n_in: blocks keep their first norm (keel).
+    """
+    scales = scales or {}
+    placement = Placement()
+    for stream in streams:
+        raw = _Raw(model, normmap, stream)
+        placement.entry[stream.start] = _weightless(raw.spec_before(0))
+        before = stream.start
+        for i, step in enumerate(raw.steps):
+            s = scales.get(before, 1.0)
+            for block in step:
+                out = _weightless(raw.spec_before(i + 1)) if block is step[-1] else None
+                skip = s if block is step[0] else 1.0
+                placement.blocks[block.add] = Slots(n_in=_times(s), n_out=out, skip=skip)
+                if not keep_n_in:
+                    placement.norms.update({path: raw.affine(path) for path in block.n_in})
+            before = step[-1].result
+        placement.norms.update({path: raw.affine(path) for path in raw.final})
+    return placement
+
+
+def sandwiched(normmap: NormMap, streams: Iterable[Stream], norm: Function) -> Placement:
+    """Every branch goes through `norm` before it is added."""
+    return Placement({block.add: Slots(n_branch=norm) for stream in streams for block in stream.blocks})
+
+
+def raw_streams(normmap: NormMap) -> Iterator[Stream]:
+    for info in normmap.streams:
+        if not any(block.n_out for block in info.found.blocks):
+            yield info.found
+
+
+def _weightless(spec: NormSpec) -> Function:
+    return lambda x: standardise(x, spec)
+
+
+def _times(factor: float | torch.Tensor) -> Function:
+    return lambda x: times(factor, x)
