@@ -153,6 +153,67 @@ def sandwiched(normmap: NormMap, streams: Iterable[Stream], norm: Function) -> P
     return Placement({block.add: Slots(n_branch=norm) for stream in streams for block in stream.blocks})
 
 
+def reordered(
+    model: nn.Module, normmap: NormMap, streams: Iterable[Stream], norm: Function, scales: Scales | None = None
+) -> Placement:
+    """`x + norm(F(g x / s + b))`: the first norm of each block goes behind its branch, gain and bias stay before it."""
+    placement = sandwiched(normmap, streams := list(streams), norm)
+    for stream in streams:
+        raw, before = _Raw(model, normmap, stream), stream.start
+        for step in raw.steps:
+            for path in (path for block in step for path in block.n_in):
+                placement.norms[path] = _scaled_affine(raw, path, (scales or {}).get(before, 1.0))
+            before = step[-1].result
+    return placement
+
+
+def raw(model: nn.Module, normmap: NormMap, streams: Iterable[Stream], scales: Mapping[str, Any]) -> Placement:
+    """Post-norm streams as pre-norm ones: `z` carries what each norm reads, over `D`.
+
+    With `D = 1` before the first norm, and `D' = g D / s` behind each:
+
+        x = g n(D z) + b        z' = z + (F(x) + b) / D'        the last norm gives g n(D z) + b
+
+    Args:
+        scales: by path of the norm, the `s` of what it reads.
+    """
+    placement = Placement()
+    modules = dict(model.named_modules())
+    for stream in streams:
+        norms = [*stream.embedding[-1:], *(block.n_out[0] for block in stream.blocks)]
+        if len(norms) == len(stream.blocks):
+            norms.insert(0, None)  # nothing stands before the first block
+        d: float | torch.Tensor = 1.0
+        for path, block in zip(norms, stream.blocks, strict=False):
+            shift: float | torch.Tensor = 0.0
+            n_in = None
+            if path is not None:
+                spec, module = normmap.sites[path].spec, modules[path]
+                placement.norms[path] = _identity
+                n_in = _read(module, d)
+                shift = affine(torch.zeros(spec.width, dtype=torch.float64), spec, module)
+                gain = affine(torch.ones(spec.width, dtype=torch.float64), spec, module) - shift
+                d = gain * d / scales[path]
+            placement.blocks[block.add] = Slots(n_in=n_in, n_branch=_over(shift, d))
+        placement.norms[norms[-1]] = _read(modules[norms[-1]], d)
+    return placement
+
+
+def normalised_skip(model: nn.Module, normmap: NormMap, streams: Iterable[Stream]) -> Placement:
+    """Post-norm streams as pre-norm ones whose skip is normalised too: `x' = N(x) + F(N(x))`; the same function."""
+    placement = Placement()
+    modules = dict(model.named_modules())
+    for stream in streams:
+        norms = [*stream.embedding[-1:], *(block.n_out[0] for block in stream.blocks)]
+        if len(norms) == len(stream.blocks):
+            norms.insert(0, None)
+        for path, block in zip(norms, stream.blocks, strict=False):
+            if path is not None:
+                placement.norms[path] = _identity
+                placement.blocks[block.add] = Slots(n_in=modules[path], n_skip=modules[path])
+    return placement
+
+
 def raw_streams(normmap: NormMap) -> Iterator[Stream]:
     for info in normmap.streams:
         if not any(block.n_out for block in info.found.blocks):
@@ -161,6 +222,23 @@ def raw_streams(normmap: NormMap) -> Iterator[Stream]:
 
 def _weightless(spec: NormSpec) -> Function:
     return lambda x: standardise(x, spec)
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _read(norm: nn.Module, d: float | torch.Tensor) -> Function:
+    return lambda z: norm(d * z)
+
+
+def _over(shift: float | torch.Tensor, d: float | torch.Tensor) -> Function:
+    return lambda y: (y + shift) / d
+
+
+def _scaled_affine(stream: _Raw, path: str, scale: float | torch.Tensor) -> Function:
+    give = stream.affine(path)
+    return lambda x: give(x / scale)
 
 
 def _times(factor: float | torch.Tensor) -> Function:
