@@ -40,3 +40,20 @@ def centre_input(module, axis=-1):
     cls = type(module)
     own = {"__module__": cls.__module__, "centred_input": axis}
     module.__class__ = type(f"CentredInput{cls.__name__}", (CentredInput, cls), own)
+
+
+def plain_class(cls):
+    """The class that a centred form was made of; any other class is itself."""
+    while {"centred_output", "centred_input"} & vars(cls).keys():
+        cls = cls.__bases__[1]
+    return cls
+
+
+def rebased(cls, new):
+    """What `cls`, a centred form of some class or itself such a class, is with `new` in that class's place."""
+    if cls is plain_class(cls):
+        return new
+    mixin, inner = cls.__bases__
+    below = rebased(inner, new)
+    axes = {name: value for name, value in vars(cls).items() if name in ("centred_output", "centred_input")}
+    return type(f"{mixin.__name__}{below.__name__}", (mixin, below), {"__module__": new.__module__, **axes})
