@@ -76,16 +76,28 @@ class Placement:
 
 
 class StreamReaders:
-    """Who reads the values of one stream, seen through views, dropouts and constant factors."""
+    """Who reads the values of one stream, seen through what rearranges them: views, dropouts, constant factors.
+
+    A mean over tokens is no rearrangement, although it keeps the channels apart: it reads the stream.
+    """
 
     def __init__(self, trace: Trace, stream: Stream):
         self.trace, self.stream = trace, stream
+        self.bases = {v: v for v in stream.values}
         self.first = self._base(stream.blocks[0].operands[0])
         self.sources = {self.first, *(self._base(b.operands[0]) for b in stream.blocks), *stream.values}
-        self.ancestors = trace.ancestors()
 
     def _base(self, v: int) -> int:
-        return self.stream.analysis.base(v)
+        """The earliest value that `v` is a rearrangement of."""
+        if v not in self.bases:
+            self.bases[v] = v
+            analysis, producer = self.stream.analysis, self.trace.values[v].producer
+            op = None if producer is None else self.trace.operations[producer]
+            if op is not None and op.norm is None and analysis.base(v) != v:
+                position = next(i for i, u in enumerate(op.inputs) if analysis.base(u) == analysis.base(v))
+                if analysis.prober.rearranges(op, position):
+                    self.bases[v] = self._base(op.inputs[position])
+        return self.bases[v]
 
     def source(self, v: int) -> int | None:
         """The value of the stream that `v` shows, None if it shows none."""
@@ -245,7 +257,8 @@ class _Interception(TorchFunctionMode):
         if not changes and path not in self.patches.norms:
             return output
         with self._pause():
-            return function(_through(changes, x))
+            result = function(_through(changes, x))
+        return result.contiguous() if output.is_contiguous() else result  # `view` may follow
 
     # -- operations --------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap.errors import VerificationError
 from normswap.norms.spec import NormSpec
 from normswap.understand.normmap import NormMap
 from normswap.understand.placement import Block, Stream
@@ -64,12 +65,13 @@ def steps(normmap: NormMap, stream: Stream) -> list[list[Block]]:
 
 
 def final_norms(normmap: NormMap, stream: Stream) -> list[str]:
-    """The norms that read the stream's last value, and stand in no block."""
-    inside = {path for block in stream.blocks for path in (*block.n_in, *block.n_out)}
+    """The norms that read the stream's last value, and nothing else, and stand in no block."""
     readers = StreamReaders(normmap.trace, stream)
-    last = stream.blocks[-1].result
-    ops = [op for op in normmap.trace.norm_operations() if readers.source(op.inputs[0]) == last]
-    return list(dict.fromkeys(op.norm for op in ops if op.norm not in inside))
+    reads: dict[str, set[int | None]] = {}
+    for op in normmap.trace.norm_operations():
+        reads.setdefault(op.norm, set()).add(readers.source(op.inputs[0]))
+    inside = {path for block in stream.blocks for path in (*block.n_in, *block.n_out)}
+    return [path for path, values in reads.items() if values == {stream.blocks[-1].result} and path not in inside]
 
 
 class _Raw:
@@ -88,6 +90,8 @@ class _Raw:
             paths = self.final + paths
         paths += [path for block in own for path in block.n_branch]
         paths += [path for step in self.steps for block in step for path in (*block.n_in, *block.n_branch)]
+        if not paths:
+            raise VerificationError(f"no block of the stream of {own[0].module} has a norm: there is none to move.")
         return self.sites[paths[0]].spec
 
     def affine(self, path: str) -> Function:
