@@ -7,6 +7,7 @@ With `n` a norm without gain and bias, `g` and `b` its gain and bias, and one sc
 
     raw source to deepnorm     u_0 = n(x_0), u_{i+1} = n(s_i u_i + F(g u_i + b)); at the end g u + b
     raw source to post         the same with the scale in the norm before: u_i is s_i times what it is above
+    raw source to mixed        deepnorm in some layers, pre-norm in the others
     raw source to keel         u_{i+1} = n(s_i u_i + F(N_in(u_i)))
     raw source to sandwich     x_{i+1} = x_i + N_b(F(N_in(x_i)))
     raw source to reordered    x_{i+1} = x_i + N_b(F(g x_i / s_i + b))
@@ -51,6 +52,20 @@ def deepnorm(stack: Stack, scales: Sequence[Scale], norms=()) -> Tensor:
         branches = sum(b.apply(s * u if b.n_in is None else b.n_in.affine(u)) for b in step.branches)
         u = stack.norm_at(i + 1).plain(s * u + branches)
     return u if stack.final is None else stack.final.affine(u)
+
+
+def mixed(stack: Stack, scales: Sequence[Scale], norms=(), moved: Sequence[bool] = ()) -> Tensor:
+    """Deepnorm where `moved` says so, pre-norm elsewhere: where a pre-norm step follows, the stream is `s u` again."""
+    x, is_normal = stack.first, False
+    for i, (s, step) in enumerate(zip(scales, stack.steps, strict=True)):
+        if moved[i]:
+            u = x if is_normal else stack.norm_at(i).plain(x)
+            x = stack.norm_at(i + 1).plain(s * u + sum(b.apply(b.n_in.affine(u)) for b in step.branches))
+        else:
+            x = s * x if is_normal else x
+            x = x + sum(b.apply(b.n_in(x)) for b in step.branches)
+        is_normal = moved[i]
+    return stack.final.affine(x) if is_normal else stack.final(x)
 
 
 def post(stack: Stack, scales: Sequence[Scale], norms=()) -> Tensor:
@@ -119,6 +134,7 @@ TARGETS: dict[str, Placed] = {
     "unmoved": unmoved,
     "post": post,
     "deepnorm": deepnorm,
+    "mixed": mixed,
     "keel": keel,
     "sandwich": sandwich,
     "reordered": reordered,

@@ -50,6 +50,14 @@ def test_with_each_tokens_own_scale_a_moved_model_is_the_old_one(name, target):
         assert error(reference(model, inputs, target), logits) > 0.05  # scales of 1 are another model
 
 
+@pytest.mark.parametrize("moved", [[True, True, False, False], [False, True, False, True], [False] * 4])
+def test_some_layers_moved_with_each_tokens_own_scale_is_the_old_model(moved):
+    model, inputs = prepared("gpt2")
+    with LiftFloat32(), torch.no_grad():
+        logits = reference(model, inputs, "mixed", true_scales(model, inputs).scales, moved=[moved])
+        assert error(logits, model(**inputs).logits) < 1e-12
+
+
 def test_a_kept_first_norm_costs_no_more_than_its_eps():
     model, inputs = prepared("llama")
     with LiftFloat32(), torch.no_grad():

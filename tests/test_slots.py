@@ -6,6 +6,7 @@ from torch import nn
 
 from normswap.errors import VerificationError
 from normswap.understand.normmap import NormMap
+from normswap.understand.transfer import Prober
 from normswap.verification.precision import LiftFloat32
 from placement_families import Norm
 from placement_references import reference
@@ -75,6 +76,19 @@ def test_raw_streams_become_normalised_ones(name):
         compare(
             model, inputs, normmap, targets.normalised(model, normmap, streams, by_value(normmap, scales)), expected
         )
+
+
+@pytest.mark.parametrize("moved", [[True, True, False, False], [False, True, False, True]])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_some_blocks_move(name, moved):
+    model, inputs, normmap = observed(name)
+    scales = scales_of(normmap)
+    (stream,) = targets.raw_streams(normmap)
+    only = {block.add for block, moves in zip(stream.blocks, moved, strict=True) if moves}
+    with LiftFloat32():
+        expected = reference(model, inputs, "mixed", scales, moved=[moved])
+        placement = targets.normalised(model, normmap, [stream], by_value(normmap, scales), only=only)
+        compare(model, inputs, normmap, placement, expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
@@ -191,6 +205,47 @@ def test_one_expression_in_several_turns_is_told_apart():
     layer = model.layers
     expected = layer[1](layer[0](model.embed(x)), times=2)
     assert torch.allclose(changed, model.head(model.norm(expected)), rtol=1e-13)
+
+
+class Pooled(Net):
+    def forward(self, x, times=1):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x, times)
+        return self.head(self.norm(x.mean(1)))
+
+
+def test_a_norm_behind_a_mean_over_tokens_stays_a_norm():
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    for model, final in ((Net().double(), ["norm"]), (Pooled().double(), [])):
+        normmap = NormMap.of(model, {"x": x})
+        (stream,) = targets.raw_streams(normmap)
+        assert targets.final_norms(normmap, stream) == final
+
+
+@pytest.mark.parametrize(
+    ("function", "answer"),
+    [
+        (lambda x: x.transpose(1, 2), True),
+        (lambda x: 3 * x[:, 0], True),
+        (lambda x: x.mean(1), False),
+        (lambda x: nn.functional.avg_pool1d(x, 2), False),
+        (lambda x: x.roll(1, 0) + x, False),
+        (torch.relu, False),
+    ],
+)
+def test_what_rearranges_values(function, answer):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(5, 16)
+
+        def forward(self, x):
+            return function(self.embed(x))
+
+    trace = NormMap.of(Model(), {"x": torch.randn(3, 4, 5)}).trace
+    after = trace.operations[1:]
+    assert after and all(Prober(trace, 16).rearranges(op, 0) for op in after) == answer
 
 
 def test_a_run_that_is_not_the_traces_is_refused():

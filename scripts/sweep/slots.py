@@ -67,12 +67,10 @@ class Placement:
     Attributes:
         blocks: by the index of the sum in the trace (`Block.add`).
         norms: what each norm module does instead, by path.
-        entry: by stream (`Stream.start`), what its first block gets in place of the stream's first value.
     """
 
     blocks: dict[int, Slots] = field(default_factory=dict)
     norms: dict[str, Function] = field(default_factory=dict)
-    entry: dict[int, Function] = field(default_factory=dict)
 
 
 class StreamReaders:
@@ -84,8 +82,7 @@ class StreamReaders:
     def __init__(self, trace: Trace, stream: Stream):
         self.trace, self.stream = trace, stream
         self.bases = {v: v for v in stream.values}
-        self.first = self._base(stream.blocks[0].operands[0])
-        self.sources = {self.first, *(self._base(b.operands[0]) for b in stream.blocks), *stream.values}
+        self.sources = {*(self._base(block.operands[0]) for block in stream.blocks), *stream.values}
 
     def _base(self, v: int) -> int:
         """The earliest value that `v` is a rearrangement of."""
@@ -119,13 +116,6 @@ class StreamReaders:
                 else:
                     todo.append(u)
 
-    def reads_first(self, block: Block) -> bool:
-        """Whether the sum adds to the stream's first value."""
-        return self._base(block.operands[0]) == self.first
-
-    def is_first(self, v: int) -> bool:
-        return self._base(v) == self.first
-
 
 class _Patches:
     """A placement as changes of operations: of the values that go in, by operation and value, and of what comes out."""
@@ -136,30 +126,22 @@ class _Patches:
         self.norms = placement.norms
         found = [info.found for info in normmap.streams]
         known = {block.add for stream in found for block in stream.blocks}
-        starts = {stream.start for stream in found}
-        if unknown := [*(placement.blocks.keys() - known), *(placement.entry.keys() - starts)]:
-            raise VerificationError(f"{unknown[0]} is no residual sum, and no first value, of a stream of this model.")
+        if unknown := placement.blocks.keys() - known:
+            raise VerificationError(f"operation {min(unknown)} is no residual sum of a stream of this model.")
         for stream in found:
             self._add(StreamReaders(normmap.trace, stream), stream, placement)
 
     def _add(self, readers: StreamReaders, stream: Stream, placement: Placement) -> None:
-        entry = placement.entry.get(stream.start)
         for block in stream.blocks:
             slots = placement.blocks.get(block.add, Slots())
             skip, branch = block.operands
-            if entry is not None and readers.reads_first(block):
-                self.inputs[block.add, skip].append(entry)
             self._slot(block.add, skip, slots.n_skip, slots.skip)
             self._slot(block.add, branch, slots.n_branch, slots.branch)
             if slots.n_out is not None:
                 self.outputs[block.add] = slots.n_out
             for op, v in dict.fromkeys(readers.of(block)):
-                if (op.index, v) in self.inputs:
-                    continue  # two blocks side by side share it
-                if entry is not None and readers.is_first(v):
-                    self.inputs[op.index, v].append(entry)
-                if slots.n_in is not None and op.norm is None:
-                    self.inputs[op.index, v].append(slots.n_in)
+                if slots.n_in is not None and op.norm is None and (op.index, v) not in self.inputs:
+                    self.inputs[op.index, v].append(slots.n_in)  # two blocks side by side may share it
 
     def _slot(self, add: int, operand: int, norm: Function | None, factor: float | torch.Tensor) -> None:
         if norm is not None:

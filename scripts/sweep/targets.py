@@ -10,7 +10,8 @@ What reads the stream without a norm gets `s_i u_i`. With `s` each token's own s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,9 +113,12 @@ def value_scales(model: nn.Module, normmap: NormMap, streams: Iterable[Stream], 
     placement = Placement()
     for stream in streams:
         raw = _Raw(model, normmap, stream)
-        placement.entry[stream.start] = noting(stream.start, raw.spec_before(0))
         for i, step in enumerate(raw.steps):
-            placement.blocks[step[-1].add] = Slots(n_out=noting(step[-1].result, raw.spec_before(i + 1)))
+            note = noting(step[-1].result, raw.spec_before(i + 1))
+            placement.blocks[step[-1].add] = Slots(n_out=note)
+        first = raw.steps[0][0].add
+        slots = placement.blocks.get(first, Slots())
+        placement.blocks[first] = replace(slots, n_skip=noting(stream.start, raw.spec_before(0)))
     with placed(model, normmap, placement), torch.no_grad():
         model(**inputs)
     return found
@@ -126,30 +130,47 @@ def normalised(
     streams: Iterable[Stream],
     scales: Scales | None = None,
     keep_n_in: bool = False,
+    only: Container[int] | None = None,
 ) -> Placement:
     """Raw streams as post-norm streams (with scales that are not 1: deepnorm), see above.
 
     Args:
         scales: by `Stream.start` or `Block.result`, that value's `s`; 1 where there is none.
         keep_n_in: blocks keep their first norm (keel).
+        only: the sums that move (`Block.add`), None: all. Others stay pre-norm; before one of these the stream is
+            `s u` again.
     """
     scales = scales or {}
     placement = Placement()
     for stream in streams:
         raw = _Raw(model, normmap, stream)
-        placement.entry[stream.start] = _weightless(raw.spec_before(0))
-        before = stream.start
+        before, is_normal = stream.start, False
         for i, step in enumerate(raw.steps):
-            s = scales.get(before, 1.0)
+            s, plain = scales.get(before, 1.0), _weightless(raw.spec_before(i))
+            moves = only is None or step[-1].add in only
+            into = [_identity if is_normal else plain] if moves else []
+            into += [_times(s)] if moves or is_normal else []
             for block in step:
-                out = _weightless(raw.spec_before(i + 1)) if block is step[-1] else None
-                skip = s if block is step[0] else 1.0
-                placement.blocks[block.add] = Slots(n_in=_times(s), n_out=out, skip=skip)
-                if not keep_n_in:
-                    placement.norms.update({path: raw.affine(path) for path in block.n_in})
-            before = step[-1].result
-        placement.norms.update({path: raw.affine(path) for path in raw.final})
+                out = _weightless(raw.spec_before(i + 1)) if moves and block is step[-1] else None
+                skip = _chain(*into) if block is step[0] else None
+                placement.blocks[block.add] = Slots(n_in=_chain(*into), n_out=out, n_skip=skip)
+                for path in block.n_in:
+                    placement.norms |= _first_norm(raw, path, plain, s, moves, is_normal, keep_n_in)
+            before, is_normal = step[-1].result, moves
+        placement.norms.update({path: raw.affine(path) for path in raw.final if is_normal})
     return placement
+
+
+def _first_norm(
+    raw: _Raw, path: str, plain: Function, s, moves: bool, is_normal: bool, keep: bool
+) -> dict[str, Function]:
+    """What the norm at the beginning of a block does; nothing where it stays as it is."""
+    norm = raw.modules[path]
+    if not moves:
+        return {path: _chain(_times(s), norm)} if is_normal else {}
+    if keep:
+        return {} if is_normal else {path: _chain(plain, norm)}
+    return {path: raw.affine(path)} if is_normal else {}
 
 
 def sandwiched(normmap: NormMap, streams: Iterable[Stream], norm: Function) -> Placement:
@@ -226,6 +247,15 @@ def raw_streams(normmap: NormMap) -> Iterator[Stream]:
 
 def _weightless(spec: NormSpec) -> Function:
     return lambda x: standardise(x, spec)
+
+
+def _chain(*functions: Function) -> Function:
+    def run(x):
+        for function in functions:
+            x = function(x)
+        return x
+
+    return run
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:
