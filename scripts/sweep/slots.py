@@ -48,7 +48,7 @@ class Slots:
         n_in: what the branch gets in place of the stream, where it reads it without a norm of its own.
         n_branch: what the sum gets in place of the branch.
         n_out: what the model goes on with in place of the sum.
-        n_skip: what the sum gets in place of the stream.
+        n_skip: what the sum gets in place of the stream, or what makes its other operand of the stream.
         skip, branch: factors on the two, behind `n_skip` and `n_branch`: numbers, or one value for each token.
     """
 
@@ -100,21 +100,28 @@ class StreamReaders:
         """The value of the stream that `v` shows, None if it shows none."""
         return self._base(v) if self._base(v) in self.sources else None
 
-    def of(self, block: Block) -> Iterator[tuple[Operation, int]]:
-        """`(operation, value)` for each reading of the stream by the block's branch; norms are such operations."""
-        todo, seen = [block.operands[1]], set()
+    def of(self, op: Operation, operand: int) -> Iterator[tuple[Operation, int]]:
+        """`(operation, value)` for each reading of the stream that `operand` of `op` is made of, the next before it.
+
+        That is `op` itself where the operand is the stream's value; norms are such operations too.
+        """
+        todo, seen = [(op, operand)], set()
         while todo:
-            v = todo.pop()
-            producer = self.trace.values[v].producer
-            if v in seen or producer is None:
+            op, v = todo.pop()
+            if (op.index, v) in seen:
                 continue
-            seen.add(v)
-            op = self.trace.operations[producer]
-            for u in op.inputs:
-                if self._base(u) in self.sources:
-                    yield op, u
-                else:
-                    todo.append(u)
+            seen.add((op.index, v))
+            if self.source(v) is not None:
+                yield op, v
+            elif (producer := self.trace.values[v].producer) is not None:
+                made_by = self.trace.operations[producer]
+                todo.extend((made_by, u) for u in made_by.inputs)
+
+    def of_branch(self, block: Block) -> Iterator[tuple[Operation, int]]:
+        return self.of(self.trace.operations[block.add], block.operands[1])
+
+    def of_skip(self, block: Block) -> Iterator[tuple[Operation, int]]:
+        return self.of(self.trace.operations[block.add], block.operands[0])
 
 
 class _Patches:
@@ -134,18 +141,19 @@ class _Patches:
     def _add(self, readers: StreamReaders, stream: Stream, placement: Placement) -> None:
         for block in stream.blocks:
             slots = placement.blocks.get(block.add, Slots())
+            for norm, read in ((slots.n_skip, readers.of_skip), (slots.n_in, readers.of_branch)):
+                for op, v in read(block) if norm is not None else ():
+                    if op.norm is None and norm not in self.inputs[op.index, v]:
+                        self.inputs[op.index, v].append(norm)
             skip, branch = block.operands
-            self._slot(block.add, skip, slots.n_skip, slots.skip)
-            self._slot(block.add, branch, slots.n_branch, slots.branch)
+            self._factor(block.add, skip, slots.skip)
+            if slots.n_branch is not None:
+                self.inputs[block.add, branch].append(slots.n_branch)
+            self._factor(block.add, branch, slots.branch)
             if slots.n_out is not None:
                 self.outputs[block.add] = slots.n_out
-            for op, v in dict.fromkeys(readers.of(block)):
-                if slots.n_in is not None and op.norm is None and (op.index, v) not in self.inputs:
-                    self.inputs[op.index, v].append(slots.n_in)  # two blocks side by side may share it
 
-    def _slot(self, add: int, operand: int, norm: Function | None, factor: float | torch.Tensor) -> None:
-        if norm is not None:
-            self.inputs[add, operand].append(norm)
+    def _factor(self, add: int, operand: int, factor: float | torch.Tensor) -> None:
         if isinstance(factor, torch.Tensor) or factor != 1:
             self.inputs[add, operand].append(lambda x: times(factor, x))
 

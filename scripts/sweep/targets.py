@@ -55,7 +55,7 @@ def steps(normmap: NormMap, stream: Stream) -> list[list[Block]]:
     readers = StreamReaders(normmap.trace, stream)
     found: list[list[Block]] = []
     for block in stream.blocks:
-        read = {readers.source(v) for _, v in readers.of(block)}
+        read = {readers.source(v) for _, v in readers.of_branch(block)}
         before = found[-1][0] if found else None
         # nothing read what the sum before gave: both branches are of the same value
         if before and found[-1][-1].result not in read and readers.source(before.operands[0]) in read:
@@ -72,6 +72,7 @@ def final_norms(normmap: NormMap, stream: Stream) -> list[str]:
     for op in normmap.trace.norm_operations():
         reads.setdefault(op.norm, set()).add(readers.source(op.inputs[0]))
     inside = {path for block in stream.blocks for path in (*block.n_in, *block.n_out)}
+    inside |= {path for path in reads if normmap.sites[path].spec.channels != stream.width}  # of several tokens at once
     return [path for path, values in reads.items() if values == {stream.blocks[-1].result} and path not in inside]
 
 
@@ -150,10 +151,10 @@ def normalised(
             moves = only is None or step[-1].add in only
             into = [_identity if is_normal else plain] if moves else []
             into += [_times(s)] if moves or is_normal else []
+            given = _chain(*into) if into else None
             for block in step:
                 out = _weightless(raw.spec_before(i + 1)) if moves and block is step[-1] else None
-                skip = _chain(*into) if block is step[0] else None
-                placement.blocks[block.add] = Slots(n_in=_chain(*into), n_out=out, n_skip=skip)
+                placement.blocks[block.add] = Slots(given, n_out=out, n_skip=given if block is step[0] else None)
                 for path in block.n_in:
                     placement.norms |= _first_norm(raw, path, plain, s, moves, is_normal, keep_n_in)
             before, is_normal = step[-1].result, moves
