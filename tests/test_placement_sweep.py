@@ -6,7 +6,7 @@ from torch import nn
 
 from normswap.understand.normmap import NormMap
 from sweep import targets
-from sweep.place import Wrong, compare, moved_streams
+from sweep.place import Wrong, compare, moved_sums
 from sweep.placement_table import summary, summary_lines, table_lines
 from test_slots import Layer, Net
 
@@ -58,12 +58,15 @@ def original():
     return model, {"x": x}, NormMap.of(model, {"x": x})
 
 
+def placement(model, normmap):
+    return targets.normalised(model, normmap, targets.raw_streams(normmap))
+
+
 def test_a_model_moved_rightly_is_confirmed(original):
     model, inputs, before = original
     moved = MovedNet().double()
-    streams = moved_streams(before, NormMap.of(moved, inputs))
-    assert [len(stream.blocks) for stream in streams] == [2]
-    found = compare(model, moved, before, targets.normalised(model, before, streams), [inputs])
+    assert len(moved_sums(before, NormMap.of(moved, inputs))) == 2
+    found = compare(model, moved, before, placement(model, before), [inputs])
     assert found["error"] < 1e-13 and found["gradient_error"] < 1e-12  # 1e-15
     assert found["checked"] == len(list(model.parameters()))
 
@@ -71,27 +74,29 @@ def test_a_model_moved_rightly_is_confirmed(original):
 def test_another_scale_is_seen_in_outputs_and_gradients(original):
     model, inputs, before = original
     moved = MovedNet(skip=1.001).double()
-    streams = moved_streams(before, NormMap.of(moved, inputs))
-    found = compare(model, moved, before, targets.normalised(model, before, streams), [inputs])
+    assert len(moved_sums(before, NormMap.of(moved, inputs))) == 2
+    found = compare(model, moved, before, placement(model, before), [inputs])
     assert found["error"] > 1e-5 and found["gradient_error"] > 1e-5
 
 
-def test_a_sum_without_a_norm_is_seen_in_the_second_trace(original):
-    _, inputs, before = original
-    with pytest.raises(Wrong, match="no norm follows the sum in layers.1"):
-        moved_streams(before, NormMap.of(MovedNet(closed=False).double(), inputs))
-
-
-def test_a_model_that_was_not_moved_is_told(original):
+def test_sums_without_a_norm_are_seen_in_the_second_trace(original):
     model, inputs, before = original
-    assert moved_streams(before, NormMap.of(model, inputs)) == []
+    first, _ = [block.add for block in before.streams[0].blocks]
+    assert moved_sums(before, NormMap.of(MovedNet(closed=False).double(), inputs)) == {first}
+    assert moved_sums(before, NormMap.of(model, inputs)) == set()
+
+
+def test_other_sums_are_seen_in_the_second_trace(original):
+    model, inputs, before = original
+    with pytest.raises(Wrong, match="no stream with the 2 sums from layers.0 to layers.1"):
+        moved_sums(before, NormMap.of(model, inputs | {"times": 2}))
 
 
 def test_records_make_a_table():
     confirmed = {
-        "asked": 2,
-        "moved": 1,
-        "blocks": 4,
+        "streams": 2,
+        "asked": 8,
+        "moved": 4,
         "error": 1e-15,
         "gradient_error": 1e-14,
         "checked": 9,
@@ -111,7 +116,7 @@ def test_records_make_a_table():
     ]
     found = summary(records)
     assert found["results"] == {"confirmed": 1, "refused": 1, "WRONG": 1}
-    assert found["whole"] == 0 and found["blocks"] == 4 and found["worst gradient"] == 1e-14
+    assert found["whole"] == 0 and found["moved"] == 4 and found["worst gradient"] == 1e-14
     assert found["reasons"] == [{"reason": "_: no", "types": ["b"]}]
     assert [bad["type"] for bad in found["bad"]] == ["c"]
     text = "\n".join([*summary_lines(found), *table_lines(records)])

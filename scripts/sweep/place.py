@@ -1,15 +1,16 @@
 """One model type with its norms moved: what was planned, held against what the placement table says.
 
-The moved model is looked at twice, and never asked what was done to it. It is traced again: every residual sum of a
-moved stream must have a norm behind it, and the stream as many blocks as before. And it is compared with the original,
-whose blocks are evaluated by interception (`slots.py`) as the table has them: outputs, and gradients of the parameters
-that the plan left as they were.
+The moved model is looked at twice, and never asked what was done to it. It is traced again: streams must have the sums
+they had, and each sum a norm behind it, unless the plan says that it refused some. And it is compared with the
+original, whose blocks are evaluated by interception (`slots.py`) as the table has them: outputs, and gradients of the
+parameters that the plan left as they were.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from normswap.apply.live import apply_plan
 from normswap.errors import NormswapError, ObserveError, RefusedError
 from normswap.observe.run import make_eager
 from normswap.understand.normmap import NormMap
-from normswap.understand.placement import Stream
 from normswap.verification.outputs import Outputs, check_alike, outputs_of, row_errors
 from normswap.verification.precision import LiftFloat32
 from sweep import targets
@@ -29,10 +29,10 @@ from sweep.slots import Placement, placed
 
 Inputs = Mapping[str, Any]
 #: what a moved model must compute with every scale at 1, by the request's word
-EXPECTED: dict[str, Callable[[nn.Module, NormMap, Iterable[Stream]], Placement]] = {
+EXPECTED: dict[str, Callable[..., Placement]] = {
     "post": targets.normalised,
     "deepnorm": targets.normalised,
-    "keel": lambda *args: targets.normalised(*args, keep_n_in=True),
+    "keel": partial(targets.normalised, keep_n_in=True),
 }
 #: what a record's `result` may be
 RESULTS = ("confirmed", "refused", "WRONG", "unstable", "crashed", "nothing")
@@ -51,8 +51,8 @@ def place(model_type: str, placement: str) -> dict[str, Any]:
 
     Its `status` is as `examine` has it, and where it is `inspected`, its `result` is
 
-    - `confirmed`: by the second trace and by interception; `streams` are counted as `asked` and `moved`, `blocks` are
-      those of the moved ones, `error` and `gradient_error` the worst, `checked` the number of gradients;
+    - `confirmed`: by the second trace and by interception; `moved` of the `asked` sums have moved, `error` and
+      `gradient_error` are the worst, `checked` the number of gradients;
     - `refused`: nothing was moved, `refused` says why;
     - `unstable`: the random model turns roundings of its weights into errors as large;
     - `WRONG`, `crashed`: `why`;
@@ -71,10 +71,10 @@ def place(model_type: str, placement: str) -> dict[str, Any]:
     except Exception as error:
         return record | {"status": "crashed", "why": short(error)}
     record |= {"status": "inspected", "placement": placement}
-    asked = list(targets.raw_streams(normmap))
-    if not asked:
+    streams = list(targets.raw_streams(normmap))
+    if not streams:
         return record | {"result": "nothing"}
-    record["asked"] = len(asked)
+    record |= {"streams": len(streams), "asked": sum(len(stream.blocks) for stream in streams)}
     names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     try:
         plan = normswap.plan(model, placement=placement, partial=True, inputs=inputs)
@@ -87,11 +87,13 @@ def place(model_type: str, placement: str) -> dict[str, Any]:
     try:
         original, dtype = _wide(model, inputs)
         moved = apply_plan(copy.deepcopy(original), plan)
-        streams = moved_streams(normmap, NormMap.of(moved, inputs))
-        if not streams:
-            raise Wrong("something was planned, and no stream has moved")
-        record |= {"moved": len(streams), "blocks": sum(len(stream.blocks) for stream in streams)}
-        expected = EXPECTED[placement](original, normmap, streams)
+        sums = moved_sums(normmap, NormMap.of(moved, inputs))
+        if not sums:
+            raise Wrong("something was planned, and no norm stands behind any sum")
+        record["moved"] = len(sums)
+        if len(sums) < record["asked"] and not plan.refused:
+            raise Wrong(f"{record['asked'] - len(sums)} sums have no norm behind them, and none was refused")
+        expected = EXPECTED[placement](original, normmap, streams, only=sums)
         found = compare(original, moved, normmap, expected, batches_of(model, inputs))
     except Wrong as error:
         return record | {"result": "WRONG", "why": str(error)}
@@ -101,36 +103,31 @@ def place(model_type: str, placement: str) -> dict[str, Any]:
     tolerance = _TOLERANCES[dtype]
     if max(found["error"], found["gradient_error"]) <= tolerance:
         return record | {"result": "confirmed"}
-    noise = _noise(original, normmap, placement, streams, inputs)
+    noise = _noise(original, normmap, partial(EXPECTED[placement], streams=streams, only=sums), inputs)
     why = f"{found['worst']} is off by {max(found['error'], found['gradient_error']):.0e}; with its weights rounded "
     why += f"otherwise the placement parts from itself by {noise:.0e}"
     unstable = found["error"] < _UNSTABLE * noise and found["gradient_error"] < _UNSTABLE * max(noise, tolerance)
     return record | {"result": "unstable" if unstable else "WRONG", "why": why}
 
 
-def moved_streams(before: NormMap, after: NormMap) -> list[Stream]:
-    """The raw streams of `before` whose every step ends in a norm in `after`; streams that stay raw are left out.
+def moved_sums(before: NormMap, after: NormMap) -> set[int]:
+    """The sums of raw streams of `before` (`Block.add`) whose step ends in a norm in `after`.
 
     Raises:
-        Wrong: a stream has other blocks than before, or norms behind some of its sums only.
+        Wrong: a stream has other sums than before.
     """
     modules = [[block.module for block in info.blocks] for info in after.streams]
-    found = []
+    found = set()
     for stream in targets.raw_streams(before):
-        blocks = [block.module for block in stream.blocks]
-        if blocks not in modules:
-            raise Wrong(
-                f"the second trace has no stream with sums in {blocks[0]} .. {blocks[-1]}, {len(blocks)} of them"
-            )
-        at = modules.index(blocks)
+        own = [block.module for block in stream.blocks]
+        if own not in modules:
+            raise Wrong(f"the second trace has no stream with the {len(own)} sums from {own[0]} to {own[-1]}")
+        at = modules.index(own)
         modules[at] = []  # a tower that runs twice has two such streams
-        now = after.streams[at].blocks
-        ends = [now[stream.blocks.index(step[-1])] for step in targets.steps(before, stream)]
-        if not any(block.n_out for block in now):
-            continue
-        if bare := [block.module for block in ends if not block.n_out]:
-            raise Wrong(f"no norm follows the sum in {bare[0]}, nor {len(bare) - 1} others")
-        found.append(stream)
+        now = dict(zip((block.add for block in stream.blocks), after.streams[at].blocks, strict=True))
+        for step in targets.steps(before, stream):
+            if now[step[-1].add].n_out:
+                found.update(block.add for block in step)
     return found
 
 
@@ -207,11 +204,11 @@ def _gradient(model: nn.Module, names: list[str], inputs: Inputs) -> dict[str, t
     return {name: parameters[name].new_zeros(()) if g is None else g for name, g in zip(names, found, strict=True)}
 
 
-def _noise(original: nn.Module, normmap: NormMap, placement: str, streams, inputs: Inputs) -> float:
+def _noise(original: nn.Module, normmap: NormMap, expected: Callable[..., Placement], inputs: Inputs) -> float:
     """How far the placement, evaluated, is from itself when each weight is another by one part in 2^52."""
     results = []
     for model in (original, rounded(original)):
-        with LiftFloat32(), placed(model, normmap, EXPECTED[placement](model, normmap, streams)):
+        with LiftFloat32(), placed(model, normmap, expected(model, normmap)):
             results.append(outputs_of(model, inputs, True, "A"))
     return _worst(*results)[0]
 

@@ -32,8 +32,8 @@ def summary(records: Iterable[Record]) -> dict[str, Any]:
         "inspected": len(inspected),
         "results": dict(Counter(record["result"] for record in inspected)),
         "whole": sum(record["moved"] == record["asked"] for record in confirmed),
-        "streams": sum(record["moved"] for record in confirmed),
-        "blocks": sum(record["blocks"] for record in confirmed),
+        "asked": sum(record["asked"] for record in confirmed),
+        "moved": sum(record["moved"] for record in confirmed),
         "worst error": max((record["error"] for record in confirmed), default=0.0),
         "worst gradient": max((record["gradient_error"] for record in confirmed), default=0.0),
         "gradients": sum(record["checked"] for record in confirmed),
@@ -63,8 +63,8 @@ def summary_lines(found: dict[str, Any], reasons: int = 20) -> list[str]:
         "|---" * len(results) + "|",
         f"| {' | '.join(map(str, results.values()))} |",
         "",
-        f"In the confirmed types {found['streams']} streams of {found['blocks']} sums were moved, in {found['whole']} "
-        f"types all that there are; the worst error of an output is {found['worst error']:.1e}, "
+        f"In the confirmed types {found['moved']} of {found['asked']} sums have moved, in {found['whole']} types all "
+        f"that there are; the worst error of an output is {found['worst error']:.1e}, "
         f"of {found['gradients']} gradients {found['worst gradient']:.1e}.",
         "",
         "Refused, by reason:",
@@ -82,7 +82,7 @@ def table_lines(records: Iterable[Record]) -> list[str]:
     for record in records:
         result = record.get("result", record["status"])
         if result == "confirmed":
-            cells = [f"{record['moved']} of {record['asked']}", str(record["blocks"]), f"{record['error']:.0e}"]
+            cells = [str(record["streams"]), f"{record['moved']} of {record['asked']}", f"{record['error']:.0e}"]
         else:
             cells = ["", "", ""]
         whys = [record["why"]] if "why" in record else [why for why, _ in record.get("refused", {}).values()]
