@@ -241,8 +241,11 @@ def normalised_skip(model: nn.Module, normmap: NormMap, streams: Iterable[Stream
 
 
 def raw_streams(normmap: NormMap) -> Iterator[Stream]:
+    """The streams without norms behind their sums. Another axis of a multiple of the width makes no other stream."""
     for info in normmap.streams:
-        if not any(block.n_out for block in info.found.blocks):
+        norms = [path for block in info.blocks for path in (*block.n_in, *block.n_branch)]
+        fits = not norms or any(normmap.sites[path].spec.channels == info.width for path in norms)
+        if fits and not any(block.n_out for block in info.blocks):
             yield info.found
 
 
