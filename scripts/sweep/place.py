@@ -186,6 +186,7 @@ def _gradient(model: nn.Module, names: list[str], inputs: Inputs) -> dict[str, t
     """Of all floating outputs, each entry with a weight of its own; None where the model does not let one through."""
     with torch.enable_grad():
         try:
+            # the function itself runs without gradients
             outputs = outputs_of.__wrapped__(model, inputs, True, "model")
         except ObserveError:
             return None
