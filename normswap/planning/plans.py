@@ -15,6 +15,18 @@ Explicit = Literal["never", "shared", "always"]
 Claim = Literal["exact", "calibrated", "untrained"]
 
 
+class Placement(BaseModel):
+    """A placement, and the layers that get it: `0-3,7`, or None for all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    layers: str | None = None
+
+    def words(self) -> str:
+        return f"--placement {self.name}" + (f" --layers {self.layers}" if self.layers else "")
+
+
 class Request(BaseModel):
     """What was asked for, in the words of the command line."""
 
@@ -22,6 +34,7 @@ class Request(BaseModel):
 
     norm: str | None = None
     fold: bool = False
+    placements: tuple[Placement, ...] = ()
     tied: Literal["keep", "untie"] = "keep"
     partial: bool = False
     explicit: Explicit = "shared"
@@ -29,6 +42,7 @@ class Request(BaseModel):
     def words(self) -> str:
         """The request as options of the command line."""
         options = [f"--norm {self.norm}" if self.norm else "", "--fold" if self.fold else ""]
+        options += [placement.words() for placement in self.placements]
         options += ["--tied untie" if self.tied == "untie" else "", "--partial" if self.partial else ""]
         options.append("" if self.explicit == "shared" else f"--explicit {self.explicit}")
         return " ".join(filter(None, options))
