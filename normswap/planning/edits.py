@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from normswap.norms.spec import Casting, GainForm
 
 Read = Callable[[str], torch.Tensor]
+#: before a tensor's name: the one that calibration fitted, and not the model's
+FITTED = "fitted:"
 
 
 class Edit(BaseModel):
@@ -183,6 +185,21 @@ class ModuleEdit(Edit):
     module: str
 
 
+class Refit(TensorEdit):
+    """The tensor becomes one that calibration fitted, which is stored beside the plan under the same name."""
+
+    edit: Literal["refit"] = "refit"
+
+    def reads(self):
+        return (FITTED + self.tensor,)
+
+    def apply(self, value, read):
+        fitted = read(FITTED + self.tensor)
+        if value is None or fitted.shape != value.shape:
+            raise TypeError(f"the fitted tensor has shape {tuple(fitted.shape)}")
+        return fitted
+
+
 NormKind = Literal["rmsnorm", "layernorm", "affine", "none"]
 
 
@@ -297,6 +314,7 @@ AnyEdit = Annotated[
     | Fill
     | Scale
     | Copy
+    | Refit
     | SwapNorm
     | AddNorm
     | SetScale

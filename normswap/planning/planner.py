@@ -17,7 +17,7 @@ from normswap.planning.edits import (
     TensorEdit,
 )
 from normswap.planning.idle import Idle
-from normswap.planning.plans import Plan, Refusal, Request
+from normswap.planning.plans import MovedBlock, Plan, Refusal, Request
 from normswap.planning.rewrites import centre as centring
 from normswap.planning.rewrites.centre import centre
 from normswap.planning.rewrites.fold import Folding, fold
@@ -104,6 +104,16 @@ def make_plan(
         refused=tuple(Refusal(site=path, reason=why) for path, why in refused.items()),
         base_output_unchanged=_base_unchanged(base_prefix, folding.outside),
         edits=tuple(edits),
+        moved=tuple(
+            MovedBlock(
+                name=step.name,
+                layer=step.layer,
+                before=step.before,
+                after=step.after,
+                scale=(scales or Scales()).stream.get(step.name, 1.0),
+            )
+            for step in moved.steps
+        ),
     )
 
 

@@ -57,7 +57,8 @@ class MovedStep:
     """What calibration needs to know of a moved step.
 
     Attributes:
-        name, stream: of the step, of its stream.
+        name, stream, layer: of the step.
+        before, after: its placement.
         reads, result: values of the trace: what the step reads and what its sum gives.
         branches: values that its branches add.
         out: path of the norm that closes the step in the moved model, None: it has none.
@@ -66,6 +67,9 @@ class MovedStep:
 
     name: str
     stream: str
+    layer: int | None
+    before: str
+    after: str
     reads: int
     result: int
     branches: tuple[int, ...]
@@ -198,6 +202,9 @@ class _Stream:
             MovedStep(
                 step.name,
                 self.stream.name,
+                step.layer,
+                _name(step),
+                step.placement,
                 step.blocks[0].operands[0],
                 step.blocks[-1].result,
                 tuple(block.operands[1] for block in step.blocks),

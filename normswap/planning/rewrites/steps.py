@@ -39,13 +39,17 @@ class Step:
         name: the stream and the step's number in it.
         layer: the number of the layer it stands in, None outside of numbered layers.
         blocks: in order; the last one's sum is the step's result.
-        target: the row it is moved to, None: it stays.
+        placement, target: the name and the row of what it is moved to, None: it stays.
     """
 
     name: str
     layer: int | None
     blocks: list[Block]
-    target: Row | None = None
+    placement: str | None = None
+
+    @property
+    def target(self) -> Row | None:
+        return None if self.placement is None else ROWS[self.placement]
 
     @property
     def n_in(self) -> list[str]:
@@ -102,7 +106,7 @@ def choose(steps: list[Step], placements: tuple[Placement, ...]) -> None:
             )
         for step in steps:
             if wanted is None or step.layer in wanted:
-                step.target = ROWS[name]
+                step.placement = name
 
 
 def parse_layers(text: str) -> set[int]:
