@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +63,9 @@ def plan(
     *,
     norm: str | None = None,
     fold: bool = False,
+    placement: str | Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
+    exact: bool = False,
     tied: Literal["keep", "untie"] = "keep",
     partial: bool = False,
     explicit: Explicit = "shared",
@@ -76,6 +79,9 @@ def plan(
         model: a folder, a Hub id, or a live model.
         norm: the kind of norm to convert to, `rmsnorm`; None leaves kinds as they are.
         fold: move gains and biases into the linear maps that read them.
+        placement: where norms are to stand, `post`, `deepnorm`, ... (`planning.rewrites.steps.ROWS`); None leaves them.
+        layers: which layers get it, `0-3,7`; None: all. Several placements have their layers by position.
+        exact: move only where the same function can be kept, with a gate or a carried scale where that takes one.
         tied: `keep` tied embeddings, centring the embedding's output where its weights cannot be; `untie` stores both.
         partial: convert the sites that can be converted and leave the rest.
         explicit: whether means that no weights control may be subtracted at run time: `never`; `shared`, where one
@@ -86,7 +92,9 @@ def plan(
         RefusedError: the request cannot be met (everywhere, unless `partial`).
         SourceError, ObserveError: as for `inspect`.
     """
-    request = Request(norm=norm, fold=fold, tied=tied, partial=partial, explicit=explicit)
+    request = Request.of(
+        placement, layers, norm=norm, fold=fold, exact=exact, tied=tied, partial=partial, explicit=explicit
+    )
     if isinstance(model, nn.Module):
         return _plan_for(model, request, inputs)
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
@@ -141,6 +149,9 @@ def convert(
     *,
     norm: str | None = None,
     fold: bool = False,
+    placement: str | Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
+    exact: bool = False,
     tied: Literal["keep", "untie"] = "keep",
     partial: bool = False,
     explicit: Explicit = "shared",
@@ -160,7 +171,7 @@ def convert(
     Args:
         model: a folder, or a Hub id.
         out: the folder to make; its parents are made too.
-        norm, fold, tied, partial, explicit: what to do, see `plan`; not together with `plan`.
+        norm, fold, placement, layers, exact, tied, partial, explicit: what to do, see `plan`; not together with `plan`.
         plan: a plan made before, or the file it was saved in.
         dtype: `float32`, `bfloat16`, ... for all floating tensors of the result; None keeps each one's own.
         verify: `full`, `fast` (fewer tokens, no comparison in the stored precision) or `none`.
@@ -174,9 +185,11 @@ def convert(
         VerificationError: the result measures otherwise than claimed; nothing is published.
         DestinationError: `out` cannot be written.
     """
-    asked = Request(norm=norm, fold=fold, tied=tied, partial=partial, explicit=explicit)
+    asked = Request.of(
+        placement, layers, norm=norm, fold=fold, exact=exact, tied=tied, partial=partial, explicit=explicit
+    )
     if plan is not None and asked != Request():
-        raise PlanError("a saved plan already says what to do: give no norm, fold, tied, partial or explicit with it.")
+        raise PlanError("a saved plan already says what to do: give no norm, fold, placement, tied, ... with it.")
     progress = progress or (lambda what, done, total: None)
     stored_dtype = _dtype(dtype)
     if text is not None and verify != "none":
@@ -233,6 +246,9 @@ def convert_model(
     *,
     norm: str | None = None,
     fold: bool = False,
+    placement: str | Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
+    exact: bool = False,
     tied: Literal["keep", "untie"] = "keep",
     partial: bool = False,
     explicit: Explicit = "shared",
@@ -246,7 +262,7 @@ def convert_model(
 
     Args:
         model: any module; one of transformers needs no `inputs`.
-        norm, fold, tied, partial, explicit: what to do, see `plan` the function; or `plan`, one made before.
+        norm, ..., explicit: what to do, see `plan` the function; or `plan`, one made before.
         inputs: keyword arguments of `forward` for one small batch.
         verify: measure a converted float64 copy against the original first (costs that copy's memory).
 
@@ -258,7 +274,13 @@ def convert_model(
         VerificationError: the copy measures otherwise than claimed; the model is unchanged.
     """
     if plan is None:
-        plan = _plan_for(model, Request(norm=norm, fold=fold, tied=tied, partial=partial, explicit=explicit), inputs)
+        plan = _plan_for(
+            model,
+            Request.of(
+                placement, layers, norm=norm, fold=fold, exact=exact, tied=tied, partial=partial, explicit=explicit
+            ),
+            inputs,
+        )
     if verify:
         prove_live(model, plan, inputs)
     apply_plan(model, plan)
