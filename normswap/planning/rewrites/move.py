@@ -22,20 +22,16 @@ On streams that stay raw, N_branch enters as `t n(F)`, with t the scale of F, or
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from normswap.errors import RefusedError
 from normswap.norms.spec import NormSpec
-from normswap.planning.edits import AddNorm, AnyEdit, Change, Drop, Fill, Rewrite, Scale, SetScale, SwapNorm
-from normswap.planning.idle import Idle
+from normswap.planning.edits import AnyEdit, Change, SetScale
 from normswap.planning.plans import Placement, Request
-from normswap.planning.rewrites.fold import fold
 from normswap.planning.rewrites.places import NoPlace, Place, Places
+from normswap.planning.rewrites.slots import Slots
 from normswap.planning.rewrites.steps import Step, choose, steps_of
-from normswap.planning.rewrites.untie import Ties
-from normswap.source.methods import Method
 from normswap.understand.normmap import NormMap, StreamInfo
 
 
@@ -114,14 +110,14 @@ def move(
         RefusedError: a placement or layer that is not there; the model has no stream.
     """
     result = Moved()
-    places, ties = Places(normmap), Ties(normmap, untied=False)
+    places = Places(normmap)
     every = {stream.name: steps_of(normmap, stream) for stream in normmap.streams}
     if not every:
         raise RefusedError(f"{normmap.architecture} has no residual stream with a norm: there is nothing to move.")
     choose([step for steps in every.values() for step in steps], placements)
     for stream in normmap.streams:
         try:
-            found = _Stream(normmap, places, ties, stream, every[stream.name], scales, swapped).run()
+            found = _Stream(normmap, places, stream, every[stream.name], scales, swapped).run()
         except NoPlace as error:
             result.refused[stream.name] = str(error)
             continue
@@ -135,16 +131,12 @@ def move(
 class _Stream:
     """Moves the steps of one stream, or raises NoPlace."""
 
-    def __init__(self, normmap, places, ties, stream: StreamInfo, steps: list[Step], scales: Scales, swapped: set[str]):
-        self.normmap: NormMap = normmap
-        self.places: Places = places
-        self.ties: Ties = ties
-        self.stream, self.steps, self.scales, self.swapped = stream, steps, scales, swapped
-        self.idle = Idle(normmap)
+    def __init__(
+        self, normmap: NormMap, places: Places, stream: StreamInfo, steps: list[Step], scales: Scales, swapped: set[str]
+    ):
+        self.normmap, self.places, self.slots = normmap, places, Slots(normmap, swapped)
+        self.stream, self.steps, self.scales = stream, steps, scales
         self.result = Moved()
-        self.changes: dict[str, list[tuple[Method, Change]]] = defaultdict(list)
-        self.named: set[str] = set()
-        self.folded: set[str] = set()
 
     def run(self) -> Moved:
         for step, after in zip(self.steps, [*self.steps[1:], None], strict=True):
@@ -152,10 +144,7 @@ class _Stream:
                 self._check(step)
                 self._move(step, after)
         self._end()
-        for module, changes in self.changes.items():
-            for method in dict.fromkeys(method for method, _ in changes):
-                made = tuple(dict.fromkeys(change for m, change in changes if m is method))
-                self.result.edits.append(Rewrite(module=module, method=method.name, changes=made, digest=method.digest))
+        self.result.edits += [*self.slots.edits, *self.slots.rewrites()]
         return self.result
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -165,14 +154,14 @@ class _Stream:
             raise NoPlace(f"{step.name} is {_name(step)}: taking the norm off a normalised stream is not offered here.")
         if step.source.n_out:
             raise NoPlace(f"{step.name} is {_name(step)} already.")
-        kinds = {self._spec(path).kind for path in step.n_in}
+        kinds = {self.slots.spec(path).kind for path in step.n_in}
         if len(kinds) > 1 or kinds - {"layernorm", "rmsnorm"}:
             raise NoPlace(
                 f"{step.name}: expected one kind of norm before the branch, found {', '.join(sorted(kinds))}."
             )
         for path in step.n_in:
-            if len(self._spec(path).axes) != 1 or self._spec(path).gate or self._spec(path).groups != 1:
-                raise NoPlace(f"{path} normalises axes {self._spec(path).axes} in groups or with a gate.")
+            if len(self.slots.spec(path).axes) != 1 or self.slots.spec(path).gate or self.slots.spec(path).groups != 1:
+                raise NoPlace(f"{path} normalises axes {self.slots.spec(path).axes} in groups or with a gate.")
 
     def _move(self, step: Step, after: Step | None) -> None:
         source, target = step.source, step.target
@@ -229,23 +218,23 @@ class _Stream:
     def _enter(self, step: Step) -> None:
         """The norm in front of the first moved step: `argument = self.norm_first(argument)` where its layer begins."""
         module, method, argument = self.places.entry(self.stream.found, step.blocks[0])
-        name = self._new_name(module, "norm_first")
-        self.changes[module].append((method, Change(kind="enter", name=name, argument=argument)))
-        self._add(f"{module}.{name}", self._norm_for(step), self._gain(step))
+        name = self.slots.new_name(module, "norm_first")
+        self.slots.changes[module].append((method, Change(kind="enter", name=name, argument=argument)))
+        self.slots.add(f"{module}.{name}", self._norm_for(step), self._gain(step))
 
     def _put_out(self, step: Step, after: Step | None, place: Place, spare: str | None) -> str:
         """`sum` becomes `self.norm(sum)`; the norm that stood before the branch serves where it can."""
         norm = self._norm_for(after)
         gain = self._gain(after)
         path = spare
-        if spare is None or not self._serves(spare, norm, gain):
+        if spare is None or not self.slots.serves(spare, norm, gain):
             if spare is not None:
-                self._remove(spare)
-            path = f"{place.module}.{self._new_name(place.module, 'norm_out')}"
-            self._add(path, norm, gain)
+                self.slots.remove(spare)
+            path = f"{place.module}.{self.slots.new_name(place.module, 'norm_out')}"
+            self.slots.add(path, norm, gain)
         else:
-            self._refill(spare, gain)
-        self._change(place, "wrap", path.rpartition(".")[2])
+            self.slots.refill(spare, gain)
+        self.slots.change(place, "wrap", path.rpartition(".")[2])
         return path
 
     def _take_in(self, step: Step, place: Place | None) -> str | None:
@@ -258,19 +247,19 @@ class _Stream:
             if self._stays_called(path, step):
                 raise NoPlace(f"{path} reads the stream in several blocks; expected one.")
             c = self._gain(step) if step.target.n_out else self.scales.stream.get(step.name, 1.0)
-            if self._fold(path, c):
-                if spare is None and place is not None and self._is_child(path, place.module):
+            if self.slots.fold(path, c):
+                if spare is None and place is not None and path.rpartition(".")[0] == place.module:
                     try:
                         call = self.places.call(path)
                     except NoPlace:
                         call = None
                     if call is not None and call.module == place.module:
-                        self._change(call, "unwrap", path.rpartition(".")[2])
+                        self.slots.change(call, "unwrap", path.rpartition(".")[2])
                         spare = path
                         continue
-                self._remove(path)
+                self.slots.remove(path)
             else:
-                self._make_affine(path, c)
+                self.slots.affine(path, c)
         return spare
 
     def _put_in(self, step: Step) -> None:
@@ -279,28 +268,28 @@ class _Stream:
             if len({place.module for place in entries}) != 1:
                 raise NoPlace(f"{step.name}: its branch reads the stream in several modules.")
             module = entries[0].module
-            name = self._new_name(module, "norm_in")
-            self._add(f"{module}.{name}", self._norm_for(step), self.scales.stream.get(step.name, 1.0))
+            name = self.slots.new_name(module, "norm_in")
+            self.slots.add(f"{module}.{name}", self._norm_for(step), self.scales.stream.get(step.name, 1.0))
             for place in entries:
-                self._change(place, "wrap", name)
+                self.slots.change(place, "wrap", name)
 
     def _put_branch(self, step: Step, place: Place) -> None:
         if place.branch is None:
             raise NoPlace(f"{place.method.shown(place.node)}: the branch is no expression of its own in this sum.")
-        name = self._new_name(place.module, "norm_branch")
-        self._add(f"{place.module}.{name}", self._norm_for(step), self.scales.branch.get(step.name, 1.0))
-        self._change(place, "wrap", name, place.branch)
+        name = self.slots.new_name(place.module, "norm_branch")
+        self.slots.add(f"{place.module}.{name}", self._norm_for(step), self.scales.branch.get(step.name, 1.0))
+        self.slots.change(place, "wrap", name, place.branch)
 
     def _take_branch(self, step: Step, paths: Iterable[str]) -> None:
         for path in paths:
-            self._make_affine(path, self.scales.branch.get(step.name, 1.0))
+            self.slots.affine(path, self.scales.branch.get(step.name, 1.0))
 
     def _scale(self, step: Step, place: Place) -> tuple[str, str]:
         if place.skip is None:
             raise NoPlace(f"{place.method.shown(place.node)}: the skip is no expression of its own in this sum.")
-        name = self._new_name(place.module, "skip_scale")
-        self._change(place, "scale", name, place.skip)
-        self.result.edits.append(SetScale(module=place.module, name=name, value=self.scales.stream.get(step.name, 1.0)))
+        name = self.slots.new_name(place.module, "skip_scale")
+        self.slots.change(place, "scale", name, place.skip)
+        self.slots.edits.append(SetScale(module=place.module, name=name, value=self.scales.stream.get(step.name, 1.0)))
         return place.module, name
 
     def _end(self) -> None:
@@ -312,7 +301,7 @@ class _Stream:
             if index is None or op.norm not in self.stream.found.final:
                 continue
             after = self.steps[index + 1] if index + 1 < len(self.steps) else None
-            self._make_affine(op.norm, self._gain(after))
+            self.slots.affine(op.norm, self._gain(after))
             self.result.sites.append(op.norm)
 
     def _gives_norm(self, step: Step) -> bool:
@@ -331,134 +320,20 @@ class _Stream:
         given = any(found.analysis.base(v) == result for v in self.normmap.trace.outputs)
         return bool(rest) and not given and all(op.norm in found.final for op in rest)
 
-    # -- norms -----------------------------------------------------------------------------------------------------
-
-    def _spec(self, path: str) -> NormSpec:
-        return self.normmap.sites[path].spec
-
-    def _kind(self, path: str) -> str:
-        return "rmsnorm" if path in self.swapped else self._spec(path).kind
-
     def _norm_for(self, step: Step | None) -> NormSpec:
         """The norm n of what a step reads: as its own N_in is, or as another norm of the stream."""
         index = len(self.steps) if step is None else self.steps.index(step)
         near = [*self.stream.found.final] if step is None else step.n_in
         others = sorted(range(len(self.steps)), key=lambda i: abs(i - index))
         near += [path for i in others for path in (*self.steps[i].n_in, *self.steps[i].n_out, *self.steps[i].n_branch)]
-        path = next((p for p in near if self._spec(p).kind in ("layernorm", "rmsnorm")), None)
+        path = next((p for p in near if self.slots.spec(p).kind in ("layernorm", "rmsnorm")), None)
         if path is None:
             raise NoPlace(f"{self.stream.name}: no norm on it says what kind of norm a new one is to be.")
-        return self._spec(path).model_copy(update={"kind": self._kind(path)})
-
-    def _serves(self, path: str, norm: NormSpec, gain: float) -> bool:
-        """Whether the norm at `path`, its gain refilled, is `gain` times `norm`."""
-        own = self._spec(path)
-        alike = norm.model_copy(update={"gain": own.gain, "weight": own.weight, "bias": own.bias})
-        return own.model_copy(update={"kind": self._kind(path)}) == alike and (own.weight is not None or gain == 1.0)
-
-    def _add(self, path: str, norm: NormSpec, gain: float) -> None:
-        form, bias = "w", norm.bias is not None
-        self.result.edits.append(
-            AddNorm(
-                module=path,
-                kind=norm.kind,
-                width=norm.width,
-                eps=norm.eps,
-                gain=form,
-                bias=bias,
-                casting=norm.casting,
-                axis=norm.axes[0],
-            )
-        )
-        self.result.edits.append(Fill(tensor=f"{path}.weight", value=gain, shape=(norm.width,)))
-        if bias:
-            self.result.edits.append(Fill(tensor=f"{path}.bias", value=0.0, shape=(norm.width,)))
-
-    def _refill(self, path: str, gain: float) -> None:
-        """A norm whose gain and bias were folded away gets the gain c."""
-        spec = self._spec(path)
-        value = gain - 1 if spec.gain == "1 + w" else gain
-        if spec.weight is not None:
-            self.result.edits.append(Fill(tensor=f"{path}.{spec.weight}", value=value))
-        if spec.bias is not None:
-            self.result.edits.append(Fill(tensor=f"{path}.{spec.bias}", value=0.0))
-
-    def _fold(self, path: str, c: float) -> bool:
-        """`W diag(g) / c`, `c + W b` for the readers of a norm; False where they cannot take it."""
-        site = self.normmap.sites[path]
-        if self.idle.refuse_folding([site]):
-            return False
-        if site.spec.weight is None and site.spec.bias is None:
-            return c == 1.0
-        folding = fold(self.normmap, [site], self.ties, set())
-        if path in folding.refused:
-            return False
-        own = {f"{path}.{name}" for name in (site.spec.weight, site.spec.bias)}
-        edits = [edit for edit in folding.edits if getattr(edit, "tensor", None) not in own]
-        self.result.edits += edits
-        if c != 1.0:
-            for reader in site.readers:
-                self.result.edits.append(Scale(tensor=self.ties.name(reader.name, reader.module), factor=1 / c))
-        self.folded.add(path)
-        return True
-
-    def _remove(self, path: str) -> None:
-        """The norm hands on its input; its parameters are gone, folded elsewhere."""
-        self._swap(path, "none")
-        spec = self._spec(path)
-        for name in filter(None, (spec.weight, spec.bias)):
-            self.result.edits.append(Drop(tensor=f"{path}.{name}"))
-
-    def _make_affine(self, path: str, c: float) -> None:
-        """The norm becomes `(g / c) x + b`."""
-        spec = self._spec(path)
-        if spec.weight is None and spec.bias is None and c == 1.0:
-            self._swap(path, "none")
-            return
-        self._swap(path, "affine")
-        if c != 1.0 and spec.weight is not None:
-            self.result.edits.append(Scale(tensor=f"{path}.{spec.weight}", factor=1 / c, form=spec.gain))
-        elif spec.weight is None:
-            self.result.edits.append(Fill(tensor=f"{path}.weight", value=1 / c, shape=(spec.width,)))
-
-    def _swap(self, path: str, kind: str) -> None:
-        spec = self._spec(path)
-        name = spec.weight or spec.bias
-        shape = self.normmap.shape(f"{path}.{name}") if name else (spec.width,)
-        self.result.edits.append(
-            SwapNorm(
-                module=path,
-                kind=kind,
-                width=spec.width,
-                eps=spec.eps,
-                gain=(spec.gain or "w") if kind == "affine" else None,
-                bias=kind == "affine" and spec.bias is not None,
-                casting=spec.casting,
-                axis=spec.axes[0],
-                shape=None if shape == (spec.width,) else shape,
-            )
-        )
-
-    # -- places ----------------------------------------------------------------------------------------------------
-
-    def _change(self, place: Place, kind: str, name: str, node=None) -> None:
-        self.changes[place.module].append((place.method, place.change(kind, name, node)))
+        return self.slots.spec(path).model_copy(update={"kind": self.slots.kind(path)})
 
     def _stays_called(self, path: str, step: Step) -> bool:
         """Whether a norm before this step's branch serves another step as well."""
         return any(path in other.n_in for other in self.steps if other is not step)
-
-    def _is_child(self, path: str, module: str) -> bool:
-        return path.rpartition(".")[0] == module
-
-    def _new_name(self, module: str, wanted: str) -> str:
-        """An attribute that the module does not have: `wanted`, or with a number."""
-        taken = {*self.normmap.classes, *self.normmap.stored, *self.named}
-        number = 1
-        while f"{module}.{(name := wanted if number == 1 else f'{wanted}_{number}')}" in taken:
-            number += 1
-        self.named.add(f"{module}.{name}")
-        return name
 
 
 def _name(step: Step) -> str:
