@@ -33,6 +33,7 @@ from normswap.planning.rewrites.places import NoPlace, Place, Places
 from normswap.planning.rewrites.slots import Slots
 from normswap.planning.rewrites.steps import Step, choose, steps_of
 from normswap.understand.normmap import NormMap, StreamInfo
+from normswap.understand.placement import Block
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ class _Stream:
             raise NoPlace(f"{step.name} is {_name(step)}: taking the norm off a normalised stream is not offered here.")
         if step.source.n_out:
             raise NoPlace(f"{step.name} is {_name(step)} already.")
+        if step.target.scaled and not step.n_in:
+            raise NoPlace(f"{step.name}: its branch reads the stream without a norm, and would miss its scale.")
         kinds = {self.slots.spec(path).kind for path in step.n_in}
         if len(kinds) > 1 or kinds - {"layernorm", "rmsnorm"}:
             raise NoPlace(
@@ -165,7 +168,8 @@ class _Stream:
 
     def _move(self, step: Step, after: Step | None) -> None:
         source, target = step.source, step.target
-        places = [self.places.sum(block) for block in step.blocks]
+        sums = {id(block): self.places.sum(block) for block in self._changed_sums(step)}
+        places = [sums.get(id(block)) for block in step.blocks]
         out = None
         if target.n_out and not self._before(step):
             self._enter(step)
@@ -201,6 +205,14 @@ class _Stream:
                 scale,
             )
         )
+
+    def _changed_sums(self, step: Step) -> list[Block]:
+        """The blocks whose sum's source changes."""
+        if step.target.n_branch and not step.source.n_branch:
+            return step.blocks
+        if not step.target.n_out:
+            return []
+        return [step.blocks[0], step.blocks[-1]] if step.target.scaled else step.blocks[-1:]
 
     def _before(self, step: Step) -> bool:
         """Whether what the step reads is what a norm of the moved model gives."""
@@ -301,6 +313,8 @@ class _Stream:
             if index is None or op.norm not in self.stream.found.final:
                 continue
             after = self.steps[index + 1] if index + 1 < len(self.steps) else None
+            if op.norm in self.result.sites:
+                raise NoPlace(f"{op.norm} reads the stream in several places; expected one.")
             self.slots.affine(op.norm, self._gain(after))
             self.result.sites.append(op.norm)
 
