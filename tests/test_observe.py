@@ -370,6 +370,28 @@ def test_spans_in_a_model_of_the_library():
     assert [text_at(op.span) for op in sums] == ["mlp_output + attn_output", "mlp_output + attn_output + hidden_states"]
 
 
+def test_frames_lead_from_the_call_to_the_forward_of_its_module():
+    trace = observe(tiny("bloom"), dict(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False))
+    add = [op for op in trace.operations if op.name == "add" and op.module == "transformer.h.1.mlp"][-1]
+    assert [(frame.span.function, frame.module) for frame in add.frames] == [
+        ("dropout_add", None),
+        ("BloomMLP.forward", "transformer.h.1.mlp"),
+    ]
+    assert text_at(add.frames[1].span).startswith("dropout_add(")
+    # the layer's class has a `__call__` of its own, which is no part of what calls it
+    call = next(call for call in trace.calls if call.path == "transformer.h.1")
+    assert [(frame.span.function, frame.module) for frame in call.frames] == [("BloomModel.forward", "transformer")]
+    assert [trace.values[v].shape for key, v in call.arguments if key == 0] == [(1, 3, WIDTH)]
+    assert {key for key, _ in call.arguments} >= {0, "attention_mask"}
+    model = next(call for call in trace.calls if call.path == "")
+    assert model.frames == () and [key for key, _ in model.arguments] == ["input_ids"]
+    # a layer of torch has no code of the model's: its operations belong to the code that calls it
+    linear = next(op for op in trace.operations if op.module == "transformer.h.0.mlp.dense_h_to_4h")
+    assert [frame.module for frame in linear.frames] == ["transformer.h.0.mlp"]
+    norm = next(collapse_norms(trace, {"transformer.ln_f"}).norm_operations())
+    assert [frame.module for frame in norm.frames] == ["transformer"]
+
+
 # -- modules, errors, leaving things alone -----------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import nn
@@ -26,10 +27,11 @@ from normswap.observe.placeholders import (
     on_meta,
     whole_parts,
 )
-from normswap.observe.trace import ModuleCall, Operation, Ref, Span, Trace, Value
+from normswap.observe.trace import Frame, ModuleCall, Operation, Ref, Span, Trace, Value
 
-# frames of these folders are plumbing: the span of a call is that of the first frame outside them
+# functions of these folders are plumbing: what counts are those outside them
 _PLUMBING = (str(Path(torch.__file__).parent), str(Path(__file__)), str(Path(contextmanager.__code__.co_filename)))
+_MODULE_CALL = nn.Module._call_impl.__code__
 
 
 class Recorder(TorchFunctionMode):
@@ -48,7 +50,7 @@ class Recorder(TorchFunctionMode):
         self.storages: dict[int, set[int]] = {}
         # tensors whose memory was written through another: their value before, and what was written
         self.stale: dict[int, tuple[int, int]] = {}
-        self.spans: dict[tuple, Span] = {}
+        self.frames: dict[tuple, Frame] = {}
         self.paths = {id(m): path for path, m in model.named_modules()}
         for name, p in model.named_parameters():
             self._new_value(p, "parameter", name)
@@ -105,7 +107,7 @@ class Recorder(TorchFunctionMode):
         module = self.stack[-1] if self.stack else ""
         self.trace.operations.append(
             Operation(
-                index, function, leaves, spec, tuple(dict.fromkeys(inputs)), outputs, mutated, module, self._span()
+                index, function, leaves, spec, tuple(dict.fromkeys(inputs)), outputs, mutated, module, self._frames()
             )
         )
 
@@ -128,7 +130,10 @@ class Recorder(TorchFunctionMode):
             inputs = tuple(self._value(t) for t in tensors_in((args, kwargs)))
             path, start = self.paths[id(module)], len(self.trace.operations)
             parent = self.stack[-1] if self.stack else ""
-            call = ModuleCall(path, inputs, start=start, parent=parent, span=self._span())
+            passed = ((key, x) for key, x in [*enumerate(args), *kwargs.items()] if isinstance(x, torch.Tensor))
+            arguments = tuple((key, self._value(x)) for key, x in passed)
+            frames = self._frames(called=path) if self.stack else ()
+            call = ModuleCall(path, inputs, start=start, parent=parent, arguments=arguments, frames=frames)
             self.stack.append(path)
             open_calls.append(call)
             self.trace.calls.append(call)
@@ -241,18 +246,36 @@ class Recorder(TorchFunctionMode):
         where = self.stack[-1] if self.stack else "model"
         self.trace.notes.append(f"{where or 'model'} reads the value of a result ({name.strip('_')})")
 
-    def _span(self) -> Span | None:
+    def _frames(self, called: str | None = None) -> tuple[Frame, ...]:
+        """The model's functions that stand open here, up to the `forward` of the innermost module that has any.
+
+        Args:
+            called: the module that is being called; what its class does before `forward` is no part of the caller.
+        """
+        found: list[Frame] = []
+        last = 0
         frame = sys._getframe(2)
-        while frame is not None and frame.f_code.co_filename.startswith(_PLUMBING):
+        while frame is not None and not (found and frame.f_code is _MODULE_CALL):
+            if not frame.f_code.co_filename.startswith(_PLUMBING):
+                noted = self._frame(frame)
+                if called is None or noted.module != called:
+                    found.append(noted)
+                    if noted.module is not None and frame.f_code.co_name == "forward":
+                        last = len(found)
             frame = frame.f_back
-        if frame is None:
-            return None
-        key = (frame.f_code, frame.f_lasti)
-        if key not in self.spans:
-            code = frame.f_code
+        # decorators of `forward` stand around it and are not in the method's source
+        return tuple(found[: last or len(found)])
+
+    def _frame(self, frame: FrameType) -> Frame:
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        module = self.paths.get(id(first)) if isinstance(first, nn.Module) else None
+        key = (code, frame.f_lasti, module)
+        if key not in self.frames:
             position = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
-            self.spans[key] = Span(code.co_filename, code.co_qualname, *(number or 0 for number in position))
-        return self.spans[key]
+            span = Span(code.co_filename, code.co_qualname, *(number or 0 for number in position))
+            self.frames[key] = Frame(span, module)
+        return self.frames[key]
 
 
 def tensors_in(tree: object) -> list[torch.Tensor]:

@@ -22,6 +22,19 @@ class Span:
     end_column: int
 
 
+@dataclass(frozen=True)
+class Frame:
+    """One function of the model's own code that stood open while a call was made.
+
+    Attributes:
+        span: the expression that it was at.
+        module: path of the module whose method it is (its first argument), None for a helper function.
+    """
+
+    span: Span
+    module: str | None
+
+
 @dataclass(eq=False)
 class Value:
     """One tensor at one moment: an in-place operation gives its target a new value.
@@ -73,6 +86,8 @@ class Operation:
         outputs: the values it made: those returned, then new versions of arguments changed in place.
         mutated: which of `inputs` were changed in place.
         module: path of the module it ran in.
+        frames: the model's functions that stood open, from the one that made the call outwards to the `forward` of the
+            module that ran it; code of torch is left out, so for a layer of torch it is the `forward` that calls it.
         norm: path of the norm module when opaque.
     """
 
@@ -84,8 +99,13 @@ class Operation:
     outputs: tuple[int, ...]
     mutated: tuple[int, ...]
     module: str
-    span: Span | None
+    frames: tuple[Frame, ...] = ()
     norm: str | None = None
+
+    @property
+    def span(self) -> Span | None:
+        """Where the model's code makes the call."""
+        return self.frames[0].span if self.frames else None
 
     @property
     def name(self) -> str:
@@ -126,6 +146,8 @@ class ModuleCall:
     """One call of one module: the values that went in and came out, the range of operations inside, who called.
 
     Attributes:
+        arguments: the tensors that were arguments themselves: `(position or keyword, value)`.
+        frames: as of an operation, of the code that called the module; empty for the model itself.
         plain: it gave out a tensor, or a tuple that begins with one.
     """
 
@@ -135,8 +157,14 @@ class ModuleCall:
     start: int = 0
     end: int = 0
     parent: str = ""
-    span: Span | None = None
+    arguments: tuple[tuple[int | str, int], ...] = ()
+    frames: tuple[Frame, ...] = ()
     plain: bool = False
+
+    @property
+    def span(self) -> Span | None:
+        """Where the model's code calls the module."""
+        return self.frames[0].span if self.frames else None
 
 
 @dataclass(eq=False)
@@ -214,7 +242,7 @@ def collapse_norms(trace: Trace, paths: set[str]) -> Trace:
             continue
         taken = tuple(dict.fromkeys(v for v in call.inputs if trace.values[v].is_float))
         operations.append(
-            Operation(op.index, None, [], None, taken, call.outputs[:1], (), call.path, call.span, norm=call.path)
+            Operation(op.index, None, [], None, taken, call.outputs[:1], (), call.path, call.frames, norm=call.path)
         )
         position = call.end
         moved += [len(operations)] * (position - len(moved))
