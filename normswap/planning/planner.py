@@ -98,7 +98,7 @@ def make_plan(
         architecture=normmap.architecture,
         model_type=model_type,
         request=request,
-        claim="exact" if not moved.steps else "untrained" if scales is None else "calibrated",
+        claim="exact" if not moved.steps or moved.exact else "untrained" if scales is None else "calibrated",
         reasons=(*_reasons(centred, folding, edits), *moved.reasons(request)),
         converted=converted,
         refused=tuple(Refusal(site=path, reason=why) for path, why in refused.items()),

@@ -8,9 +8,12 @@ so that gains multiply along the skip. Carry `z = y / D` with `D' = D g / s`, pe
 
     z' = z + (F(x) + b) / D',        x = g n(D z) + b,
 
-an ordinary pre-norm block: each N_in reads its input times D, what F ends in is divided by D', and takes b. For the first
-block y is what the embedding's norm gave without gain and bias, so that s is 1 and the step exact; the last N_out stays
-as the final norm. For LayerNorm the skip loses the mean of y as well at each norm, which the constants do not know of.
+an ordinary pre-norm block: each N_in reads its input times D, what F ends in is divided by D', and takes b. For the
+first block y is what the embedding's norm gave without gain and bias, so that s is 1 and the step exact; the last N_out
+stays as the final norm. For LayerNorm the skip loses the mean of y as well at each norm, which no constant knows of.
+
+Exact is the form whose skip is normalised, `u' = N(u) + F(N(u))`, with u the sum before its norm: the norm that closed a
+layer opens the next one.
 """
 
 from __future__ import annotations
@@ -64,6 +67,49 @@ def lift(
     return feeding
 
 
+def normalise_skip(places: Places, slots: Slots, stream: StreamInfo, steps: list[Step]) -> list[str]:
+    """Plan the form `u' = N(u) + F(N(u))`: what layers hand on is the sum, and each normalises what it is given.
+
+    Returns the norms concerned. Raises NoPlace as `lift` does.
+    """
+    moved = []
+    for step, after in zip(steps, steps[1:], strict=False):
+        if step.layer == after.layer:
+            continue  # inside a layer both forms are the same
+        if len(step.n_out) != 1 or len(after.n_in):
+            raise NoPlace(f"{step.name} is {step.blocks[-1].placement}: expected post-norm.")
+        path, spec = step.n_out[0], slots.spec(step.n_out[0])
+        slots.change(places.call(path), "unwrap", path.rpartition(".")[2])
+        module, method, argument = places.entry(stream.found, after.blocks[0])
+        name = slots.new_name(module, "norm_first")
+        slots.enter(module, method, argument, name)
+        slots.edits.append(_like(AddNorm, f"{module}.{name}", spec))
+        slots.edits += [
+            Copy(tensor=f"{module}.{name}.{own}", source=f"{path}.{theirs}")
+            for own, theirs in (("weight", spec.weight), ("bias", spec.bias))
+            if theirs
+        ]
+        slots.remove(path)
+        moved.append(path)
+    if not moved:
+        raise NoPlace(f"{stream.name}: expected layers that each close with a norm.")
+    return moved
+
+
+def _like(edit: type[SwapNorm], path: str, spec: NormSpec, scaled: bool = False) -> SwapNorm:
+    return edit(
+        module=path,
+        kind=spec.kind,
+        width=spec.width,
+        eps=spec.eps,
+        gain=spec.gain,
+        bias=spec.bias is not None,
+        casting=spec.casting,
+        axis=spec.axes[0],
+        scaled=scaled,
+    )
+
+
 def _put_in(
     places: Places,
     slots: Slots,
@@ -84,19 +130,7 @@ def _put_in(
         path = f"{module}.{name}"
         for place in entries:
             slots.change(place, "wrap", name)
-        slots.edits.append(
-            AddNorm(
-                module=path,
-                kind=spec.kind,
-                width=spec.width,
-                eps=spec.eps,
-                gain=spec.gain,
-                bias=spec.bias is not None,
-                casting=spec.casting,
-                axis=spec.axes[0],
-                scaled=bool(gains),
-            )
-        )
+        slots.edits.append(_like(AddNorm, path, spec, scaled=bool(gains)))
         slots.edits.append(Copy(tensor=f"{path}.weight", source=f"{source}.{spec.weight}"))
         if spec.bias is not None:
             slots.edits.append(Copy(tensor=f"{path}.bias", source=f"{source}.{spec.bias}"))
@@ -145,17 +179,5 @@ def _neutral(slots: Slots, path: str) -> None:
 def _keep_last(slots: Slots, path: str, gains: tuple[Gain, ...], factor: float) -> None:
     """The last N_out is the final norm now, and reads its input times D."""
     spec = slots.spec(path)
-    slots.edits.append(
-        SwapNorm(
-            module=path,
-            kind=spec.kind,
-            width=spec.width,
-            eps=spec.eps,
-            gain=spec.gain,
-            bias=spec.bias is not None,
-            casting=spec.casting,
-            axis=spec.axes[0],
-            scaled=True,
-        )
-    )
+    slots.edits.append(_like(SwapNorm, path, spec, scaled=True))
     slots.edits.append(Running(tensor=f"{path}.scale", gains=gains, factor=factor))

@@ -27,11 +27,12 @@ from dataclasses import dataclass, field
 
 from normswap.errors import RefusedError
 from normswap.norms.spec import NormSpec
-from normswap.planning.edits import AnyEdit, Change, SetScale
+from normswap.planning.edits import AnyEdit, SetScale
 from normswap.planning.plans import Placement, Request
+from normswap.planning.rewrites.lift import lift, normalise_skip
 from normswap.planning.rewrites.places import NoPlace, Place, Places
 from normswap.planning.rewrites.slots import Slots
-from normswap.planning.rewrites.steps import Step, choose, steps_of
+from normswap.planning.rewrites.steps import SKIP, Step, choose, steps_of
 from normswap.understand.normmap import NormMap, StreamInfo
 from normswap.understand.placement import Block
 
@@ -83,6 +84,7 @@ class Moved:
     steps: list[MovedStep] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    exact: bool = False
 
     def reasons(self, request: Request) -> list[str]:
         """Why the claim holds, a sentence each."""
@@ -90,7 +92,8 @@ class Moved:
             return []
         words = " and ".join(placement.words().replace("--", "") for placement in request.placements)
         streams = ", ".join(dict.fromkeys(step.stream for step in self.steps))
-        said = [f"{len(self.steps)} blocks of {streams} are moved ({words}), with a constant for each token's scale."]
+        how = "" if self.exact else ", with a constant in the place of each token's scale"
+        said = [f"{len(self.steps)} blocks of {streams} are moved ({words}){how}."]
         return [*said, *dict.fromkeys(self.notes)]
 
 
@@ -126,6 +129,7 @@ def move(
         result.sites += found.sites
         result.steps += found.steps
         result.notes += found.notes
+        result.exact = found.exact and (result.exact or len(result.steps) == len(found.steps))
     return result
 
 
@@ -140,21 +144,39 @@ class _Stream:
         self.result = Moved()
 
     def run(self) -> Moved:
+        chosen = [step for step in self.steps if step.placement is not None and step.target != step.source]
+        if any(step.source.n_out for step in chosen):
+            self._leave(chosen)
+            return self._done()
         for step, after in zip(self.steps, [*self.steps[1:], None], strict=True):
             if step.target is not None and step.target != step.source:
                 self._check(step)
                 self._move(step, after)
         self._end()
+        return self._done()
+
+    def _done(self) -> Moved:
         self.result.edits += [*self.slots.edits, *self.slots.rewrites()]
         return self.result
+
+    def _leave(self, chosen: list[Step]) -> None:
+        """The whole stream becomes raw."""
+        placements = {step.placement for step in self.steps}
+        if placements == {SKIP}:
+            self.result.sites = normalise_skip(self.places, self.slots, self.stream, self.steps)
+            self.result.exact = True
+        elif placements == {"pre"}:
+            scales = dict(self.scales.stream)
+            self.result.sites = lift(self.normmap, self.places, self.slots, self.stream, self.steps, scales)
+        else:
+            raise NoPlace(
+                f"{self.stream.name} is {_name(chosen[0])}: from there all its layers go to pre or {SKIP}, or none."
+            )
+        self.result.steps += [self._told(step, None, None) for step in self.steps]
 
     # -- one step --------------------------------------------------------------------------------------------------
 
     def _check(self, step: Step) -> None:
-        if step.source.n_out and not step.target.n_out:
-            raise NoPlace(f"{step.name} is {_name(step)}: taking the norm off a normalised stream is not offered here.")
-        if step.source.n_out:
-            raise NoPlace(f"{step.name} is {_name(step)} already.")
         if step.target.scaled and not step.n_in:
             raise NoPlace(f"{step.name}: its branch reads the stream without a norm, and would miss its scale.")
         kinds = {self.slots.spec(path).kind for path in step.n_in}
@@ -191,19 +213,20 @@ class _Stream:
         if target.n_out and source.n_branch and not target.n_branch:
             self.result.notes.append(f"The norms on the branches of {self.stream.name} stay where they are.")
         self.result.sites += [path for path in (*step.n_in, *step.n_branch) if path not in self.result.sites]
-        self.result.steps.append(
-            MovedStep(
-                step.name,
-                self.stream.name,
-                step.layer,
-                _name(step),
-                step.placement,
-                step.blocks[0].operands[0],
-                step.blocks[-1].result,
-                tuple(block.operands[1] for block in step.blocks),
-                out,
-                scale,
-            )
+        self.result.steps.append(self._told(step, out, scale))
+
+    def _told(self, step: Step, out: str | None, scale: tuple[str, str] | None) -> MovedStep:
+        return MovedStep(
+            step.name,
+            self.stream.name,
+            step.layer,
+            _name(step),
+            step.placement,
+            step.blocks[0].operands[0],
+            step.blocks[-1].result,
+            tuple(block.operands[1] for block in step.blocks),
+            out,
+            scale,
         )
 
     def _changed_sums(self, step: Step) -> list[Block]:
@@ -231,7 +254,7 @@ class _Stream:
         """The norm in front of the first moved step: `argument = self.norm_first(argument)` where its layer begins."""
         module, method, argument = self.places.entry(self.stream.found, step.blocks[0])
         name = self.slots.new_name(module, "norm_first")
-        self.slots.changes[module].append((method, Change(kind="enter", name=name, argument=argument)))
+        self.slots.enter(module, method, argument, name)
         self.slots.add(f"{module}.{name}", self._norm_for(step), self._gain(step))
 
     def _put_out(self, step: Step, after: Step | None, place: Place, spare: str | None) -> str:

@@ -136,6 +136,10 @@ class Slots:
     def change(self, place: Place, kind: str, name: str, node=None) -> None:
         self.changes[place.module].append((place.method, place.change(kind, name, node)))
 
+    def enter(self, module: str, method: Method, argument: str, name: str) -> None:
+        """`argument = self.name(argument)` where the module begins."""
+        self.changes[module].append((method, Change(kind="enter", name=name, argument=argument)))
+
     def new_name(self, module: str, wanted: str) -> str:
         """An attribute that the module does not have: `wanted`, or with a number."""
         taken = {*self.normmap.classes, *self.normmap.stored, *self.named}

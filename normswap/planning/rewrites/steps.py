@@ -20,11 +20,15 @@ class Row:
     scaled: bool = False
 
 
+#: the placement whose skip is normalised, S(x) = N_in(x); as a row it is pre
+SKIP = "pre-normalized-skip"
+
 #: x' = N_out( a S(x) + b N_branch( F( N_in(x) ) ) )
 ROWS = {
     "pre": Row(True, False, False),
     "post": Row(False, False, True),
     "deepnorm": Row(False, False, True, scaled=True),
+    SKIP: Row(True, False, False),
     "sandwich": Row(True, True, False),
     "reordered": Row(False, True, False),
     "keel": Row(True, False, True, scaled=True),
