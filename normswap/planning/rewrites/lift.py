@@ -12,8 +12,8 @@ an ordinary pre-norm block: each N_in reads its input times D, what F ends in is
 first block y is what the embedding's norm gave without gain and bias, so that s is 1 and the step exact; the last N_out
 stays as the final norm. For LayerNorm the skip loses the mean of y as well at each norm, which no constant knows of.
 
-Exact is the form whose skip is normalised, `u' = N(u) + F(N(u))`, with u the sum before its norm: the norm that closed a
-layer opens the next one.
+Exact is the form whose skip is normalised, `u' = N(u) + F(N(u))`, with u the sum before its norm: the norm that closed
+a layer opens the next one.
 """
 
 from __future__ import annotations
