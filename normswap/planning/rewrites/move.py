@@ -310,7 +310,7 @@ class _Stream:
 
     def _put_branch(self, step: Step, place: Place) -> None:
         if place.branch is None:
-            raise NoPlace(f"{place.method.shown(place.node)}: the branch is no expression of its own in this sum.")
+            raise NoPlace(self.places.shown(place, "the branch is no expression of its own in this sum"))
         name = self.slots.new_name(place.module, "norm_branch")
         self.slots.add(f"{place.module}.{name}", self._norm_for(step), self.scales.branch.get(step.name, 1.0))
         self.slots.change(place, "wrap", name, place.branch)
@@ -321,7 +321,7 @@ class _Stream:
 
     def _scale(self, step: Step, place: Place) -> tuple[str, str]:
         if place.skip is None:
-            raise NoPlace(f"{place.method.shown(place.node)}: the skip is no expression of its own in this sum.")
+            raise NoPlace(self.places.shown(place, "the skip is no expression of its own in this sum"))
         name = self.slots.new_name(place.module, "skip_scale")
         self.slots.change(place, "scale", name, place.skip)
         self.slots.edits.append(SetScale(module=place.module, name=name, value=self.scales.stream.get(step.name, 1.0)))

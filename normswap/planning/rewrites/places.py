@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import linecache
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from normswap.errors import RefusedError
 from normswap.observe.trace import Frame, Operation, Ref
 from normswap.planning.edits import Change
-from normswap.source.methods import Method
+from normswap.source.methods import Method, place
 from normswap.understand.normmap import NormMap
 from normswap.understand.placement import Block, Stream
 
@@ -45,7 +46,7 @@ class Place:
     branch: ast.AST | None = None
 
     def change(self, kind: str, name: str | None = None, node: ast.AST | None = None) -> Change:
-        return Change(kind=kind, span=self.method.span(node or self.node), name=name)
+        return Change(kind=kind, span=place(node or self.node), name=name)
 
 
 class Places:
@@ -88,9 +89,9 @@ class Places:
             run = self._runs[frame.module, frame.span]
             if len(run & sums) > 1 or (depth == 0 and len(run) > 1):
                 continue  # one line that serves several blocks
-            place = self._at(frame)
-            skip, branch = self._operands(op, block, depth, place.node)
-            return Place(place.module, place.method, place.node, skip, branch)
+            found = self._at(frame)
+            skip, branch = self._operands(op, block, depth, found.node)
+            return Place(found.module, found.method, found.node, skip, branch)
         raise NoPlace(self._shown(op, "it is run for several blocks, or in no method of a module"))
 
     def call(self, norm: str) -> Place:
@@ -160,12 +161,18 @@ class Places:
 
     def _at(self, frame: Frame) -> Place:
         method = self._method(frame.module, frame.span.function.rpartition(".")[2])
-        return Place(frame.module, method, method.locate(frame.span))
+        try:
+            return Place(frame.module, method, method.locate(frame.span))
+        except RefusedError as error:
+            raise NoPlace(str(error)) from error
 
     def _method(self, path: str, name: str) -> Method:
         key = self.normmap.classes[path], name
         if key not in self._methods:
-            self._methods[key] = Method.of(*key)
+            try:
+                self._methods[key] = Method.of(*key)
+            except RefusedError as error:
+                raise NoPlace(str(error)) from error
         return self._methods[key]
 
     def _check_owner(self, frame: Frame, op: Operation) -> None:
@@ -176,15 +183,14 @@ class Places:
     def _operands(self, op: Operation, block: Block, depth: int, node: ast.AST):
         """The expressions of the skip and the branch in a sum, or in the call of a helper that adds two of its own."""
         frame = op.frames[0]
+        function = None
         if depth == 0:
-            inner = node
+            pair = _sides(node)
         elif depth == 1 and frame.module is None:
-            inner = Method.of_function(frame.span)
-            if inner is None:
-                return None, None
+            function, inner = _helper(frame)
+            pair = None if inner is None else _sides(inner)
         else:
             return None, None
-        pair = _sides(inner if depth == 0 else inner.locate(frame.span))
         values = [leaf.value for leaf in op.leaves if isinstance(leaf, Ref)]
         if pair is None or len(values) != 2:
             return None, None
@@ -192,7 +198,7 @@ class Places:
         skip, branch = (sides.get(v) for v in block.operands)
         if depth == 0:
             return skip, branch
-        return tuple(_passed(inner.tree, side, node) for side in (skip, branch))
+        return tuple(_passed(function, side, node) for side in (skip, branch))
 
     def _readers(self, stream: Stream, block: Block) -> list[int]:
         value = stream.analysis.base(block.operands[0])
@@ -212,25 +218,28 @@ class Places:
             todo += self.trace.operations[producer].inputs
         return sorted(found)
 
-    def _argument(self, place: Place, key: int | str) -> Place:
-        node = place.node
+    def _argument(self, found: Place, key: int | str) -> Place:
+        node = found.node
         if isinstance(node, ast.Call):
             named = {word.arg: word.value for word in node.keywords}
             if key in named:
-                return Place(place.module, place.method, named[key])
+                return Place(found.module, found.method, named[key])
             if isinstance(key, int) and key < len(node.args) and not isinstance(node.args[key], ast.Starred):
-                return Place(place.module, place.method, node.args[key])
-        raise NoPlace(f"{place.method.shown(node)}: expected the argument {key} to be written out in this call.")
+                return Place(found.module, found.method, node.args[key])
+        raise NoPlace(self.shown(found, f"expected the argument {key} to be written out in this call"))
 
-    def _operand(self, place: Place, op: Operation, value: int, base: Callable[[int], int]) -> Place:
+    def _operand(self, found: Place, op: Operation, value: int, base: Callable[[int], int]) -> Place:
         refs = [leaf.value for leaf in op.leaves if isinstance(leaf, Ref)]
         position = next(i for i, v in enumerate(refs) if base(v) == value)
-        pair = _sides(place.node)
+        pair = _sides(found.node)
         if pair is not None and len(refs) == 2:
-            return Place(place.module, place.method, pair[position])
-        if isinstance(place.node, ast.Call) and position < len(place.node.args):
-            return Place(place.module, place.method, place.node.args[position])
+            return Place(found.module, found.method, pair[position])
+        if isinstance(found.node, ast.Call) and position < len(found.node.args):
+            return Place(found.module, found.method, found.node.args[position])
         raise NoPlace(self._shown(op, "the branch reads the stream there in a way that is not followed"))
+
+    def shown(self, found: Place, why: str) -> str:
+        return f"{found.module}, {found.method.where}: {why}.\n    {found.method.source(found.node)}"
 
     def _shown(self, op: Operation, why: str) -> str:
         frame = next((f for f in op.frames if f.module is not None), None) or (op.frames[0] if op.frames else None)
@@ -241,9 +250,20 @@ class Places:
         return f"{op.name} in {op.module or 'the model'} ({where}): {why}.\n{lines}"
 
 
-def _lines(frame: Frame) -> str:
-    import linecache
+def _helper(frame: Frame) -> tuple[ast.FunctionDef | None, ast.AST | None]:
+    """The helper function that a frame stands in, and the expression in it."""
+    tree = ast.parse("".join(linecache.getlines(frame.span.file)) or "pass")
+    name = frame.span.function.rpartition(".")[2]
+    where = (frame.span.line, frame.span.column, frame.span.end_line, frame.span.end_column)
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name == name:
+            for node in ast.walk(function):
+                if isinstance(node, ast.expr | ast.AugAssign) and place(node) == where:
+                    return function, node
+    return None, None
 
+
+def _lines(frame: Frame) -> str:
     span = frame.span
     return "\n".join(f"    {linecache.getline(span.file, n).rstrip()}" for n in range(span.line, span.end_line + 1))
 
