@@ -5,12 +5,13 @@ import __future__
 
 import ast
 import builtins
+import dis
 import hashlib
 import inspect
 import textwrap
 from dataclasses import dataclass
 from functools import cached_property
-from types import FunctionType
+from types import CodeType, FunctionType
 
 from normswap.errors import RefusedError
 from normswap.norms.centred import plain_class
@@ -124,20 +125,24 @@ class Method:
         return None
 
     def global_names(self) -> dict[str, object]:
-        """What the text takes from its module, by name: in the body, in decorators, annotations and defaults."""
-        code = self.function.__code__
-        own = {*code.co_varnames, *code.co_cellvars}
+        """What the text takes from its module, by name: in the body, in decorators, annotations and defaults.
+
+        Raises:
+            RefusedError: the module does not have a name that the text will ask for.
+        """
         arguments = self.tree.args
         outside = [*self.tree.decorator_list, *arguments.defaults, *filter(None, arguments.kw_defaults)]
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
         outside += [a.annotation for a in every if a is not None and a.annotation]
         outside += [self.tree.returns] if self.tree.returns else []
-        names = [n for node in outside for n in _names(node)]
-        names += [n for node in self.tree.body for n in _names(node) if n not in own]
+        names = [n.id for node in outside for n in ast.walk(node) if isinstance(n, ast.Name)]
+        names += _global_reads(self.function.__code__)
         found = self.function.__globals__
-        missing = [n for n in names if n not in found and not hasattr(builtins, n) and n != "__class__"]
+        missing = [n for n in names if n not in found and not hasattr(builtins, n)]
         if missing and not self.lazy_annotations:
             raise RefusedError(f"{self.where} uses {missing[0]}, which {self.owner.__module__} does not have.")
+        if "super" in names:
+            names.append(self.owner.__name__)
         return {n: found[n] for n in dict.fromkeys(names) if n in found}
 
     @property
@@ -154,11 +159,11 @@ class Method:
                 f"expected names of its module alone:\n{self.text}"
             )
         for node in ast.walk(self.tree):
-            private = getattr(node, "attr", getattr(node, "id", ""))
-            if private.startswith("__") and not private.endswith("__"):
+            bound = getattr(node, "attr", getattr(node, "id", ""))
+            if bound == "__class__" and isinstance(node, ast.Name) or bound.startswith("__") and bound[-2:] != "__":
                 raise RefusedError(
-                    f"{self.where} uses the name {private}, private to its class, at line "
-                    f"{self.first_line + node.lineno}: it would be another name in a class made of its text."
+                    f"{self.where} uses {bound}, which is bound to its class, at line "
+                    f"{self.first_line + node.lineno}: it would mean something else in a class made of its text."
                 )
 
 
@@ -183,8 +188,10 @@ def _definition(text: str) -> ast.stmt:
     return ast.increment_lineno(ast.parse(text).body[0], -1)
 
 
-def _names(node: ast.AST) -> list[str]:
-    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+def _global_reads(code: CodeType) -> list[str]:
+    """Names that `code`, and functions inside it, look up in the module."""
+    names = [step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"]
+    return names + [n for inner in code.co_consts if isinstance(inner, CodeType) for n in _global_reads(inner)]
 
 
 def reindented(text: str, spaces: int) -> str:

@@ -79,6 +79,8 @@ class _Rewriter:
         for change in changes:
             if change.kind != "enter":
                 self.own.setdefault(self._target(change), []).append(change)
+        # a call without arguments looks for the class that the text stands in, which will be another one
+        self.supers = {node for node in ast.walk(method.tree) if _is_super(node)}
         self.parents = {child: node for node in ast.walk(method.tree) for child in ast.iter_child_nodes(node)}
         for node in self.own:
             self._check_reachable(node)
@@ -118,7 +120,7 @@ class _Rewriter:
     # -- expressions -----------------------------------------------------------------------------------------------
 
     def _touched(self, node: ast.AST) -> bool:
-        return any(inner in self.own for inner in ast.walk(node))
+        return any(inner in self.own or inner in self.supers for inner in ast.walk(node))
 
     def _between(self, start: int, end: int, nodes: list[ast.AST], parent: ast.AST) -> str:
         """Source from `start` to `end` with the changed ones of `nodes`, which lie there, in their new form."""
@@ -158,6 +160,8 @@ class _Rewriter:
         return new
 
     def _inside(self, node: ast.AST) -> str:
+        if node in self.supers:
+            return f"super({self.method.owner.__name__}, {self.method.tree.args.args[0].arg})"
         start, end = self._extent(node)
         return self._between(start, end, _placed_children(node), node)
 
@@ -218,7 +222,7 @@ class _Rewriter:
     def _entering(self) -> str:
         """The statements that come first."""
         arguments = self.method.tree.args
-        known = {a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]}
+        known = [a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
         margin = " " * self.method.tree.body[0].col_offset
         text = ""
         for change in self.entering:
@@ -239,6 +243,10 @@ class _Rewriter:
                 f"{self.method.where}: enter expects a body on lines of its own, found:\n{self.method.text}"
             )
         return self.method.offset(first.lineno, first.col_offset)
+
+
+def _is_super(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args
 
 
 def _argument(node: ast.AST) -> ast.expr | None:
