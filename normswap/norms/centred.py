@@ -40,3 +40,10 @@ def centre_input(module, axis=-1):
     cls = type(module)
     own = {"__module__": cls.__module__, "centred_input": axis}
     module.__class__ = type(f"CentredInput{cls.__name__}", (CentredInput, cls), own)
+
+
+def plain_class(cls):
+    """The class that a centred form was made of; any other class is itself."""
+    while {"centred_output", "centred_input"} & vars(cls).keys():
+        cls = cls.__bases__[1]
+    return cls

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch
 from torch import nn
@@ -269,13 +270,19 @@ class Recorder(TorchFunctionMode):
     def _frame(self, frame: FrameType) -> Frame:
         code = frame.f_code
         first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        module = self.paths.get(id(first)) if isinstance(first, nn.Module) else None
-        key = (code, frame.f_lasti, module)
+        path = self.paths.get(id(first)) if isinstance(first, nn.Module) else None
+        key = (code, frame.f_lasti, path)
         if key not in self.frames:
             position = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
             span = Span(code.co_filename, code.co_qualname, *(number or 0 for number in position))
-            self.frames[key] = Frame(span, module)
+            self.frames[key] = Frame(span, path if _is_method(code, type(first)) else None)
         return self.frames[key]
+
+
+def _is_method(code: CodeType, cls: type) -> bool:
+    """Whether `code` is that of a method of `cls` or of a base; a helper may take a module first as well."""
+    found = (vars(base).get(code.co_name) for base in cls.__mro__)
+    return any(getattr(inspect.unwrap(f), "__code__", None) is code for f in found if f is not None)
 
 
 def tensors_in(tree: object) -> list[torch.Tensor]:
