@@ -145,7 +145,7 @@ class _Stream:
 
     def run(self) -> Moved:
         chosen = [step for step in self.steps if step.placement is not None and step.target != step.source]
-        if any(step.source.n_out for step in chosen):
+        if any(step.source.n_out and not step.target.n_out for step in chosen):
             self._leave(chosen)
             return self._done()
         for step, after in zip(self.steps, [*self.steps[1:], None], strict=True):
@@ -177,7 +177,7 @@ class _Stream:
     # -- one step --------------------------------------------------------------------------------------------------
 
     def _check(self, step: Step) -> None:
-        if step.target.scaled and not step.n_in:
+        if step.target.scaled and not step.n_in and not step.source.n_out:
             raise NoPlace(f"{step.name}: its branch reads the stream without a norm, and would miss its scale.")
         kinds = {self.slots.spec(path).kind for path in step.n_in}
         if len(kinds) > 1 or kinds - {"layernorm", "rmsnorm"}:
@@ -193,11 +193,11 @@ class _Stream:
         sums = {id(block): self.places.sum(block) for block in self._changed_sums(step)}
         places = [sums.get(id(block)) for block in step.blocks]
         out = None
-        if target.n_out and not self._before(step):
+        if target.n_out and source.n_in and not self._before(step):
             self._enter(step)
         spare = None
         if source.n_in and not target.n_in:
-            spare = self._take_in(step, places[-1] if target.n_out else None)
+            spare = self._take_in(step, places[-1] if target.n_out and not source.n_out else None)
         elif target.n_in and not source.n_in:
             self._put_in(step)
         for block, place in zip(step.blocks, places, strict=True):
@@ -209,7 +209,7 @@ class _Stream:
         if target.n_out:
             if target.scaled:
                 scale = self._scale(step, places[0])
-            out = self._put_out(step, after, places[-1], spare)
+            out = step.n_out[0] if source.n_out else self._put_out(step, after, places[-1], spare)
         if target.n_out and source.n_branch and not target.n_branch:
             self.result.notes.append(f"The norms on the branches of {self.stream.name} stay where they are.")
         self.result.sites += [path for path in (*step.n_in, *step.n_branch) if path not in self.result.sites]
@@ -233,14 +233,14 @@ class _Stream:
         """The blocks whose sum's source changes."""
         if step.target.n_branch and not step.source.n_branch:
             return step.blocks
-        if not step.target.n_out:
+        if not step.target.n_out or (step.source.n_out and not step.target.scaled):
             return []
         return [step.blocks[0], step.blocks[-1]] if step.target.scaled else step.blocks[-1:]
 
     def _before(self, step: Step) -> bool:
-        """Whether what the step reads is what a norm of the moved model gives."""
+        """Whether the step reads what a norm without gain and bias gives, by the move of the step before."""
         index = self.steps.index(step)
-        return index > 0 and self.steps[index - 1].normalised
+        return index > 0 and self._gives_norm(self.steps[index - 1])
 
     def _gain(self, step: Step | None) -> float:
         """c: the gain of the norm whose result the step reads (None: the end of the stream)."""
@@ -252,9 +252,14 @@ class _Stream:
 
     def _enter(self, step: Step) -> None:
         """The norm in front of the first moved step: `argument = self.norm_first(argument)` where its layer begins."""
-        module, method, argument = self.places.entry(self.stream.found, step.blocks[0])
-        name = self.slots.new_name(module, "norm_first")
-        self.slots.enter(module, method, argument, name)
+        try:
+            module, method, argument = self.places.entry(self.stream.found, step.blocks[0])
+            name = self.slots.new_name(module, "norm_first")
+            self.slots.enter(module, method, argument, name)
+        except NoPlace:
+            place = self.places.start(self.stream.found, step.blocks[0])
+            module, name = place.module, self.slots.new_name(place.module, "norm_first")
+            self.slots.change(place, "wrap", name)
         self.slots.add(f"{module}.{name}", self._norm_for(step), self._gain(step))
 
     def _put_out(self, step: Step, after: Step | None, place: Place, spare: str | None) -> str:
@@ -324,7 +329,8 @@ class _Stream:
             raise NoPlace(self.places.shown(place, "the skip is no expression of its own in this sum"))
         name = self.slots.new_name(place.module, "skip_scale")
         self.slots.change(place, "scale", name, place.skip)
-        self.slots.edits.append(SetScale(module=place.module, name=name, value=self.scales.stream.get(step.name, 1.0)))
+        value = 1.0 if step.source.n_out and not step.n_in else self.scales.stream.get(step.name, 1.0)
+        self.slots.edits.append(SetScale(module=place.module, name=name, value=value))
         return place.module, name
 
     def _end(self) -> None:
@@ -342,7 +348,8 @@ class _Stream:
             self.result.sites.append(op.norm)
 
     def _gives_norm(self, step: Step) -> bool:
-        return step.target is not None and step.target != step.source and step.target.n_out
+        """Whether a norm is added after the step."""
+        return step.target is not None and step.target != step.source and step.target.n_out and not step.source.n_out
 
     def _ends_in_norms(self) -> bool:
         """Whether norms alone read what the last step gives."""

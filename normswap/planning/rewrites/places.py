@@ -128,6 +128,35 @@ class Places:
             return call.path, method, _parameter(self.normmap.classes[call.path], taken[0])
         raise NoPlace(self._shown(self.trace.operations[block.add], "no module takes in what this block reads"))
 
+    def start(self, stream: Stream, block: Block) -> Place:
+        """The expression, in the module of the block's sum, that gives the value which the block reads and adds to.
+
+        Raises:
+            NoPlace: it is not made there, or in several things at once.
+        """
+        base, module = stream.analysis.base, self.sum(block).module
+        value = base(block.operands[0])
+        producer = self.trace.values[value].producer
+        op = None if producer is None else self.trace.operations[producer]
+        if op is None or self._times[module] > 1:
+            raise NoPlace(self._shown(self.trace.operations[block.add], "what this block reads comes from elsewhere"))
+        frames = op.frames
+        if op.module != module:
+            calls = [c for c in self.trace.calls if c.parent == module and c.start <= producer < c.end]
+            if not calls or value not in {base(v) for v in calls[0].outputs}:
+                raise NoPlace(self._shown(op, f"what the block reads is made here and not in {module}"))
+            frames = calls[0].frames
+        frame = next((frame for frame in frames if frame.module == module), None)
+        if frame is None:
+            raise NoPlace(self._shown(op, f"what the block reads is made here and not in {module}"))
+        found = self._at(frame)
+        if op.module != module and not calls[0].single:
+            first = _first_of(found.method.tree, found.node)
+            if first is None:
+                raise NoPlace(self.shown(found, "expected the first of what it gives to be taken by [0]"))
+            return Place(found.module, found.method, first)
+        return found
+
     def branch_entries(self, stream: Stream, block: Block) -> list[Place]:
         """The arguments by which the block's branch reads the stream, in the method that also hands on the skip."""
         base, value = stream.analysis.base, stream.analysis.base(block.operands[0])
@@ -279,6 +308,14 @@ def _sides(node: ast.AST) -> tuple[ast.AST, ast.AST] | None:
             return left, right
         case ast.Call(func=ast.Attribute(attr="add" | "add_", value=left), args=[right], keywords=[]):
             return left, right
+    return None
+
+
+def _first_of(tree: ast.AST, call: ast.AST) -> ast.AST | None:
+    """`call(..)[0]` in the tree, None where the call stands without."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and node.value is call and isinstance(node.slice, ast.Constant):
+            return node if node.slice.value == 0 else None
     return None
 
 

@@ -71,11 +71,6 @@ class Step:
     def source(self) -> Row:
         return Row(bool(self.n_in), bool(self.n_branch), bool(self.n_out), scaled=self.blocks[0].skip != 1)
 
-    @property
-    def normalised(self) -> bool:
-        """Whether its result will be what a norm gives."""
-        return (self.target or self.source).n_out
-
 
 def steps_of(normmap: NormMap, stream: StreamInfo) -> list[Step]:
     """The stream's blocks as steps, in order."""
