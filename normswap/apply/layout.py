@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,9 +16,9 @@ import torch
 
 from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.header import TensorInfo, nbytes_of
-from normswap.checkpoint.keymap import SAVE_MERGED, Group, KeyMap
+from normswap.checkpoint.keymap import SAVE_MERGED, Group, KeyMap, shared_start
 from normswap.errors import PlanError
-from normswap.planning.edits import GrowBias, TensorEdit, Untie
+from normswap.planning.edits import TensorEdit, Untie
 from normswap.planning.plans import Plan
 
 What = Literal["copied", "cast", "edited", "added", "removed"]
@@ -123,7 +124,9 @@ def lay_out(source: Checkpoint, keymap: KeyMap, plan: Plan, dtype: torch.dtype |
     """
     changes = _by_parameter(keymap, plan)
     edits = {name: change for names, change in changes.items() for name in names if name in keymap.group_of}
-    grown = {f"{edit.module}.bias" for edit in plan.module_edits() if isinstance(edit, GrowBias)}
+    made = {fill.tensor: fill for edit in plan.module_edits() for fill in edit.makes()}
+    for name in made.keys() - keymap.shapes.keys() - plan.tensor_edits().keys():
+        changes[(name,)] = (made[name],)
 
     jobs: list[Job] = []
     after: dict[str, TensorChange] = {}
@@ -137,7 +140,7 @@ def lay_out(source: Checkpoint, keymap: KeyMap, plan: Plan, dtype: torch.dtype |
     shards = {shard.name: [after[info.key] for info in shard.tensors] for shard in source.shards}
     for names, change in changes.items():
         if not any(name in keymap.group_of for name in names):
-            job, entry = _new(source, keymap, change, dtype, grown)
+            job, entry = _new(source, keymap, change, dtype, made.keys())
             jobs.append(job)
             shards[entry.shard].append(entry)
     tensors = {entry.key: entry for entries in shards.values() for entry in entries}
@@ -223,24 +226,38 @@ def _entries(
 
 
 def _new(
-    source: Checkpoint, keymap: KeyMap, edits: tuple[TensorEdit, ...], dtype: torch.dtype | None, grown: set[str]
+    source: Checkpoint, keymap: KeyMap, edits: tuple[TensorEdit, ...], dtype: torch.dtype | None, made: Set[str]
 ) -> tuple[Job, TensorChange]:
-    """A tensor that the source does not hold; it goes beside the first tensor it is made from."""
+    """A tensor that the source does not hold.
+
+    It goes beside the first tensor it is made from, or else beside its nearest relative, and is stored in its dtype.
+    """
     name = edits[0].tensor
-    if not (isinstance(edits[0], Untie) or name in grown):
+    if not (isinstance(edits[0], Untie) or name in made):
         raise PlanError(
             f"{name}: {edits[0].edit} expects this tensor in {source.folder}, found none. The plan is of another "
             "checkpoint: make it again."
         )
     shape = _shape_after(name, keymap, edits, exists=False)
-    sibling = keymap.stored_group(edits[0].reads()[0]) if edits[0].reads() else None
-    if shape is None or sibling is None:
-        raise PlanError(f"{name}: expected its first edit to make it from a stored tensor, found {edits[0]!r}.")
-    info = source.tensors[sibling.sources[0]]
+    if shape is None:
+        raise PlanError(f"{name}: expected its edits to make it, found that they leave nothing: {edits!r}.")
+    if edits[0].reads():
+        info = source.tensors[keymap.stored_group(edits[0].reads()[0]).sources[0]]
+    else:
+        info = _nearest(source, keymap, name)
     stored = _entry(info, (name,), dtype)
     key = keymap.key_for_new(name)
     entry = replace(_edited(stored, shape), key=key, what="added", bytes_before=0)
     return Job(None, {name: edits}, (key,)), entry
+
+
+def _nearest(source: Checkpoint, keymap: KeyMap, name: str) -> TensorInfo:
+    """The stored tensor of real numbers whose model name shares most with `name`."""
+    stored = ((target, source.tensors[group.sources[0]]) for target, group in keymap.group_of.items())
+    real = [(target, info) for target, info in stored if info.dtype in REAL]
+    if not real:
+        raise PlanError(f"{name}: expected a tensor of real numbers in {source.folder} to store it like, found none.")
+    return max(real, key=lambda pair: shared_start(pair[0], name))[1]
 
 
 def _shape_after(

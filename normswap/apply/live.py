@@ -1,7 +1,8 @@
 """A plan applied to a live model, in place.
 
-Structure comes first (norms swapped, aliases untied), then values. Before either, the whole plan runs once on a copy of
-the model that has shapes and no storage, so that a plan that does not fit raises while the model is still untouched.
+Structure comes first (norms swapped, methods rewritten, aliases untied), then values. Before either, the whole plan
+runs once on a copy of the model that has shapes and no storage, so that a plan that does not fit raises while the model
+is still untouched.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from normswap.apply.modules import ModuleEdits
 from normswap.errors import PlanError
-from normswap.norms.centred import centre_input, centre_output
-from normswap.norms.rms_norm import RMSNorm
-from normswap.planning.edits import CentreInput, CentreOutput, GrowBias, ModuleEdit, SwapNorm, TensorEdit, Untie
+from normswap.planning.edits import TensorEdit, Untie
 from normswap.planning.plans import Plan
 
 Tensors = dict[str, torch.Tensor]
@@ -52,6 +52,7 @@ def apply_structure(model: nn.Module, plan: Plan) -> None:
 
     Raises:
         PlanError: a module is missing or is not what the plan was made for; the model is unchanged.
+        RefusedError: the source of a method that is to be rewritten cannot be had; the model is unchanged.
     """
     if type(model).__name__ != plan.architecture:
         raise PlanError(
@@ -60,73 +61,17 @@ def apply_structure(model: nn.Module, plan: Plan) -> None:
         )
     unties = [edit for edit in plan.edits if isinstance(edit, Untie)]
     dropped = {edit.tensor for edit in plan.edits if isinstance(edit, TensorEdit) and edit.edit == "drop"}
-    new_norms = {}
-    for edit in plan.module_edits():
-        module = _module(model, edit.module)
-        if isinstance(edit, SwapNorm):
-            new_norms[edit.module] = _rms_norm(module, edit, dropped)
-        elif isinstance(edit, GrowBias):
-            _check_grows(module, edit)
-        elif not isinstance(edit, CentreOutput | CentreInput):
-            raise PlanError(f"the edit {edit.edit!r} of {edit.module} is not known here; update normswap.")
+    modules = ModuleEdits(model, plan.module_edits(), dropped)
     config_changes = [(_config(model, edit.key), edit.value) for edit in plan.config_edits()]
     owners = _tying_submodels(model, unties)
 
-    for edit in plan.module_edits():
-        _edit_module(model, edit, new_norms)
+    modules.run()
     for edit in unties:
         _untie(model, edit)
     for owner in owners:
         owner.config.tie_word_embeddings = False
     for (config, key), value in config_changes:
         setattr(config, key, value)
-
-
-def _edit_module(model: nn.Module, edit: ModuleEdit, new_norms: dict[str, nn.Module]) -> None:
-    if isinstance(edit, SwapNorm):
-        model.set_submodule(edit.module, new_norms[edit.module])
-    elif isinstance(edit, CentreOutput):
-        centre_output(model.get_submodule(edit.module), edit.axis)
-    elif isinstance(edit, CentreInput):
-        centre_input(model.get_submodule(edit.module), edit.axis)
-    elif isinstance(edit, GrowBias):
-        module = model.get_submodule(edit.module)
-        # the weight says where and in which precision; a layer of another kind takes the model's
-        like = next(module.parameters(recurse=False), next(model.parameters()))
-        module.bias = nn.Parameter(torch.zeros(edit.size, dtype=like.dtype, device=like.device))
-
-
-def _rms_norm(old: nn.Module, edit: SwapNorm, dropped: set[str]) -> RMSNorm:
-    """What `edit` makes of `old`: parameters that stay are the same objects, others start neutral."""
-    theirs = dict(old.named_parameters())
-    like = next(iter(theirs.values()), None)
-    with torch.device(like.device if like is not None else "cpu"):
-        new = RMSNorm(edit.width, edit.eps, edit.gain, edit.bias, edit.casting, edit.axis, edit.shape)
-    if like is not None:
-        new.to(like.dtype)
-    for name in dict(new.named_parameters()):
-        if name not in theirs:
-            continue
-        if theirs[name].shape != (expected := edit.shape or (edit.width,)):
-            raise PlanError(
-                f"{edit.module}.{name}: expected shape {expected}, found {tuple(theirs[name].shape)}; "
-                "the plan was made for a model of another size."
-            )
-        setattr(new, name, theirs.pop(name))
-    lost = [f"{edit.module}.{name}" for name in theirs if f"{edit.module}.{name}" not in dropped]
-    if lost:
-        raise PlanError(
-            f"swapping {edit.module} ({type(old).__name__}) would lose {', '.join(lost)}: "
-            "the plan neither keeps nor drops it. Make a plan for this model."
-        )
-    return new.train(old.training)
-
-
-def _check_grows(module: nn.Module, edit: GrowBias) -> None:
-    if "bias" not in module._parameters:
-        raise PlanError(f"{edit.module} ({type(module).__name__}) has no place for a bias; expected one that is None.")
-    if module.bias is not None:
-        raise PlanError(f"{edit.module} was to be given a bias of size {edit.size}, but has one already.")
 
 
 def _tying_submodels(model: nn.Module, unties: list[Untie]) -> list[PreTrainedModel]:
@@ -247,13 +192,6 @@ def without_storage(model: nn.Module) -> nn.Module:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
     return copy.deepcopy(model, memo)
-
-
-def _module(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise PlanError(f"the plan edits the module {path}, which the model does not have: {error}") from error
 
 
 def _config(model: nn.Module, key: str) -> tuple[object, str]:

@@ -243,7 +243,7 @@ class KeyMap:
     def _candidates(self, name: str) -> list[str]:
         relatives = sorted(
             (target for target, group in self.group_of.items() if group.converter is None),
-            key=lambda target: -_shared_start(target, name),
+            key=lambda target: -shared_start(target, name),
         )
         found = [_named_like(name, target, self.group_of[target].sources[0]) for target in relatives]
         return list(dict.fromkeys([*found, name]))
@@ -266,7 +266,7 @@ def _meta(checkpoint: Checkpoint, key: str) -> torch.Tensor:
     return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
 
-def _shared_start(a: str, b: str) -> int:
+def shared_start(a: str, b: str) -> int:
     """How many leading parts two dotted names share."""
     pairs = list(zip(a.split("."), b.split("."), strict=False))
     return next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))

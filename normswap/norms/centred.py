@@ -47,3 +47,13 @@ def plain_class(cls):
     while {"centred_output", "centred_input"} & vars(cls).keys():
         cls = cls.__bases__[1]
     return cls
+
+
+def rebased(cls, new):
+    """What `cls`, a centred form of some class or itself such a class, is with `new` in that class's place."""
+    if cls is plain_class(cls):
+        return new
+    mixin, inner = cls.__bases__
+    below = rebased(inner, new)
+    axes = {name: value for name, value in vars(cls).items() if name in ("centred_output", "centred_input")}
+    return type(f"{mixin.__name__}{below.__name__}", (mixin, below), {"__module__": new.__module__, **axes})

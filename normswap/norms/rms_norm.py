@@ -1,48 +1,12 @@
 """RMSNorm as it goes into converted models. This file is copied into the output, so it imports torch alone."""
 
 import torch
-from torch import nn
+
+from normswap.norms.affine import Affine
 
 
-class RMSNorm(nn.Module):
-    """`y = gain * x / sqrt(mean(x^2) + eps) + bias` over one axis (Zhang and Sennrich, 2019).
+class RMSNorm(Affine):
+    """`n(x) = x / sqrt(mean(x^2) + eps)` over one axis (Zhang and Sennrich, 2019)."""
 
-    Args:
-        width: size of the normalised axis of the input, `(..., width)` or `(..., width, height, ..)`.
-        eps: added to the mean square, in the input's units squared.
-        gain: `"w"` multiplies by the weight, `"1 + w"` by one plus it, None has no weight.
-        bias: whether a bias of the weight's shape is added.
-        casting: how half-precision input is computed. `"float32"` rounds once, at the end (as a fused LayerNorm
-            does); `"float32-before-gain"` rounds before the gain; `"input"` computes in the input's dtype.
-        axis: the normalised axis, counted from the end.
-        shape: of weight and bias, `(width,)` unless each head has its own; then `(heads, width)`.
-    """
-
-    def __init__(self, width, eps, gain="w", bias=False, casting="float32", axis=-1, shape=None):
-        super().__init__()
-        self.width, self.eps, self.gain, self.casting, self.axis = width, eps, gain, casting, axis
-        unit = torch.zeros if gain == "1 + w" else torch.ones
-        shape = (width,) if shape is None else shape
-        self.weight = nn.Parameter(unit(shape)) if gain else None
-        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
-
-    def forward(self, x):
-        # a norm's output is contiguous whatever its input's strides: callers go on with `.view`
-        x = x.contiguous()
-        h = x if self.casting == "input" else x.to(torch.promote_types(x.dtype, torch.float32))
-        h = h * torch.rsqrt(h.square().mean(self.axis, keepdim=True) + self.eps)
-        if self.casting == "float32-before-gain":
-            h = h.to(x.dtype)
-        if self.weight is not None:
-            weight = self.placed(self.weight).to(h.dtype)
-            h = h * (1 + weight if self.gain == "1 + w" else weight)
-        if self.bias is not None:
-            h = h + self.placed(self.bias).to(h.dtype)
-        return h.to(x.dtype)
-
-    def placed(self, parameter):
-        """`parameter`, shaped to act along the normalised axis."""
-        return parameter.reshape(*parameter.shape, *[1] * (-1 - self.axis))
-
-    def extra_repr(self):
-        return f"{self.width}, eps={self.eps:g}, gain={self.gain}, bias={self.bias is not None}, axis={self.axis}"
+    def normalised(self, x):
+        return x * torch.rsqrt(x.square().mean(self.axis, keepdim=True) + self.eps)

@@ -182,7 +182,13 @@ class Copy(TensorEdit):
 
 
 class ModuleEdit(Edit):
+    """A change of a module."""
+
     module: str
+
+    def makes(self) -> tuple[Fill, ...]:
+        """The tensors that the module has afterwards, as they are where it did not have them before."""
+        return ()
 
 
 class Gain(BaseModel):
@@ -273,6 +279,12 @@ class SwapNorm(ModuleEdit):
     shape: tuple[int, ...] | None = None
     scaled: bool = False
 
+    def makes(self):
+        neutral = {"weight": 0.0 if self.gain == "1 + w" else 1.0} if self.gain else {}
+        neutral |= {"bias": 0.0} if self.bias else {}
+        shape = self.shape or (self.width,)
+        return tuple(Fill(tensor=f"{self.module}.{name}", value=v, shape=shape) for name, v in neutral.items())
+
 
 class AddNorm(SwapNorm):
     """A norm where there was none: `module` is the path that it gets. Its parameters begin neutral."""
@@ -345,6 +357,9 @@ class GrowBias(ModuleEdit):
 
     edit: Literal["grow_bias"] = "grow_bias"
     size: int
+
+    def makes(self):
+        return (Fill(tensor=f"{self.module}.bias", value=0.0, shape=(self.size,)),)
 
 
 class SetConfig(Edit):

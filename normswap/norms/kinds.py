@@ -1,0 +1,14 @@
+"""The norms that a conversion can put into a model, by kind. All are built with the arguments of `Affine`."""
+
+from torch import nn
+
+from normswap.norms.affine import Affine
+from normswap.norms.layer_norm import LayerNorm
+from normswap.norms.rms_norm import RMSNorm
+
+KINDS: dict[str, type[nn.Module]] = {
+    "rmsnorm": RMSNorm,
+    "layernorm": LayerNorm,
+    "affine": Affine,
+    "none": nn.Identity,
+}

@@ -1,0 +1,109 @@
+"""Classes made of stock classes with changed methods, from the text that also goes into the modelling file."""
+
+from __future__ import annotations
+import __future__
+
+import hashlib
+import linecache
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+from torch import nn
+
+from normswap.errors import PlanError, RefusedError
+from normswap.norms.centred import plain_class
+from normswap.planning.edits import Change, Rewrite
+from normswap.source.methods import Method, reindented
+from normswap.source.render import rewrite
+
+PREFIX = "Rewritten"
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A subclass of a stock class in which some methods are the stock ones with changes.
+
+    Attributes:
+        name: of the new class.
+        base: the stock class.
+        methods: text of each method as the class has it.
+        names: what the texts take from the modules that they come from, and which module that is.
+        lazy: whether annotations are left unevaluated.
+    """
+
+    name: str
+    base: type
+    methods: tuple[str, ...]
+    names: Mapping[str, tuple[str, object]]
+    lazy: bool
+
+    @cached_property
+    def text(self) -> str:
+        """The class statement."""
+        about = f'    """{self.base.__name__} with changes, in the lines that say so."""'
+        methods = "\n\n".join(method.rstrip("\n") for method in self.methods)
+        return f"class {self.name}({self.base.__name__}):\n{about}\n\n{methods}\n"
+
+    def build(self) -> type:
+        """The class itself. Tracebacks and `inspect.getsource` find its text."""
+        return _build(self.text, self.name, self.base, tuple((n, v) for n, (_, v) in self.names.items()), self.lazy)
+
+
+def rewritten_classes(model: nn.Module, edits: Iterable[Rewrite]) -> dict[str, Rewritten]:
+    """The class that each module gets, by path. Modules of one class with the same changes get the same one.
+
+    Raises:
+        PlanError: the plan was made for another source than the installed one, or does not fit it.
+        RefusedError: a method's source cannot be had.
+    """
+    wanted: dict[str, dict[str, Rewrite]] = {}
+    for edit in edits:
+        if edit.method in wanted.setdefault(edit.module, {}):
+            raise PlanError(
+                f"{edit.module}: two edits rewrite its method {edit.method}; expected one with all changes."
+            )
+        wanted[edit.module][edit.method] = edit
+    made: dict[tuple, Rewritten] = {}
+    counts: dict[str, int] = {}
+    found = {}
+    for path, methods in wanted.items():
+        base = plain_class(type(model.get_submodule(path)))
+        key = (base, *((name, edit.changes, edit.digest) for name, edit in sorted(methods.items())))
+        if key not in made:
+            number = counts[base.__name__] = counts.get(base.__name__, 0) + 1
+            name = f"{PREFIX}{base.__name__}" + (str(number) if number > 1 else "")
+            made[key] = _rewritten(name, base, [(e.method, e.changes, e.digest) for _, e in sorted(methods.items())])
+        found[path] = made[key]
+    return found
+
+
+def _rewritten(name: str, base: type, changed: list[tuple[str, tuple[Change, ...], str]]) -> Rewritten:
+    texts, names, lazy = [], {}, set()
+    for method_name, changes, digest in changed:
+        method = Method.of(base, method_name)
+        if method.digest != digest:
+            raise PlanError(
+                f"{method.where}: expected the source that the plan was made for (SHA-256 {digest[:12]}..), found "
+                f"another ({method.digest[:12]}..): the installed version of its library is not the one the plan was "
+                f"made with. Make the plan again, or install that version.\n{method.text}"
+            )
+        texts.append(reindented(rewrite(method, changes), 4))
+        lazy.add(method.lazy_annotations)
+        for key, value in method.global_names().items():
+            if names.setdefault(key, (method.function.__module__, value))[1] is not value:
+                raise RefusedError(f"{method.where}: {key} means another thing in {names[key][0]}.")
+    if len(lazy) > 1:
+        raise RefusedError(f"{base.__name__}: its methods come from modules that treat annotations differently.")
+    return Rewritten(name, base, tuple(texts), names, lazy == {True})
+
+
+@cache
+def _build(text: str, name: str, base: type, names: tuple[tuple[str, object], ...], lazy: bool) -> type:
+    file = f"<{name} of {base.__module__}, {hashlib.sha256(text.encode()).hexdigest()[:12]}>"
+    # without a time, the cache is never checked against a file
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    flags = __future__.annotations.compiler_flag if lazy else 0
+    namespace = {**dict(names), base.__name__: base, "__name__": base.__module__}
+    exec(compile(text, file, "exec", flags, dont_inherit=True), namespace)
+    return namespace[name]
