@@ -18,7 +18,7 @@ from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.header import TensorInfo, nbytes_of
 from normswap.checkpoint.keymap import SAVE_MERGED, Group, KeyMap, shared_start
 from normswap.errors import PlanError
-from normswap.planning.edits import TensorEdit, Untie
+from normswap.planning.edits import FITTED, TensorEdit, Untie
 from normswap.planning.plans import Plan
 
 What = Literal["copied", "cast", "edited", "added", "removed"]
@@ -266,6 +266,8 @@ def _shape_after(
     """The shape that edits leave, by running them without data; None when they remove the tensor."""
 
     def read(other: str) -> torch.Tensor:
+        if other.startswith(FITTED):
+            return _meta(keymap.shapes[other.removeprefix(FITTED)])
         if keymap.stored_group(other) is None:
             raise PlanError(f"{name}: the plan makes it from {other}, which the checkpoint does not hold.")
         return _meta(keymap.shapes[other])

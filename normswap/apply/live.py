@@ -122,8 +122,7 @@ def _apply(model: nn.Module, plan: Plan) -> None:
     edits = plan.tensor_edits()
     _check_names(edits, before, after)
 
-    def read(name: str) -> torch.Tensor:
-        return _float64(before[name])
+    read = plan.reading(lambda name: _float64(before[name]))
 
     for name in _readers_first(edits):
         value = read(name) if name in before else None

@@ -106,6 +106,7 @@ def _new(edit: SwapNorm, device: torch.device) -> nn.Module:
             casting=edit.casting,
             axis=edit.axis,
             shape=edit.shape,
+            scaled=edit.scaled,
         )
 
 

@@ -244,14 +244,8 @@ class Refit(TensorEdit):
 
     edit: Literal["refit"] = "refit"
 
-    def reads(self):
-        return (FITTED + self.tensor,)
-
     def apply(self, value, read):
-        fitted = read(FITTED + self.tensor)
-        if value is None or fitted.shape != value.shape:
-            raise TypeError(f"the fitted tensor has shape {tuple(fitted.shape)}")
-        return fitted
+        return read(FITTED + self.tensor)
 
 
 NormKind = Literal["rmsnorm", "layernorm", "affine", "none"]
@@ -281,7 +275,7 @@ class SwapNorm(ModuleEdit):
 
     def makes(self):
         neutral = {"weight": 0.0 if self.gain == "1 + w" else 1.0} if self.gain else {}
-        neutral |= {"bias": 0.0} if self.bias else {}
+        neutral |= ({"bias": 0.0} if self.bias else {}) | ({"scale": 1.0} if self.scaled else {})
         shape = self.shape or (self.width,)
         return tuple(Fill(tensor=f"{self.module}.{name}", value=v, shape=shape) for name, v in neutral.items())
 

@@ -150,7 +150,14 @@ class Plan(BaseModel):
         """`read`, with the fitted tensors."""
 
         def either(name: str) -> torch.Tensor:
-            return self._fitted[name.removeprefix(FITTED)].double() if name.startswith(FITTED) else read(name)
+            if not name.startswith(FITTED):
+                return read(name)
+            name = name.removeprefix(FITTED)
+            if name not in self._fitted:
+                raise PlanError(
+                    f"the plan lacks the fitted tensor {name}: load it with Plan.load, from where it was saved."
+                )
+            return self._fitted[name].double()
 
         return either
 
