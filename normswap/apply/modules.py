@@ -106,7 +106,6 @@ def _new(edit: SwapNorm, device: torch.device) -> nn.Module:
             casting=edit.casting,
             axis=edit.axis,
             shape=edit.shape,
-            scaled=edit.scaled,
         )
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 
 class Affine(nn.Module):
-    """`y = gain * n(scale * x) + bias` over one axis; here `n(x) = x`, norms say otherwise.
+    """`y = gain * n(x) + bias` over one axis; here `n(x) = x`, norms say otherwise.
 
     Args:
         width: size of the axis of the input, `(..., width)` or `(..., width, height, ..)`.
@@ -16,17 +16,15 @@ class Affine(nn.Module):
             does); `"float32-before-gain"` rounds before the gain; `"input"` computes in the input's dtype.
         axis: the axis, counted from the end.
         shape: of weight and bias, `(width,)` unless each head has its own; then `(heads, width)`.
-        scaled: whether there is a scale, of that shape; else it is 1.
     """
 
-    def __init__(self, width, eps=0.0, gain="w", bias=False, casting="float32", axis=-1, shape=None, scaled=False):
+    def __init__(self, width, eps=0.0, gain="w", bias=False, casting="float32", axis=-1, shape=None):
         super().__init__()
         self.width, self.eps, self.gain, self.casting, self.axis = width, eps, gain, casting, axis
         unit = torch.zeros if gain == "1 + w" else torch.ones
         shape = (width,) if shape is None else shape
         self.weight = nn.Parameter(unit(shape)) if gain else None
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
-        self.scale = nn.Parameter(torch.ones(shape)) if scaled else None
 
     def normalised(self, x):
         return x
@@ -35,8 +33,6 @@ class Affine(nn.Module):
         # a norm's output is contiguous whatever its input's strides: callers go on with `.view`
         x = x.contiguous()
         h = x if self.casting == "input" else x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.scale is not None:
-            h = h * self.placed(self.scale).to(h.dtype)
         h = self.normalised(h)
         if self.casting == "float32-before-gain":
             h = h.to(x.dtype)

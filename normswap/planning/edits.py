@@ -259,7 +259,6 @@ class SwapNorm(ModuleEdit):
         width: size of the normalised axis.
         axis: the normalised axis, counted from the end.
         shape: of gain and bias; None: `(width,)`.
-        scaled: whether the norm reads its input times a `scale` per channel.
     """
 
     edit: Literal["swap_norm"] = "swap_norm"
@@ -271,11 +270,10 @@ class SwapNorm(ModuleEdit):
     casting: Casting
     axis: int = -1
     shape: tuple[int, ...] | None = None
-    scaled: bool = False
 
     def makes(self):
         neutral = {"weight": 0.0 if self.gain == "1 + w" else 1.0} if self.gain else {}
-        neutral |= ({"bias": 0.0} if self.bias else {}) | ({"scale": 1.0} if self.scaled else {})
+        neutral |= {"bias": 0.0} if self.bias else {}
         shape = self.shape or (self.width,)
         return tuple(Fill(tensor=f"{self.module}.{name}", value=v, shape=shape) for name, v in neutral.items())
 

@@ -8,7 +8,7 @@ so that gains multiply along the skip. Carry `z = y / D` with `D' = D g / s`, pe
 
     z' = z + (F(x) + b) / D',        x = g n(D z) + b,
 
-an ordinary pre-norm block: each N_in reads its input times D, what F ends in is divided by D', and takes b. For the
+an ordinary pre-norm block: an affine in front of each N_in multiplies by D, what F ends in is divided by D', and takes b. For the
 first block y is what the embedding's norm gave without gain and bias, so that s is 1 and the step exact; the last N_out
 stays as the final norm. For LayerNorm the skip loses the mean of y as well at each norm, which no constant knows of.
 
@@ -19,8 +19,8 @@ a layer opens the next one.
 from __future__ import annotations
 
 from normswap.norms.spec import NormSpec
-from normswap.planning.edits import AddNorm, Copy, Fill, Gain, Running, SwapNorm, Unscale
-from normswap.planning.rewrites.places import NoPlace, Places
+from normswap.planning.edits import AddNorm, Copy, Fill, Gain, Running, Unscale
+from normswap.planning.rewrites.places import NoPlace, Place, Places
 from normswap.planning.rewrites.slots import Slots
 from normswap.planning.rewrites.steps import Step
 from normswap.understand.centring import Writer
@@ -63,7 +63,8 @@ def lift(
             slots.change(call, "unwrap", step.n_out[0].rpartition(".")[2])
             slots.remove(step.n_out[0])
     _neutral(slots, feeding[0])
-    _keep_last(slots, feeding[-1], tuple(gains), factor)
+    # the last N_out stays, as the final norm
+    _scale(slots, places.sum(steps[-1].blocks[-1]), slots.spec(feeding[-1]), "scale_out", gains, factor)
     return feeding
 
 
@@ -83,7 +84,7 @@ def normalise_skip(places: Places, slots: Slots, stream: StreamInfo, steps: list
         module, method, argument = places.entry(stream.found, after.blocks[0])
         name = slots.new_name(module, "norm_first")
         slots.enter(module, method, argument, name)
-        slots.edits.append(_like(AddNorm, f"{module}.{name}", spec))
+        slots.edits.append(_like(f"{module}.{name}", spec))
         slots.edits += [
             Copy(tensor=f"{module}.{name}.{own}", source=f"{path}.{theirs}")
             for own, theirs in (("weight", spec.weight), ("bias", spec.bias))
@@ -96,8 +97,8 @@ def normalise_skip(places: Places, slots: Slots, stream: StreamInfo, steps: list
     return moved
 
 
-def _like(edit: type[SwapNorm], path: str, spec: NormSpec, scaled: bool = False) -> SwapNorm:
-    return edit(
+def _like(path: str, spec: NormSpec) -> AddNorm:
+    return AddNorm(
         module=path,
         kind=spec.kind,
         width=spec.width,
@@ -106,8 +107,27 @@ def _like(edit: type[SwapNorm], path: str, spec: NormSpec, scaled: bool = False)
         bias=spec.bias is not None,
         casting=spec.casting,
         axis=spec.axes[0],
-        scaled=scaled,
     )
+
+
+def _scale(slots: Slots, place: Place, spec: NormSpec, wanted: str, gains: list[Gain], factor: float) -> None:
+    """The expression times D."""
+    name = slots.new_name(place.module, wanted)
+    path = f"{place.module}.{name}"
+    slots.edits.append(
+        AddNorm(
+            module=path,
+            kind="affine",
+            width=spec.width,
+            eps=0.0,
+            gain="w",
+            bias=False,
+            casting=spec.casting,
+            axis=spec.axes[0],
+        )
+    )
+    slots.edits.append(Running(tensor=f"{path}.weight", gains=tuple(gains), factor=factor))
+    slots.change(place, "wrap", name)
 
 
 def _put_in(
@@ -128,14 +148,16 @@ def _put_in(
         module = entries[0].module
         name = slots.new_name(module, "norm_in")
         path = f"{module}.{name}"
+        if gains and len(entries) > 1:
+            raise NoPlace(f"{step.name}: its branch reads the stream in several places.")
         for place in entries:
+            if gains:
+                _scale(slots, place, spec, "scale_in", gains, factor)
             slots.change(place, "wrap", name)
-        slots.edits.append(_like(AddNorm, path, spec, scaled=bool(gains)))
+        slots.edits.append(_like(path, spec))
         slots.edits.append(Copy(tensor=f"{path}.weight", source=f"{source}.{spec.weight}"))
         if spec.bias is not None:
             slots.edits.append(Copy(tensor=f"{path}.bias", source=f"{source}.{spec.bias}"))
-        if gains:
-            slots.edits.append(Running(tensor=f"{path}.scale", gains=tuple(gains), factor=factor))
 
 
 def _divide(
@@ -174,10 +196,3 @@ def _neutral(slots: Slots, path: str) -> None:
     slots.edits.append(Fill(tensor=f"{path}.{spec.weight}", value=0.0 if spec.gain == "1 + w" else 1.0))
     if spec.bias is not None:
         slots.edits.append(Fill(tensor=f"{path}.{spec.bias}", value=0.0))
-
-
-def _keep_last(slots: Slots, path: str, gains: tuple[Gain, ...], factor: float) -> None:
-    """The last N_out is the final norm now, and reads its input times D."""
-    spec = slots.spec(path)
-    slots.edits.append(_like(SwapNorm, path, spec, scaled=True))
-    slots.edits.append(Running(tensor=f"{path}.scale", gains=gains, factor=factor))
