@@ -9,9 +9,9 @@ so that gains multiply along the skip. Carry `z = y / D` with `D' = D g / s`, pe
     z' = z + (F(x) + b) / D',        x = g n(D z) + b,
 
 an ordinary pre-norm block: an affine in front of each N_in multiplies by D; what F ends in takes b and is
-divided by D'. For the first block y is what the embedding's norm gave without gain and bias, so that s is 1 and the step
-exact. The last N_out stays as the final norm. For LayerNorm the skip also loses the mean of y at each norm, of which no constant
-knows.
+divided by D'. For the first block y is what the embedding's norm gave without gain and bias, so that s is 1 and the
+step exact. The last N_out stays as the final norm. For LayerNorm the skip also loses the mean of y at each norm, of
+which no constant knows.
 
 Exact is the form whose skip is normalised, `u' = N(u) + F(N(u))`, with u the sum before its norm: the norm that closed
 a layer opens the next one.
