@@ -21,7 +21,7 @@ from normswap.planning.plans import MovedBlock, Plan, Refusal, Request
 from normswap.planning.rewrites import centre as centring
 from normswap.planning.rewrites.centre import centre
 from normswap.planning.rewrites.fold import Folding, fold
-from normswap.planning.rewrites.move import Moved, Scales, move
+from normswap.planning.rewrites.move import Moved, MovedStep, Scales, move
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
 
@@ -36,6 +36,18 @@ def make_plan(
     stays_tied: str | None = None,
     scales: Scales | None = None,
 ) -> Plan:
+    """The plan alone, see `plan_moves`."""
+    return plan_moves(normmap, request, model_type, base_prefix, stays_tied, scales)[0]
+
+
+def plan_moves(
+    normmap: NormMap,
+    request: Request,
+    model_type: str = "",
+    base_prefix: str = "",
+    stays_tied: str | None = None,
+    scales: Scales | None = None,
+) -> tuple[Plan, tuple[MovedStep, ...]]:
     """The plan that meets `request` on the model `normmap` describes.
 
     Args:
@@ -43,6 +55,9 @@ def make_plan(
         base_prefix: where the headless model stands inside the model, to tell whether its output changes.
         stays_tied: why tied parameters cannot be untied; None where they can.
         scales: the constants of a move, found on data; None: all are 1, and the claim is `untrained`.
+
+    Returns:
+        The plan, and what calibration needs to know of the blocks that it moves.
 
     Raises:
         RefusedError: nothing to do, or sites that cannot be converted and no `partial`.
@@ -94,7 +109,7 @@ def make_plan(
     placed = {edit.module for edit in moved.edits if isinstance(edit, SwapNorm)}
     edits += [_swap(normmap, site, bare) for site in centred.sites if site.path not in placed]
     edits += [edit for edit in (*folding.edits, *centred.edits, *moved.edits) if isinstance(edit, ModuleEdit)]
-    return Plan(
+    plan = Plan(
         architecture=normmap.architecture,
         model_type=model_type,
         request=request,
@@ -115,6 +130,7 @@ def make_plan(
             for step in moved.steps
         ),
     )
+    return plan, tuple(moved.steps)
 
 
 def _sites_to_swap(normmap: NormMap, request: Request) -> list[Site]:

@@ -88,7 +88,8 @@ class MovedBlock(BaseModel):
         placement: before and after.
         scale: the constant that stands for the scale of every token that the block reads; 1 until calibrated.
         spread: the coefficient of variation of that scale over tokens.
-        error: root mean square of the relative error of the stream after the block, all blocks moved so far.
+        error: root mean square of the relative error of the normalised stream after the block, all blocks moved so far.
+        unfitted: the same before the block's writers were refitted.
         kl: KL to the original in nats per token if only the block's layer is moved.
     """
 
@@ -101,6 +102,7 @@ class MovedBlock(BaseModel):
     scale: float = 1.0
     spread: float | None = None
     error: float | None = None
+    unfitted: float | None = None
     kl: float | None = None
 
 

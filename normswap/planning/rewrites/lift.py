@@ -30,14 +30,14 @@ from normswap.understand.normmap import NormMap, StreamInfo
 
 def lift(
     normmap: NormMap, places: Places, slots: Slots, stream: StreamInfo, steps: list[Step], scales: dict[str, float]
-) -> list[str]:
+) -> tuple[list[str], list[tuple[str, str]]]:
     """Plan a pre-norm form of a post-norm stream, all of it.
 
     Args:
         scales: s by step name, of what the norm before the step read; missing ones are 1.
 
     Returns:
-        The norms concerned.
+        The norms concerned; and per step, what reads its sum in the moved model, and the name of D on the way there.
 
     Raises:
         NoPlace: a step that is not post-norm, a branch without linear writers, source that cannot change.
@@ -51,10 +51,12 @@ def lift(
             raise NoPlace(f"{path}: expected a LayerNorm or RMSNorm with a gain, found {spec.kind}.")
     gains: list[Gain] = []
     factor = 1.0
+    read: list[tuple[str, str]] = []
     for index, step in enumerate(steps):
         before = slots.spec(feeding[index])
         source = feeding[index]
-        _put_in(places, slots, stream, step, source, before, gains, factor)
+        reader = _put_in(places, slots, stream, step, source, before, gains, factor)
+        read += [reader] if index else []
         gains = [*gains, Gain(weight=f"{source}.{before.weight}", form=before.gain)]
         factor /= scales.get(step.name, 1.0) if index else 1.0
         bias = f"{source}.{before.bias}" if before.bias else None
@@ -65,8 +67,8 @@ def lift(
             slots.remove(step.n_out[0])
     _neutral(slots, feeding[0])
     # the last N_out stays, as the final norm
-    _scale(slots, places.sum(steps[-1].blocks[-1]), slots.spec(feeding[-1]), "scale_out", gains, factor)
-    return feeding
+    last = _scale(slots, places.sum(steps[-1].blocks[-1]), slots.spec(feeding[-1]), "scale_out", gains, factor)
+    return feeding, [*read, (feeding[-1], last)]
 
 
 def normalise_skip(places: Places, slots: Slots, stream: StreamInfo, steps: list[Step]) -> list[str]:
@@ -111,8 +113,8 @@ def _like(path: str, spec: NormSpec) -> AddNorm:
     )
 
 
-def _scale(slots: Slots, place: Place, spec: NormSpec, wanted: str, gains: list[Gain], factor: float) -> None:
-    """The expression times D."""
+def _scale(slots: Slots, place: Place, spec: NormSpec, wanted: str, gains: list[Gain], factor: float) -> str:
+    """The expression times D. Returns the name of D."""
     name = slots.new_name(place.module, wanted)
     path = f"{place.module}.{name}"
     slots.edits.append(
@@ -129,6 +131,7 @@ def _scale(slots: Slots, place: Place, spec: NormSpec, wanted: str, gains: list[
     )
     slots.edits.append(Running(tensor=f"{path}.weight", gains=tuple(gains), factor=factor))
     slots.change(place, "wrap", name)
+    return f"{path}.weight"
 
 
 def _put_in(
@@ -140,8 +143,9 @@ def _put_in(
     spec: NormSpec,
     gains: list[Gain],
     factor: float,
-) -> None:
+) -> tuple[str, str]:
     """`F(x)` becomes `F(self.norm_in(z))`, with the gain and bias of the norm that gave x."""
+    path = scale = ""
     for block in step.blocks:
         entries = places.branch_entries(stream.found, block)
         if len({place.module for place in entries}) != 1:
@@ -153,12 +157,13 @@ def _put_in(
             raise NoPlace(f"{step.name}: its branch reads the stream in several places.")
         for place in entries:
             if gains:
-                _scale(slots, place, spec, "scale_in", gains, factor)
+                scale = _scale(slots, place, spec, "scale_in", gains, factor)
             slots.change(place, "wrap", name)
         slots.edits.append(_like(path, spec))
         slots.edits.append(Copy(tensor=f"{path}.weight", source=f"{source}.{spec.weight}"))
         if spec.bias is not None:
             slots.edits.append(Copy(tensor=f"{path}.bias", source=f"{source}.{spec.bias}"))
+    return path, scale
 
 
 def _divide(

@@ -59,8 +59,10 @@ class MovedStep:
         before, after: its placement.
         reads, result: values of the trace: what the step reads and what its sum gives.
         branches: values that its branches add.
-        out: path of the norm that closes the step in the moved model, None: it has none.
-        scale: module and attribute of a skip scale in the code, None where it stands in the norm before.
+        scaled: the value whose scale the constant c of the step stands for, and the norm that says what scale is.
+        out: in the moved model, the module that reads the step's sum and normalises it, None: none is there.
+        frame: name of the parameter by which the sum is multiplied on its way to `out`, None: it is not.
+        norm: how the sum is read.
     """
 
     name: str
@@ -71,8 +73,10 @@ class MovedStep:
     reads: int
     result: int
     branches: tuple[int, ...]
+    scaled: tuple[int, NormSpec] | None
     out: str | None
-    scale: tuple[str, str] | None
+    frame: str | None
+    norm: NormSpec
 
 
 @dataclass
@@ -165,14 +169,20 @@ class _Stream:
         if placements == {SKIP}:
             self.result.sites = normalise_skip(self.places, self.slots, self.stream, self.steps)
             self.result.exact = True
+            for step in self.steps:
+                self._tell(step, None, None, None, self.slots.spec(step.n_out[0]))
         elif placements == {"pre"}:
             scales = dict(self.scales.stream)
-            self.result.sites = lift(self.normmap, self.places, self.slots, self.stream, self.steps, scales)
+            self.result.sites, read = lift(self.normmap, self.places, self.slots, self.stream, self.steps, scales)
+            before = None
+            for step, (out, frame) in zip(self.steps, read, strict=True):
+                norm = self.slots.spec(step.n_out[0])
+                self._tell(step, before, out, frame, norm)
+                before = step.blocks[-1].result, norm
         else:
             raise NoPlace(
                 f"{self.stream.name} is {_name(chosen[0])}: from there all its layers go to pre or {SKIP}, or none."
             )
-        self.result.steps += [self._told(step, None, None) for step in self.steps]
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -205,28 +215,32 @@ class _Stream:
                 self._put_branch(step, place)
             elif block.n_branch and not target.n_branch and not target.n_out:
                 self._take_branch(step, block.n_branch)
-        scale = None
         if target.n_out:
             if target.scaled:
-                scale = self._scale(step, places[0])
+                self._scale(step, places[0])
             out = step.n_out[0] if source.n_out else self._put_out(step, after, places[-1], spare)
         if target.n_out and source.n_branch and not target.n_branch:
             self.result.notes.append(f"The norms on the branches of {self.stream.name} stay where they are.")
         self.result.sites += [path for path in (*step.n_in, *step.n_branch) if path not in self.result.sites]
-        self.result.steps.append(self._told(step, out, scale))
+        reads = step.blocks[0].operands[0]
+        self._tell(step, (reads, self._norm_for(step)), out, None, self._norm_for(after))
 
-    def _told(self, step: Step, out: str | None, scale: tuple[str, str] | None) -> MovedStep:
-        return MovedStep(
-            step.name,
-            self.stream.name,
-            step.layer,
-            _name(step),
-            step.placement,
-            step.blocks[0].operands[0],
-            step.blocks[-1].result,
-            tuple(block.operands[1] for block in step.blocks),
-            out,
-            scale,
+    def _tell(self, step: Step, scaled, out: str | None, frame: str | None, norm: NormSpec) -> None:
+        self.result.steps.append(
+            MovedStep(
+                step.name,
+                self.stream.name,
+                step.layer,
+                _name(step),
+                step.placement,
+                step.blocks[0].operands[0],
+                step.blocks[-1].result,
+                tuple(block.operands[1] for block in step.blocks),
+                scaled,
+                out,
+                frame,
+                norm,
+            )
         )
 
     def _changed_sums(self, step: Step) -> list[Block]:
@@ -324,14 +338,13 @@ class _Stream:
         for path in paths:
             self.slots.affine(path, self.scales.branch.get(step.name, 1.0))
 
-    def _scale(self, step: Step, place: Place) -> tuple[str, str]:
+    def _scale(self, step: Step, place: Place) -> None:
         if place.skip is None:
             raise NoPlace(self.places.shown(place, "the skip is no expression of its own in this sum"))
         name = self.slots.new_name(place.module, "skip_scale")
         self.slots.change(place, "scale", name, place.skip)
         value = 1.0 if step.source.n_out and not step.n_in else self.scales.stream.get(step.name, 1.0)
         self.slots.edits.append(SetScale(module=place.module, name=name, value=value))
-        return place.module, name
 
     def _end(self) -> None:
         """Norms that read the end of a moved stream, or a moved value on the way, become affines."""
