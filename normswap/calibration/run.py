@@ -4,65 +4,98 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from normswap.apply.live import apply_plan
-from normswap.calibration.refit import Target, Writing, refit
-from normswap.calibration.scales import measure_scales
+from normswap.calibration.costs import cost, costs_alone, within_budget
+from normswap.calibration.refit import Fit, Target, Writing, refit
+from normswap.calibration.scales import Scale, measure_scales
 from normswap.calibration.taps import Tap, find_tap
-from normswap.planning.plans import Plan
+from normswap.planning.plans import MovedBlock, Plan, Request
 from normswap.planning.rewrites.move import MovedStep, Scales
 from normswap.understand.centring import Writer
 from normswap.understand.normmap import NormMap, StreamInfo
 
 Batches = Sequence[Mapping[str, Any]]
-#: makes the plan with given constants; returns it with what calibration needs to know of its steps
-Make = Callable[[Scales | None], tuple[Plan, tuple[MovedStep, ...]]]
+#: makes the plan for a request with given constants; returns it with what calibration needs to know of its steps
+Make = Callable[[Request, Scales | None], tuple[Plan, tuple[MovedStep, ...]]]
+
+#: tokens to calibrate on, and to measure the cost of a move on, where nobody says how many
+TOKENS, COST_TOKENS = 8192, 2048
 
 
-def calibrated(
-    model: nn.Module,
-    normmap: NormMap,
-    make: Make,
-    batches: Batches,
-    described: str,
-    progress: Callable[[str, int, int], None],
-) -> Plan:
-    """The plan that `make` gives, its constants and writers fitted to what `model` does on `batches`.
+@dataclass(frozen=True)
+class Data:
+    """What a plan is calibrated on.
+
+    Attributes:
+        model: the original, with its weights, in eval mode; it is not changed.
+        batches: keyword arguments of `forward` to fit on.
+        measured: others, to measure the cost of moves on.
+        described: what the batches are, in words.
+        progress: called with (what, done, total).
+    """
+
+    model: nn.Module
+    batches: Batches
+    measured: Batches
+    described: str
+    progress: Callable[[str, int, int], None]
+
+
+def calibrated(normmap: NormMap, request: Request, make: Make, data: Data) -> Plan:
+    """The plan that `make` gives, its constants and writers fitted to what the model does on data.
 
     The same model and batches give the same plan, bit for bit, on one machine. Costs two more copies of the model and,
     per block, the features of its writers over all tokens.
 
-    Args:
-        model: the original, with its weights, in eval mode; not changed.
-        described: what the batches are, for the plan.
+    Raises:
+        RefusedError: as `make`; or no layer can be moved within the budget of `--layers auto:KL`.
     """
-    draft, steps = make(None)
-    if not steps or draft.claim == "exact":
-        return draft
-    original = copy.deepcopy(model).float() if _halves(model) else model
-    taps = _taps(normmap, steps)
-    found = measure_scales(original, taps, batches, lambda done, total: progress("measuring scales", done, total))
-    plan, steps = make(Scales(stream={name: scale.harmonic for name, scale in found.items()}))
-    moved = apply_plan(copy.deepcopy(original), plan)
-    targets = [target for step in steps if (target := _target(normmap, step)) is not None]
-    fits, fitted = refit(
-        original, moved, targets, batches, lambda done, total: progress("refitting blocks", done, total)
+    original = copy.deepcopy(data.model).float() if _halves(data.model) else data.model
+    everywhere = request.model_copy(update={"placements": tuple(p.everywhere() for p in request.placements)})
+    draft, steps = make(everywhere, None)
+    found = measure_scales(original, _taps(normmap, steps), data.batches, _counts(data, "measuring scales"))
+    scales = Scales(stream={name: scale.harmonic for name, scale in found.items()})
+    costs = costs_alone(original, everywhere, make, scales, draft, data)
+
+    def fitted(asked: Request) -> tuple[Plan, nn.Module]:
+        plan, steps = make(asked, scales)
+        moved = apply_plan(copy.deepcopy(original), plan)
+        targets = [target for step in steps if (target := _target(normmap, step)) is not None]
+        fits, tensors = refit(original, moved, targets, data.batches, _counts(data, "refitting blocks"))
+        told = tuple(_told(block, found, fits, costs) for block in plan.moved)
+        return plan.model_copy(update={"moved": told, "calibrated_on": data.described}).with_fitted(tensors), moved
+
+    if any(placement.budget is not None for placement in request.placements):
+        return within_budget(request, costs, lambda asked: _judged(original, fitted(asked), data))
+    return fitted(request)[0]
+
+
+def _judged(original: nn.Module, result: tuple[Plan, nn.Module], data: Data) -> tuple[Plan, float]:
+    plan, moved = result
+    return plan, cost(original, moved, data.measured)
+
+
+def _told(block: MovedBlock, found: Mapping[str, Scale], fits: Mapping[str, Fit], costs: Mapping[int | None, float]):
+    """The block with what was measured of it."""
+    scale, fit = found.get(block.name), fits.get(block.name)
+    return block.model_copy(
+        update={
+            "spread": scale and scale.spread,
+            "unfitted": fit and fit.before,
+            "error": fit and fit.after,
+            "kl": costs.get(block.layer),
+        }
     )
-    told = [
-        block.model_copy(
-            update={
-                "spread": found[block.name].spread if block.name in found else None,
-                "error": fits[block.name].after if block.name in fits else None,
-                "unfitted": fits[block.name].before if block.name in fits else None,
-            }
-        )
-        for block in plan.moved
-    ]
-    return plan.model_copy(update={"moved": tuple(told), "calibrated_on": described}).with_fitted(fitted)
+
+
+def _counts(data: Data, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: data.progress(what, done, total)
 
 
 def _halves(model: nn.Module) -> bool:

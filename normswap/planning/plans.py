@@ -19,6 +19,17 @@ Explicit = Literal["never", "shared", "always"]
 Claim = Literal["exact", "calibrated", "untrained"]
 
 
+def parse_layers(text: str) -> set[int]:
+    """Layer numbers from `0-3,7`. Raises RefusedError where that is not what it is."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise RefusedError(f"--layers expects numbers and ranges such as 0-3,7; found '{text}'.")
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
 class Placement(BaseModel):
     """A placement, and the layers that get it: `0-3,7`, or None for all."""
 
@@ -26,6 +37,26 @@ class Placement(BaseModel):
 
     name: str
     layers: str | None = None
+
+    @property
+    def budget(self) -> float | None:
+        """Of `auto:KL`, the KL in nats per token that the move may cost. Raises RefusedError for what is no number."""
+        if self.layers is None or not self.layers.startswith("auto"):
+            return None
+        try:
+            return float(self.layers.removeprefix("auto:"))
+        except ValueError as error:
+            raise RefusedError(
+                f"--layers {self.layers}: expected auto:KL, with a number of nats such as auto:0.01."
+            ) from error
+
+    def everywhere(self) -> Placement:
+        """The same for all layers, where they are yet to be chosen."""
+        return self if self.budget is None else self.model_copy(update={"layers": None})
+
+    def takes(self, layer: int | None) -> bool:
+        """Whether a layer is among those that get it. Raises RefusedError where `layers` is no list of numbers."""
+        return self.layers is None or layer in parse_layers(self.layers)
 
     def words(self) -> str:
         return f"--placement {self.name}" + (f" --layers {self.layers}" if self.layers else "")
@@ -90,7 +121,8 @@ class MovedBlock(BaseModel):
         spread: the coefficient of variation of that scale over tokens.
         error: root mean square of the relative error of the normalised stream after the block, all blocks moved so far.
         unfitted: the same before the block's writers were refitted.
-        kl: KL to the original in nats per token if only the block's layer is moved.
+        kl: KL to the original in nats per token if only the block's layer is moved, before anything is refitted; where
+            the model gives no logits, the relative error of its output.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from normswap.errors import RefusedError
-from normswap.planning.plans import Placement
+from normswap.planning.plans import Placement, parse_layers
 from normswap.understand.normmap import NormMap, StreamInfo
 from normswap.understand.placement import Block
 
@@ -97,26 +97,14 @@ def choose(steps: list[Step], placements: tuple[Placement, ...]) -> None:
         name, layers = placement.name, placement.layers
         if name not in ROWS:
             raise RefusedError(f"placement '{name}' is not offered: expected one of {', '.join(ROWS)}.")
-        wanted = None if layers is None else parse_layers(layers)
-        if wanted is not None and not wanted & there:
+        if layers is not None and not parse_layers(layers) & there:
             raise RefusedError(
                 f"--layers {layers} names no layer of this model: expected numbers from {min(there, default=0)} to "
                 f"{max(there, default=0)}."
             )
         for step in steps:
-            if wanted is None or step.layer in wanted:
+            if placement.takes(step.layer):
                 step.placement = name
-
-
-def parse_layers(text: str) -> set[int]:
-    """Layer numbers from `0-3,7`. Raises RefusedError where that is not what it is."""
-    found: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise RefusedError(f"--layers expects numbers and ranges such as 0-3,7; found '{text}'.")
-        found |= set(range(int(first), int(last or first) + 1))
-    return found
 
 
 def _layer(stream: str, path: str) -> int | None:
