@@ -64,12 +64,13 @@ def render(
     """
     auto_models = [offer for offer in offers if "AutoModel" in offer.autos]
     renamed = _renamed(config_class.model_type, model_type, offers)
-    late = [CLASSES]
-    early = [kind for kind in EVERY if kind not in late]
+    early = [kind for kind in EVERY if kind is not CLASSES]
+    class_tables = base.text("", "the base model", [CLASSES]), head.text("HEAD_", "the whole model", [CLASSES])
     definitions = [
         *copied([base, head]),
-        *_rewritten(classes),
-        "\n".join(filter(None, [base.text("", "the base model", late), head.text("HEAD_", "the whole model", late)])),
+        *(["# fmt: off\n# The lines of these classes are laid out as in transformers."] if classes else []),
+        *(rewritten.text for rewritten in classes),
+        *(["\n".join(["# fmt: on", *filter(None, class_tables)])] if classes else []),
     ]
     config_name = PREFIX + config_class.__name__
     bases = {rewritten.base: rewritten.name for rewritten in classes if rewritten.base in {o.stock for o in offers}}
@@ -158,15 +159,6 @@ def _natural(name: str) -> tuple[int, list[tuple[int, int, str]]]:
     return sort, [
         (0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", name) if part
     ]
-
-
-def _rewritten(classes: list[Rewritten]) -> list[str]:
-    """The classes as their stock source is laid out, which no formatter is to undo."""
-    if not classes:
-        return []
-    first, *others = [rewritten.text for rewritten in classes]
-    texts = [f"# fmt: off (lines stay as they are in transformers)\n{first}", *others]
-    return [*texts[:-1], texts[-1].rstrip("\n") + "\n# fmt: on"]
 
 
 INIT = """

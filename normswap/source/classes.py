@@ -43,7 +43,7 @@ class Rewritten:
     @cached_property
     def text(self) -> str:
         """The class statement."""
-        about = f'    """{self.base.__name__} with changes, in the lines that say so."""'
+        about = f'    """{self.base.__name__} with norms in other places: lines that are `# changed` or `# removed`."""'
         methods = "\n\n".join(method.rstrip("\n") for method in self.methods)
         return f"class {self.name}({self.base.__name__}):\n{about}\n\n{methods}\n"
 
