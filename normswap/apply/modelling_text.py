@@ -25,6 +25,7 @@ from normswap.planning.plans import Plan
 from normswap.source.classes import Rewritten
 
 PREFIX = "Normswap"
+_AS_THEY_ARE = "# fmt: off\n# ruff: noqa\n# The lines of these classes are laid out as in transformers."
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def render(
     class_tables = base.text("", "the base model", [CLASSES]), head.text("HEAD_", "the whole model", [CLASSES])
     definitions = [
         *copied([base, head]),
-        *(["# fmt: off\n# The lines of these classes are laid out as in transformers."] if classes else []),
+        *([_AS_THEY_ARE] if classes else []),
         *(rewritten.text for rewritten in classes),
         *(["\n".join(["# fmt: on", *filter(None, class_tables)])] if classes else []),
     ]

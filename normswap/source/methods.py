@@ -143,12 +143,15 @@ class Method:
         names = [n.id for node in outside for n in ast.walk(node) if isinstance(n, ast.Name)]
         names += _global_reads(self.function.__code__)
         found = self.function.__globals__
+        # annotations of local variables are read by nobody but people and their tools
+        local = [n.annotation for n in ast.walk(self.tree) if isinstance(n, ast.AnnAssign)]
+        told = [n.id for node in local for n in ast.walk(node) if isinstance(n, ast.Name)]
         missing = [n for n in names if n not in found and not hasattr(builtins, n)]
         if missing and not self.lazy_annotations:
             raise RefusedError(f"{self.where} uses {missing[0]}, which {self.owner.__module__} does not have.")
         if "super" in names:
             names.append(self.owner.__name__)
-        return {n: found[n] for n in dict.fromkeys(names) if n in found}
+        return {n: found[n] for n in dict.fromkeys(names + told) if n in found}
 
     @property
     def lazy_annotations(self) -> bool:
