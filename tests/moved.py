@@ -106,13 +106,17 @@ def gpt2_sandwich(model: nn.Module) -> Plan:
         for name, _, like in ends:
             edits.append(norm(f"{path}.{name}", "layernorm", bias=True))
             edits.append(Copy(tensor=f"{path}.{name}.weight", source=f"{path}.{like}.weight", factor=2.0))
-            # of the other one no edit says anything: it begins neutral
+            # of the bias no edit says anything: it begins neutral
+    summed = "inputs_embeds + position_embeds.to(inputs_embeds.device)"
+    edits.append(rewrite(model.transformer, "transformer", "forward", ("wrap", "entry_norm", summed, 0)))
+    edits.append(norm("transformer.entry_norm", "rmsnorm", gain="1 + w"))
+    edits.append(Scale(tensor="transformer.entry_norm.weight", factor=3.0, form="1 + w"))
     return plan_of(model, [*edits, *none("transformer.ln_f", "weight", "bias")])
 
 
 def gpt2_reference(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     base = model.transformer
-    x = base.wte(ids) + base.wpe(torch.arange(ids.shape[1]))
+    x = rms(base.wte(ids) + base.wpe(torch.arange(ids.shape[1])), 3.0, EPS)
     for block in base.h:
         y = block.attn(block.ln_1(x), attention_mask=causal(ids, x))[0]
         x = x + F.layer_norm(y, (WIDTH,), 2 * block.ln_1.weight, eps=EPS)

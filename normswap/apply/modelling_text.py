@@ -64,7 +64,7 @@ def render(
         PlanError: a rewritten class uses a name that the file has for something else.
     """
     auto_models = [offer for offer in offers if "AutoModel" in offer.autos]
-    renamed = _renamed(config_class.model_type, model_type, offers)
+    renamed = _renamed(config_class.model_type, model_type, offers, classes)
     early = [kind for kind in EVERY if kind is not CLASSES]
     class_tables = base.text("", "the base model", [CLASSES]), head.text("HEAD_", "the whole model", [CLASSES])
     definitions = [
@@ -128,13 +128,17 @@ def _members(
     if conversions:
         functions = ("get_checkpoint_conversion_mapping", "register_checkpoint_conversion_mapping")
         members |= dict.fromkeys(functions, "transformers.conversion_mapping")
-    own = {"torch": torch, "nn": nn}
+    # what the file itself calls by a name, and what a class has already brought under it
+    known: dict[str, object] = dict.fromkeys(vars(rebuild)) | {"torch": torch, "nn": nn}
     for rewritten in classes:
         for name, (module, value) in rewritten.names.items():
-            if name in own and own[name] is value:
-                continue
-            if name in own or name in vars(rebuild) or members.setdefault(name, module) != module:
-                raise PlanError(f"{rewritten.base.__name__} uses {name} of {module}, and the file has another {name}.")
+            if known.setdefault(name, value) is not value:
+                raise PlanError(
+                    f"{rewritten.base.__name__} uses {name} of {module}, and the modelling file has another {name}. "
+                    "Convert the towers of this model one by one."
+                )
+            if name not in ("torch", "nn"):
+                members.setdefault(name, module)
     for cls in [config_class, *(offer.stock for offer in offers), *(rewritten.base for rewritten in classes)]:
         public = getattr(transformers, cls.__name__, None) is cls
         members[cls.__name__] = "transformers" if public else cls.__module__
@@ -205,9 +209,10 @@ def _auto_model(config_name: str, offer: Offer) -> str:
     )
 
 
-def _renamed(old_type: str, new_type: str, offers: list[Offer]) -> dict[str, str]:
+def _renamed(old_type: str, new_type: str, offers: list[Offer], classes: list[Rewritten]) -> dict[str, str]:
     """New name -> old for each name under which transformers knows how to convert a checkpoint of the source."""
     renamed = {new_type: old_type} | {offer.name: offer.stock.__name__ for offer in offers}
+    renamed |= {rewritten.name: rewritten.base.__name__ for rewritten in classes if rewritten.is_model}
     return {new: old for new, old in renamed.items() if get_checkpoint_conversion_mapping(old) is not None}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from normswap.errors import PlanError, RefusedError
 from normswap.norms.centred import plain_class
@@ -41,6 +42,10 @@ class Rewritten:
     names: Mapping[str, tuple[str, object]]
     lazy: bool
 
+    @property
+    def is_model(self) -> bool:
+        return issubclass(self.base, PreTrainedModel)
+
     @cached_property
     def text(self) -> str:
         """The class statement."""
@@ -65,7 +70,11 @@ class Rewritten:
         namespace = {name: value for name, (_, value) in self.names.items()}
         namespace |= {self.base.__name__: self.base, "__name__": self.base.__module__}
         exec(compile(self.text, file, "exec", flags, dont_inherit=True), namespace)
-        return namespace[self.name]
+        made = namespace[self.name]
+        if self.is_model:
+            # transformers goes by the names of models when it converts a checkpoint's keys
+            made.__name__ = made.__qualname__ = self.base.__name__
+        return made
 
 
 def rewritten_classes(model: nn.Module, edits: Iterable[Rewrite]) -> dict[str, Rewritten]:
