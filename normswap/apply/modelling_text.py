@@ -25,6 +25,7 @@ from normswap.planning.plans import Plan
 from normswap.source.classes import Rewritten
 
 PREFIX = "Normswap"
+_AS_THEY_ARE = "# fmt: off\n# ruff: noqa\n# The lines of these classes are laid out as in transformers."
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,14 @@ def render(
         PlanError: a rewritten class uses a name that the file has for something else.
     """
     auto_models = [offer for offer in offers if "AutoModel" in offer.autos]
-    renamed = _renamed(config_class.model_type, model_type, offers)
-    late = [CLASSES]
-    early = [kind for kind in EVERY if kind not in late]
+    renamed = _renamed(config_class.model_type, model_type, offers, classes)
+    early = [kind for kind in EVERY if kind is not CLASSES]
+    class_tables = base.text("", "the base model", [CLASSES]), head.text("HEAD_", "the whole model", [CLASSES])
     definitions = [
         *copied([base, head]),
-        *_rewritten(classes),
-        "\n".join(filter(None, [base.text("", "the base model", late), head.text("HEAD_", "the whole model", late)])),
+        *([_AS_THEY_ARE] if classes else []),
+        *(rewritten.text for rewritten in classes),
+        *(["\n".join(["# fmt: on", *filter(None, class_tables)])] if classes else []),
     ]
     config_name = PREFIX + config_class.__name__
     bases = {rewritten.base: rewritten.name for rewritten in classes if rewritten.base in {o.stock for o in offers}}
@@ -126,13 +128,17 @@ def _members(
     if conversions:
         functions = ("get_checkpoint_conversion_mapping", "register_checkpoint_conversion_mapping")
         members |= dict.fromkeys(functions, "transformers.conversion_mapping")
-    own = {"torch": torch, "nn": nn}
+    # what the file itself calls by a name, and what a class has already brought under it
+    known: dict[str, object] = dict.fromkeys(vars(rebuild)) | {"torch": torch, "nn": nn}
     for rewritten in classes:
         for name, (module, value) in rewritten.names.items():
-            if name in own and own[name] is value:
-                continue
-            if name in own or name in vars(rebuild) or members.setdefault(name, module) != module:
-                raise PlanError(f"{rewritten.base.__name__} uses {name} of {module}, and the file has another {name}.")
+            if known.setdefault(name, value) is not value:
+                raise PlanError(
+                    f"{rewritten.base.__name__} uses {name} of {module}, and the modelling file has another {name}. "
+                    "Convert the towers of this model one by one."
+                )
+            if name not in ("torch", "nn"):
+                members.setdefault(name, module)
     for cls in [config_class, *(offer.stock for offer in offers), *(rewritten.base for rewritten in classes)]:
         public = getattr(transformers, cls.__name__, None) is cls
         members[cls.__name__] = "transformers" if public else cls.__module__
@@ -158,15 +164,6 @@ def _natural(name: str) -> tuple[int, list[tuple[int, int, str]]]:
     return sort, [
         (0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", name) if part
     ]
-
-
-def _rewritten(classes: list[Rewritten]) -> list[str]:
-    """The classes as their stock source is laid out, which no formatter is to undo."""
-    if not classes:
-        return []
-    first, *others = [rewritten.text for rewritten in classes]
-    texts = [f"# fmt: off (lines stay as they are in transformers)\n{first}", *others]
-    return [*texts[:-1], texts[-1].rstrip("\n") + "\n# fmt: on"]
 
 
 INIT = """
@@ -212,9 +209,10 @@ def _auto_model(config_name: str, offer: Offer) -> str:
     )
 
 
-def _renamed(old_type: str, new_type: str, offers: list[Offer]) -> dict[str, str]:
+def _renamed(old_type: str, new_type: str, offers: list[Offer], classes: list[Rewritten]) -> dict[str, str]:
     """New name -> old for each name under which transformers knows how to convert a checkpoint of the source."""
     renamed = {new_type: old_type} | {offer.name: offer.stock.__name__ for offer in offers}
+    renamed |= {rewritten.name: rewritten.base.__name__ for rewritten in classes if rewritten.is_model}
     return {new: old for new, old in renamed.items() if get_checkpoint_conversion_mapping(old) is not None}
 
 

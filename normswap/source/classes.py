@@ -4,12 +4,14 @@ from __future__ import annotations
 import __future__
 
 import hashlib
+import inspect
 import linecache
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from normswap.errors import PlanError, RefusedError
 from normswap.norms.centred import plain_class
@@ -40,10 +42,14 @@ class Rewritten:
     names: Mapping[str, tuple[str, object]]
     lazy: bool
 
+    @property
+    def is_model(self) -> bool:
+        return issubclass(self.base, PreTrainedModel)
+
     @cached_property
     def text(self) -> str:
         """The class statement."""
-        about = f'    """{self.base.__name__} with changes, in the lines that say so."""'
+        about = f'    """{self.base.__name__} with norms in other places: lines that are `# changed` or `# removed`."""'
         methods = "\n\n".join(method.rstrip("\n") for method in self.methods)
         return f"class {self.name}({self.base.__name__}):\n{about}\n\n{methods}\n"
 
@@ -55,14 +61,20 @@ class Rewritten:
         return _BUILT[key]
 
     def _build(self) -> type:
-        file = f"<{self.name} of {self.base.__module__}, {hashlib.sha256(self.text.encode()).hexdigest()[:12]}>"
+        # decorators look for the model's name in the path of the file that a method is in; no file has this very name
+        digest = hashlib.sha256(self.text.encode()).hexdigest()
+        file = f"<{inspect.getfile(self.base)}:{self.name}:{digest[:12]}>"
         # without a time, the cache is never checked against a file
         linecache.cache[file] = (len(self.text), None, self.text.splitlines(keepends=True), file)
         flags = __future__.annotations.compiler_flag if self.lazy else 0
         namespace = {name: value for name, (_, value) in self.names.items()}
         namespace |= {self.base.__name__: self.base, "__name__": self.base.__module__}
         exec(compile(self.text, file, "exec", flags, dont_inherit=True), namespace)
-        return namespace[self.name]
+        made = namespace[self.name]
+        if self.is_model:
+            # transformers goes by the names of models when it converts a checkpoint's keys
+            made.__name__ = made.__qualname__ = self.base.__name__
+        return made
 
 
 def rewritten_classes(model: nn.Module, edits: Iterable[Rewrite]) -> dict[str, Rewritten]:
