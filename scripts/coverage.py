@@ -2,6 +2,7 @@
 
 .venv/bin/python scripts/coverage.py                        # the whole sweep; goes on where it stopped
 .venv/bin/python scripts/coverage.py --only 'gpt*,bert'     # some types, or globs
+.venv/bin/python scripts/coverage.py --placement post       # the norms moved instead, and looked at twice
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ EXAMPLE = """\b
 Examples:
   python scripts/coverage.py --out coverage.jsonl --jobs 2 --table coverage.md
   python scripts/coverage.py --only 'gpt*,bert' --redo --json
+  python scripts/coverage.py --placement post --table placements.md
 """
 
 
@@ -46,39 +48,50 @@ Examples:
 @click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="Processes.")
 @click.option("--redo", is_flag=True, help="Make records again that are there.")
 @click.option("--disk", is_flag=True, help="Save, convert and load each type as well, in a process without normswap.")
+@click.option(
+    "--placement",
+    type=click.Choice(["post", "deepnorm", "keel"]),
+    help="Move the norms of pre-norm streams there, in place of all else.",
+)
 @click.option("--seconds", default=180.0, show_default=True, help="Time that one type may take.")
 @click.option("--gibibytes", default=6.0, show_default=True, help="Memory that one process may take.")
 @click.option("--table", type=click.Path(path_type=Path), help="Write summary and table there, as Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def main(out: Path, only: str, jobs: int, redo: bool, disk: bool, seconds: float, gibibytes: float,
-         table: Path | None, as_json: bool) -> None:  # fmt: skip
+def main(out: Path, only: str, jobs: int, redo: bool, disk: bool, placement: str | None, seconds: float,
+         gibibytes: float, table: Path | None, as_json: bool) -> None:  # fmt: skip
     """Inspect and convert a small random model of each type that transformers has, and measure each conversion.
+
+    With `--placement`, move its norms, trace what came out again, and measure it against the original with its blocks
+    evaluated in that placement by interception.
 
     Prints the summary. Ends with status 1 where a conversion is wrong, or anything crashed.
     """
-    from sweep import zoo
+    from sweep import placement_table, zoo
+    from sweep import table as conversion_table
     from sweep.examine import versions
-    from sweep.table import summary, summary_lines, table_lines
 
     globs = [glob.strip() for glob in only.split(",")]
     types = [name for name in zoo.model_types() if any(fnmatch.fnmatch(name, glob) for glob in globs)]
     if not types:
         raise click.BadParameter(f"no model type of transformers is like {only}", param_hint="--only")
-    key = versions() | {"disk": disk}
+    if placement and disk:
+        raise click.UsageError("--placement moves live models: leave --disk out")
+    key = versions() | ({"placement": placement} if placement else {"disk": disk})
+    tables = placement_table if placement else conversion_table
     have = _read(out, key)
     todo = [name for name in types if redo or name not in have]
     if todo:
         have |= _sweep(todo, key, out, jobs, seconds, gibibytes)
     records = [have[name] for name in types]
-    found = summary(records)
+    found = tables.summary(records)
     about = ", ".join(f"{name} {version}" for name, version in versions().items()) + f", {date.today():%Y-%m-%d}"
     if table is not None:
-        lines = [about, "", *summary_lines(found), "", *table_lines(records)]
+        lines = [about, "", *tables.summary_lines(found), "", *tables.table_lines(records)]
         table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(
         json.dumps({"versions": versions(), **found}, indent=1)
         if as_json
-        else "\n".join([about, "", *summary_lines(found)])
+        else "\n".join([about, "", *tables.summary_lines(found)])
     )
     if any(bad["result"] in ("WRONG", "crashed") for bad in found["bad"]):
         sys.exit(1)
@@ -102,6 +115,7 @@ def _sweep(
 ) -> dict[str, dict]:
     """Examine the types, and append each record to `out` as it is made; with `disk` in the key, once it was loaded."""
     from sweep.examine import examine
+    from sweep.place import place
     from sweep.workers import run_all
 
     found = {}
@@ -114,9 +128,11 @@ def _sweep(
         if file.tell() and not out.read_bytes().endswith(b"\n"):
             file.write("\n")  # a line that was cut off stays by itself
         task = progress.add_task("examining", total=len(types))
-        folder = scratch if key["disk"] else None
         prepared = []
-        for name, record, why in run_all(examine, types, (folder,), jobs, seconds, gibibytes):
+        work, args = (
+            (place, (key["placement"],)) if "placement" in key else (examine, (scratch if key["disk"] else None,))
+        )
+        for name, record, why in run_all(work, types, args, jobs, seconds, gibibytes):
             found[name] = (record or {"type": name, "status": "crashed", "why": why, "seconds": {}}) | {"key": key}
             progress.update(task, advance=1, description=name[:24].ljust(24))
             if found[name].get("disk", {}).get("result") == "prepared":

@@ -1,7 +1,7 @@
 """What an operation makes of scales, `x -> x diag(g)`, and of translations, `x -> x + b`, of an axis of its input.
 
 Both may be passed on alike, or absorbed by a parameter, `f(x diag(g), W) = f(x, W diag(g))`, which makes that
-parameter a reader. Sums and constant factors, which residual steps are made of, are told here as well.
+parameter a reader. Sums, constant factors and rearrangements, which residual steps are made of, are told here as well.
 """
 
 from __future__ import annotations
@@ -120,6 +120,17 @@ def factor(trial: Trial, position: int) -> float:
     moved = list(trial.base)
     moved[position] = moved[position] + 1
     return round(float((trial.run(moved)[0] - trial.result[0]).abs().max()), 9)
+
+
+def rearranges(trial: Trial, position: int) -> bool:
+    """Whether each value of the first output is a value of that input, times one constant: no mean, no mixture."""
+    values = (factor(trial, position) * trial.base[position]).double().flatten().sort().values
+    made = trial.result[0].flatten()
+    if not values.numel() or not made.numel():
+        return False
+    after = torch.searchsorted(values, made).clamp(1, max(len(values) - 1, 1))
+    nearest = torch.minimum((values[after - 1] - made).abs(), (values[after % len(values)] - made).abs())
+    return float(nearest.max()) <= trial.tolerance * float(values.abs().max())
 
 
 def sum_coefficients(trial: Trial, a: int, b: int) -> tuple[float, float] | None:

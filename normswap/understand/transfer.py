@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from normswap.observe.trace import Operation, Ref, Trace, Value
-from normswap.understand.scale import ScaleTransfer, factor, scale_transfer, sum_coefficients
+from normswap.understand.scale import ScaleTransfer, factor, rearranges, scale_transfer, sum_coefficients
 from normswap.understand.shift import ShiftTransfer, all_blocked, scaled_transfer, shift_transfer
 from normswap.understand.trial import Axis, Trial
 
@@ -50,6 +50,10 @@ class Prober:
     def factor(self, op: Operation, position: int) -> float:
         """The constant by which an operation that passes scales of `input[position]` multiplies it."""
         return self._remember("factor", op, ((position, 0),), lambda trial: factor(trial, position), 1.0)
+
+    def rearranges(self, op: Operation, position: int) -> bool:
+        """Whether the first output holds values of `input[position]`, times one constant, and nothing else."""
+        return self._remember("rearranges", op, ((position, 0),), lambda trial: rearranges(trial, position), False)
 
     def spreading(self, op: Operation, ask) -> frozenset[int]:
         """Positions of the inputs of which one value reaches several outputs, as `ask` finds them."""

@@ -56,37 +56,45 @@ def examine(model_type: str, disk: str | None = None) -> dict[str, Any]:
     - `WRONG`, `crashed`: `why`;
     - `nothing`: the model has no norm of the kind.
     """
-    _quieten()
-    record: dict[str, Any] = {"type": model_type, "seconds": {}}
-    start = time.perf_counter()
-    try:
-        model = zoo.build(model_type)
-        inputs = zoo.inputs_for(model)
-    except zoo.CannotBuild as error:
-        return record | {"status": "missing", "why": str(error)}
-    except NormswapError as error:
-        return record | {"status": "refused", "why": str(error)}
-    except Exception as error:
-        return record | {"status": "missing", "why": _short(error)}
-    record |= {"class": type(model).__name__}
-    try:
-        outputs = outputs_of(model, inputs, False, "A")
-    except ObserveError as error:
-        return record | {"status": "missing", "why": f"it cannot be run: {error}"}
-    if not any(value.isfinite().any() for value in outputs.values()):
-        return record | {"status": "missing", "why": "nothing that it gives out is finite"}
-    record["seconds"]["build"] = time.perf_counter() - start
+    quieten()
+    record, model, inputs = build(model_type)
+    if model is None:
+        return record
     record |= examine_model(model, inputs, record["seconds"])
     if disk is not None and record["status"] == "inspected":
         record["disk"] = _on_disk(model, inputs, Path(disk) / model_type)
     return record
 
 
+def build(model_type: str) -> tuple[dict[str, Any], nn.Module | None, dict[str, Any]]:
+    """The beginning of a record, and the small model with its inputs; None where the record has come to an end."""
+    record: dict[str, Any] = {"type": model_type, "seconds": {}}
+    start = time.perf_counter()
+    try:
+        model = zoo.build(model_type)
+        inputs = zoo.inputs_for(model)
+    except zoo.CannotBuild as error:
+        return record | {"status": "missing", "why": str(error)}, None, {}
+    except NormswapError as error:
+        return record | {"status": "refused", "why": str(error)}, None, {}
+    except Exception as error:
+        return record | {"status": "missing", "why": short(error)}, None, {}
+    record |= {"class": type(model).__name__}
+    try:
+        outputs = outputs_of(model, inputs, False, "A")
+    except ObserveError as error:
+        return record | {"status": "missing", "why": f"it cannot be run: {error}"}, None, {}
+    if not any(value.isfinite().any() for value in outputs.values()):
+        return record | {"status": "missing", "why": "nothing that it gives out is finite"}, None, {}
+    record["seconds"]["build"] = time.perf_counter() - start
+    return record, model, inputs
+
+
 def _on_disk(model: nn.Module, inputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     try:
         why = prepare(model, dict(inputs), folder)
     except Exception as error:
-        return {"result": "crashed", "why": _short(error)}
+        return {"result": "crashed", "why": short(error)}
     return {"result": "prepared"} if why is None else {"result": "refused", "why": why}
 
 
@@ -98,10 +106,10 @@ def examine_model(model: nn.Module, inputs: Mapping[str, Any], seconds: dict[str
     except NormswapError as error:
         return {"status": "refused", "why": str(error)}
     except Exception as error:
-        return {"status": "crashed", "why": _short(error)}
+        return {"status": "crashed", "why": short(error)}
     seconds["inspect"] = time.perf_counter() - start
     names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
-    batches = _batches(model, inputs)
+    batches = batches_of(model, inputs)
     conversions: dict[str, Any] = {}
     has_layernorm = any(site.spec.kind == "layernorm" for site in normmap.sites.values())
     for words, request in CONVERSIONS.items():
@@ -115,7 +123,7 @@ def examine_model(model: nn.Module, inputs: Mapping[str, Any], seconds: dict[str
             found, plan = _convert(model, normmap, batches, Request(**request, tied=way, partial=True))
             if before is not None and plan is not None and plan.edits == before.edits:
                 continue  # nothing is tied that matters: the same plan, measured already
-            found["refused"] = {site: [why, _pattern(why, names)] for site, why in found.get("refused", {}).items()}
+            found["refused"] = {site: [why, pattern(why, names)] for site, why in found.get("refused", {}).items()}
             conversions[asked], before = found, plan
             seconds[asked] = time.perf_counter() - start
     return {
@@ -142,7 +150,7 @@ def _convert(model, normmap: NormMap, batches, request: Request) -> tuple[dict[s
         whole = str(error).split("\n")[0]
         return {"result": "refused", "refused": {site: sites.get(site, whole) for site in asked}}, None
     except Exception as error:
-        return {"result": "crashed", "why": _short(error)}, None
+        return {"result": "crashed", "why": short(error)}, None
     found: dict[str, Any] = {"converted": list(plan.converted), "refused": {r.site: r.reason for r in plan.refused}}
     sites = [(site.path, site.spec) for site in normmap.sites.values()]
     try:
@@ -153,7 +161,7 @@ def _convert(model, normmap: NormMap, batches, request: Request) -> tuple[dict[s
     except VerificationError as error:
         return found | {"result": "WRONG", "why": str(error)}, plan
     except Exception as error:
-        return found | {"result": "crashed", "why": _short(error)}, plan
+        return found | {"result": "crashed", "why": short(error)}, plan
     found |= {"error": comparison.worst_error, "dtype": comparison.dtype, "not_run": list(comparison.not_run)}
     if comparison.first_divergence is not None:
         noise = _own_noise(model, batches, sites)
@@ -171,12 +179,18 @@ def _convert(model, normmap: NormMap, batches, request: Request) -> tuple[dict[s
 def _own_noise(model: nn.Module, batches, sites) -> float:
     """How far the original is from itself in float64 when each weight is another by one part in 2^52."""
     original = copy.deepcopy(model).double().eval()
-    rounded = copy.deepcopy(original)
+    return compare_models(original, rounded(original), batches, sites, sites).worst_error
+
+
+@torch.no_grad()
+def rounded(model: nn.Module) -> nn.Module:
+    """A copy of a float64 model with each weight another by at most one part in 2^52."""
+    other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
-    for parameter in rounded.parameters():
+    for parameter in other.parameters():
         if parameter.is_floating_point():
             parameter *= 1 + 2**-52 * torch.randint(-1, 2, parameter.shape, generator=generator).double()
-    return compare_models(original, rounded, batches, sites, sites).worst_error
+    return other
 
 
 def _is_asked(site, request: Request) -> bool:
@@ -184,7 +198,7 @@ def _is_asked(site, request: Request) -> bool:
     return bool(folds) or (request.norm is not None and site.spec.kind == "layernorm")
 
 
-def _batches(model: nn.Module, inputs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def batches_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The inputs, and the same with other values where the model takes them."""
     other = redrawn(inputs, getattr(model, "config", None), seed=1)
     try:
@@ -213,22 +227,22 @@ def _audit(model: nn.Module, inputs: Mapping[str, Any], normmap: NormMap) -> lis
     try:
         return audit(model, inputs, normmap)
     except Exception as error:
-        return [f"the audit crashed: {_short(error)}"]
+        return [f"the audit crashed: {short(error)}"]
 
 
-def _pattern(reason: str, names: set[str]) -> str:
+def pattern(reason: str, names: set[str]) -> str:
     """A reason without what is particular to one model: its modules, and numbers."""
     own = {name for name in names if "." in name or "_" in name}
     reason = re.sub(r"[\w.]+\w", lambda word: "_" if word[0] in own or word[0].count(".") else word[0], reason)
     return re.sub(r"\b\d+\b", "*", reason.split("\n")[0])[:160]
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {str(error)[:300]} ({where.name}, line {where.lineno})"
 
 
-def _quieten() -> None:
+def quieten() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
