@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,17 +18,22 @@ from normswap.apply.layout import WriteSummary
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
 from normswap.apply.stream import preview, write_tensors
+from normswap.calibration.run import COST_TOKENS, TOKENS, Data, calibrated
 from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.keymap import KeyMap
 from normswap.checkpoint.publish import Staging, check_space, copy_side_files
 from normswap.checkpoint.record import RECORD
 from normswap.checkpoint.source import Source
 from normswap.errors import PlanError, RefusedError, SourceError
-from normswap.planning.planner import make_plan
+from normswap.planning.planner import make_plan, plan_moves
 from normswap.planning.plans import Explicit, Plan, Request
+from normswap.planning.rewrites.move import MovedStep, Scales
 from normswap.report.card import write_card
 from normswap.understand.normmap import inspect
+from normswap.verification.inputs import evaluation_inputs
 from normswap.verification.proof import Proof, prove, prove_live
+from normswap.verification.run import open_model, tokenizer_of
+from normswap.verification.text import CALIBRATED, MEASURED
 from normswap.verification.text import read as read_text
 from normswap.verification.untying import why_tied
 
@@ -63,6 +68,9 @@ def plan(
     *,
     norm: str | None = None,
     fold: bool = False,
+    placement: str | Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
+    exact: bool = False,
     tied: Literal["keep", "untie"] = "keep",
     partial: bool = False,
     explicit: Explicit = "shared",
@@ -76,6 +84,9 @@ def plan(
         model: a folder, a Hub id, or a live model.
         norm: the kind of norm to convert to, `rmsnorm`; None leaves kinds as they are.
         fold: move gains and biases into the linear maps that read them.
+        placement: where norms are to stand, `post`, `deepnorm`, ... (`planning.rewrites.steps.ROWS`); None leaves them.
+        layers: which layers get it, `0-3,7`; None: all. Several placements have their layers by position.
+        exact: move only where the same function can be kept, with a gate or a carried scale where that takes one.
         tied: `keep` tied embeddings, centring the embedding's output where its weights cannot be; `untie` stores both.
         partial: convert the sites that can be converted and leave the rest.
         explicit: whether means that no weights control may be subtracted at run time: `never`; `shared`, where one
@@ -86,7 +97,9 @@ def plan(
         RefusedError: the request cannot be met (everywhere, unless `partial`).
         SourceError, ObserveError: as for `inspect`.
     """
-    request = Request(norm=norm, fold=fold, tied=tied, partial=partial, explicit=explicit)
+    request = Request.of(
+        placement, layers, norm=norm, fold=fold, exact=exact, tied=tied, partial=partial, explicit=explicit
+    )
     if isinstance(model, nn.Module):
         return _plan_for(model, request, inputs)
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
@@ -102,15 +115,33 @@ def _refuse_twice(source: Source) -> None:
         )
 
 
-def _plan_for(model: nn.Module, request: Request, inputs: Mapping[str, Any] | None) -> Plan:
+def _plan_for(model: nn.Module, request: Request, inputs: Mapping[str, Any] | None, data: Data | None = None) -> Plan:
+    """The plan for a model; calibrated on `data`, where norms move and there is some."""
     prefix = getattr(model, "base_model_prefix", "")
     prefix = prefix if prefix and hasattr(model, prefix) else ""
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     normmap = inspect(model, inputs=inputs)
     made = make_plan(normmap, request, model_type, prefix)
-    if stays_tied := why_tied(model, made, inputs):
+    stays_tied = why_tied(model, made, inputs)
+    if stays_tied:
         made = make_plan(normmap, request, model_type, prefix, stays_tied)
-    return made
+    if data is None or made.claim == "exact":
+        return made
+
+    def make(asked: Request, scales: Scales | None) -> tuple[Plan, tuple[MovedStep, ...]]:
+        return plan_moves(normmap, asked, model_type, prefix, stays_tied, scales)
+
+    return calibrated(normmap, request, make, data)
+
+
+def _data(source: Source, text: str | Path | None, tokens: int, progress: Progress) -> Data:
+    """What to calibrate on: the weights, and a part of the text that nothing is measured on."""
+    model, tokenizer = open_model(source), tokenizer_of(source)
+    batches, _, described = evaluation_inputs(model, tokenizer, text, tokens, CALIBRATED)
+    measured, _, _ = evaluation_inputs(model, tokenizer, text, COST_TOKENS, MEASURED)
+    if text is not None and tokenizer is not None:
+        described = Path(text).name
+    return Data(model, batches, measured, f"{tokens} tokens of {described}", progress)
 
 
 def preview_on_disk(
@@ -141,6 +172,9 @@ def convert(
     *,
     norm: str | None = None,
     fold: bool = False,
+    placement: str | Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
+    exact: bool = False,
     tied: Literal["keep", "untie"] = "keep",
     partial: bool = False,
     explicit: Explicit = "shared",
@@ -148,6 +182,7 @@ def convert(
     dtype: str | None = None,
     verify: VerifyMode = "full",
     text: str | Path | None = None,
+    tokens: int = TOKENS,
     overwrite: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -160,11 +195,13 @@ def convert(
     Args:
         model: a folder, or a Hub id.
         out: the folder to make; its parents are made too.
-        norm, fold, tied, partial, explicit: what to do, see `plan`; not together with `plan`.
+        norm, fold, placement, layers, exact, tied, partial, explicit: what to do, see `plan`; not together with `plan`.
         plan: a plan made before, or the file it was saved in.
         dtype: `float32`, `bfloat16`, ... for all floating tensors of the result; None keeps each one's own.
         verify: `full`, `fast` (fewer tokens, no comparison in the stored precision) or `none`.
-        text: a UTF-8 file to verify on; by default the text that ships with normswap.
+        text: a UTF-8 file to calibrate and verify on, by default the text that ships with normswap. Where norms move,
+            its first quarter is for verification and the rest for calibration.
+        tokens: how many to calibrate on, about.
         overwrite: replace a model folder at `out`.
         progress: called with (what, done, total) while long work runs.
 
@@ -174,9 +211,11 @@ def convert(
         VerificationError: the result measures otherwise than claimed; nothing is published.
         DestinationError: `out` cannot be written.
     """
-    asked = Request(norm=norm, fold=fold, tied=tied, partial=partial, explicit=explicit)
+    asked = Request.of(
+        placement, layers, norm=norm, fold=fold, exact=exact, tied=tied, partial=partial, explicit=explicit
+    )
     if plan is not None and asked != Request():
-        raise PlanError("a saved plan already says what to do: give no norm, fold, tied, partial or explicit with it.")
+        raise PlanError("a saved plan already says what to do: give no norm, fold, placement, tied, ... with it.")
     progress = progress or (lambda what, done, total: None)
     stored_dtype = _dtype(dtype)
     if text is not None and verify != "none":
@@ -188,7 +227,8 @@ def convert(
     structure = source.build()
     plan_file = None
     if plan is None:
-        plan = _plan_for(structure, asked, None)
+        data = _data(source, text, tokens, progress) if asked.placements and not asked.exact else None
+        plan = _plan_for(structure, asked, None, data)
     elif not isinstance(plan, Plan):
         plan, plan_file = Plan.load(plan), Path(plan).name
     if plan.architecture != source.model_class.__name__:
@@ -233,6 +273,9 @@ def convert_model(
     *,
     norm: str | None = None,
     fold: bool = False,
+    placement: str | Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
+    exact: bool = False,
     tied: Literal["keep", "untie"] = "keep",
     partial: bool = False,
     explicit: Explicit = "shared",
@@ -246,7 +289,7 @@ def convert_model(
 
     Args:
         model: any module; one of transformers needs no `inputs`.
-        norm, fold, tied, partial, explicit: what to do, see `plan` the function; or `plan`, one made before.
+        norm, ..., explicit: what to do, see `plan` the function; or `plan`, one made before.
         inputs: keyword arguments of `forward` for one small batch.
         verify: measure a converted float64 copy against the original first (costs that copy's memory).
 
@@ -258,7 +301,13 @@ def convert_model(
         VerificationError: the copy measures otherwise than claimed; the model is unchanged.
     """
     if plan is None:
-        plan = _plan_for(model, Request(norm=norm, fold=fold, tied=tied, partial=partial, explicit=explicit), inputs)
+        plan = _plan_for(
+            model,
+            Request.of(
+                placement, layers, norm=norm, fold=fold, exact=exact, tied=tied, partial=partial, explicit=explicit
+            ),
+            inputs,
+        )
     if verify:
         prove_live(model, plan, inputs)
     apply_plan(model, plan)

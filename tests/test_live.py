@@ -163,7 +163,13 @@ MISFITS = {
         "centre does not fit transformer.wpe.weight",
     ),
     "missing module": ([GrowBias(module="lm_tail", size=3)], "module lm_tail"),
-    "bias size": ([GrowBias(module="lm_head", size=3), Fill(tensor="lm_head.bias", value=0)], "no value yet"),
+    "bias size": (
+        [
+            GrowBias(module="lm_head", size=3),
+            FoldBias(tensor="lm_head.bias", reader="lm_head.weight", axis=1, bias="transformer.ln_f.bias"),
+        ],
+        "fold_bias does not fit lm_head.bias",
+    ),
     "bias there": ([GrowBias(module="transformer.h.0.mlp.c_fc", size=3)], "has one already"),
     "no place for a bias": ([GrowBias(module="transformer.wte", size=3)], "no place for a bias"),
     "width": (

@@ -67,8 +67,10 @@ def test_the_table_is_literal_and_folded_over_layers(published):
     text = text_of(published / "untied")
     assert text.startswith('"""GPT2LMHeadModel with other norms, written by normswap.\n')
     assert "Claim: exact." in text and "- every writer of the stream is centred" in text
-    assert text.count("dict(width") == 3
-    assert '    "h.*.ln_1": dict(width=160, eps=1e-05, gain="w", bias=True, casting="float32"),\n' in text
+    assert text.count("dict(kind") == 3
+    assert (
+        '    "h.*.ln_1": dict(kind="rmsnorm", width=160, eps=1e-05, gain="w", bias=True, casting="float32"),\n' in text
+    )
 
 
 def test_only_what_is_needed_is_written(published):
@@ -90,7 +92,7 @@ def test_layers_that_differ_are_listed_one_by_one(tmp_path):
     edits = [edit for edit in rms_edits(model, "untie") if getattr(edit, "module", "") != "transformer.h.1.ln_2"]
     edits = [e.model_copy(update={"eps": 1e-3}) if getattr(e, "module", "").endswith("1.ln_1") else e for e in edits]
     publish(model, plan_of(model, edits), tmp_path / "out")
-    table = re.findall(r'^    "(.*)": dict\(width=32, eps=(.*?),', text_of(tmp_path / "out"), re.M)
+    table = re.findall(r'^    "(.*)": dict\(kind="rmsnorm", width=32, eps=(.*?),', text_of(tmp_path / "out"), re.M)
     assert table == [("h.0.ln_1", "1e-05"), ("h.0.ln_2", "1e-05"), ("h.1.ln_1", "0.001"), ("ln_f", "1e-05")]
 
 
@@ -119,7 +121,7 @@ def test_lines_too_long_are_broken_as_ruff_does(tmp_path):
         capture_output=True,
     )
     assert done.returncode == 0
-    assert 'line": dict(\n        width=32' in text_of(tmp_path)
+    assert 'line": dict(\n        kind="rmsnorm", width=32' in text_of(tmp_path)
     assert max(map(len, text_of(tmp_path).splitlines())) <= 120
 
 

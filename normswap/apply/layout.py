@@ -18,7 +18,7 @@ from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.header import TensorInfo, nbytes_of
 from normswap.checkpoint.keymap import SAVE_MERGED, Group, KeyMap, shared_start
 from normswap.errors import PlanError
-from normswap.planning.edits import TensorEdit, Untie
+from normswap.planning.edits import FITTED, TensorEdit, Untie
 from normswap.planning.plans import Plan
 
 What = Literal["copied", "cast", "edited", "added", "removed"]
@@ -125,8 +125,8 @@ def lay_out(source: Checkpoint, keymap: KeyMap, plan: Plan, dtype: torch.dtype |
     changes = _by_parameter(keymap, plan)
     edits = {name: change for names, change in changes.items() for name in names if name in keymap.group_of}
     made = {fill.tensor: fill for edit in plan.module_edits() for fill in edit.makes()}
-    for name in made.keys() - keymap.shapes.keys() - plan.tensor_edits().keys():
-        changes[(name,)] = (made[name],)
+    for name in (name for name in made if name not in keymap.shapes):
+        changes[(name,)] = (made[name], *changes.get((name,), ()))
 
     jobs: list[Job] = []
     after: dict[str, TensorChange] = {}
@@ -230,7 +230,7 @@ def _new(
 ) -> tuple[Job, TensorChange]:
     """A tensor that the source does not hold.
 
-    It goes beside the first tensor it is made from, or else beside its nearest relative, and is stored in its dtype.
+    It is stored in the dtype of the tensor that it is put beside.
     """
     name = edits[0].tensor
     if not (isinstance(edits[0], Untie) or name in made):
@@ -241,23 +241,29 @@ def _new(
     shape = _shape_after(name, keymap, edits, exists=False)
     if shape is None:
         raise PlanError(f"{name}: expected its edits to make it, found that they leave nothing: {edits!r}.")
-    if edits[0].reads():
-        info = source.tensors[keymap.stored_group(edits[0].reads()[0]).sources[0]]
-    else:
-        info = _nearest(source, keymap, name)
+    info = _beside(source, keymap, edits)
     stored = _entry(info, (name,), dtype)
     key = keymap.key_for_new(name)
     entry = replace(_edited(stored, shape), key=key, what="added", bytes_before=0)
     return Job(None, {name: edits}, (key,)), entry
 
 
-def _nearest(source: Checkpoint, keymap: KeyMap, name: str) -> TensorInfo:
-    """The stored tensor of real numbers whose model name shares most with `name`."""
+def _beside(source: Checkpoint, keymap: KeyMap, edits: tuple[TensorEdit, ...]) -> TensorInfo:
+    """The stored tensor that a new one is put beside.
+
+    Of an alias, the parameter it was; else its nearest relative by name, or what it is made from.
+    """
+    name = edits[0].tensor
+    reads = [source.tensors[keymap.stored_group(other).sources[0]] for edit in edits for other in edit.reads()]
+    if isinstance(edits[0], Untie):
+        return reads[0]
     stored = ((target, source.tensors[group.sources[0]]) for target, group in keymap.group_of.items())
-    real = [(target, info) for target, info in stored if info.dtype in REAL]
-    if not real:
+    real = [(shared_start(target, name), info) for target, info in stored if info.dtype in REAL]
+    near = max(real, key=lambda pair: pair[0], default=(0, None))
+    found = near[1] if near[0] or not reads else reads[0]
+    if found is None:
         raise PlanError(f"{name}: expected a tensor of real numbers in {source.folder} to store it like, found none.")
-    return max(real, key=lambda pair: shared_start(pair[0], name))[1]
+    return found
 
 
 def _shape_after(
@@ -266,6 +272,8 @@ def _shape_after(
     """The shape that edits leave, by running them without data; None when they remove the tensor."""
 
     def read(other: str) -> torch.Tensor:
+        if other.startswith(FITTED):
+            return _meta(keymap.shapes[other.removeprefix(FITTED)])
         if keymap.stored_group(other) is None:
             raise PlanError(f"{name}: the plan makes it from {other}, which the checkpoint does not hold.")
         return _meta(keymap.shapes[other])
@@ -274,7 +282,8 @@ def _shape_after(
     for edit in edits:
         before = None if value is None else tuple(value.shape)
         try:
-            value = edit.apply(value, read)
+            with torch.device("meta"):
+                value = edit.apply(value, read)
         except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise PlanError(
                 f"{name} of shape {before}: {edit!r} does not fit it ({error}); make the plan again."

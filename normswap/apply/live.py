@@ -122,11 +122,12 @@ def _apply(model: nn.Module, plan: Plan) -> None:
     edits = plan.tensor_edits()
     _check_names(edits, before, after)
 
-    def read(name: str) -> torch.Tensor:
-        return _float64(before[name])
+    read = plan.reading(lambda name: _float64(before[name]))
 
     for name in _readers_first(edits):
-        value = read(name) if name in before else None
+        # what the new structure has brought begins neutral
+        tensor = before.get(name, after.get(name))
+        value = None if tensor is None else _float64(tensor)
         for edit in edits[name]:
             value = _run(edit, value, read)
         _write(model, name, value, after.get(name))

@@ -22,10 +22,12 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from normswap.apply.folding import expand
 from normswap.apply.live import apply_structure, without_storage
-from normswap.apply.modelling_text import PREFIX, Offer, Tables, render
+from normswap.apply.modelling_text import PREFIX, Offer, render
+from normswap.apply.tables import Tables
 from normswap.errors import PlanError, SourceError
-from normswap.planning.edits import ModuleEdit
+from normswap.planning.edits import Rewrite
 from normswap.planning.plans import Plan
+from normswap.source.classes import Rewritten, rewritten_classes
 
 FILE = "modeling_normswap.py"
 
@@ -68,12 +70,12 @@ def write_modelling(
     converted = without_storage(meta_model)
     apply_structure(converted, plan)
 
-    base_edits, head_edits = _by_place(plan, meta_model)
-    base = Tables.of(base_edits, _paths(meta_model.base_model))
-    head = Tables.of(head_edits, _paths(meta_model))
+    classes = rewritten_classes(meta_model, [edit for edit in plan.module_edits() if isinstance(edit, Rewrite)])
+    base, head = _tables(plan, meta_model, classes)
     offers = _offers(model_class, converted.config, meta_model, base, plan, base_output_unchanged)
     model_type = f"normswap_{config.model_type}"
-    (folder / FILE).write_text(render(plan, type(config), model_type, offers, base, head))
+    distinct = list({id(rewritten): rewritten for rewritten in classes.values()}.values())
+    (folder / FILE).write_text(render(plan, type(config), model_type, offers, base, head, distinct))
 
     stem = Path(FILE).stem
     autos = {"AutoConfig": PREFIX + type(config).__name__}
@@ -122,16 +124,17 @@ def load_generated(folder: str | Path) -> type[PreTrainedModel]:
     return getattr(sys.modules[name], architecture)
 
 
-def _by_place(plan: Plan, model: PreTrainedModel) -> tuple[dict[str, ModuleEdit], dict[str, ModuleEdit]]:
+def _tables(plan: Plan, model: PreTrainedModel, classes: dict[str, Rewritten]) -> tuple[Tables, Tables]:
     """The plan's module edits in the base model, by path within it, and the others, by path in the whole model."""
     prefix = _base_prefix(model)
-    base, head = {}, {}
+    base, head = [], []
     for edit in plan.module_edits():
-        if edit.module.startswith(prefix):
-            base[edit.module.removeprefix(prefix)] = edit
+        if f"{edit.module}.".startswith(prefix):
+            base.append(edit.model_copy(update={"module": edit.module[len(prefix) :]}))
         else:
-            head[edit.module] = edit
-    return base, head
+            head.append(edit)
+    within = {path[len(prefix) :]: rewritten for path, rewritten in classes.items() if f"{path}.".startswith(prefix)}
+    return Tables.of(base, _paths(model.base_model), within), Tables.of(head, _paths(model), classes)
 
 
 def _base_prefix(model: PreTrainedModel) -> str:
@@ -140,7 +143,7 @@ def _base_prefix(model: PreTrainedModel) -> str:
 
 
 def _paths(model: torch.nn.Module) -> list[str]:
-    return [path for path, _ in model.named_modules() if path]
+    return [path for path, _ in model.named_modules()]
 
 
 def _offers(

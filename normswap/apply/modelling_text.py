@@ -1,32 +1,31 @@
 """The text of a generated modelling file, laid out as `ruff format` leaves it at 120 columns.
 
-What differs between two files is data at the top (which modules, with which arguments) and the list of classes. The
-norm, the centring and the functions that put them in place are the sources of `normswap.norms` and `apply.rebuild`
-word for word; those that a file does not need are left out of it.
+What differs between two files is data at the top (which modules, with which arguments), the rewritten classes and the
+list of models. Norms, centring and the functions that put them in place are the sources of `normswap.norms` and
+`apply.rebuild` word for word; those that a file does not need are left out of it.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import torch
 import transformers
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from normswap.apply import rebuild
-from normswap.apply.folding import fold
-from normswap.norms.centred import CentredInput, CentredOutput, centre_input, centre_output
-from normswap.norms.rms_norm import RMSNorm
-from normswap.planning.edits import CentreInput, CentreOutput, GrowBias, ModuleEdit, SwapNorm
+from normswap.apply.tables import CLASSES, EVERY, WIDTH, Tables, copied, literal
+from normswap.errors import PlanError
 from normswap.planning.plans import Plan
+from normswap.source.classes import Rewritten
 
 PREFIX = "Normswap"
-WIDTH = 120
+_AS_THEY_ARE = "# fmt: off\n# ruff: noqa\n# The lines of these classes are laid out as in transformers."
 
 
 @dataclass(frozen=True)
@@ -41,37 +40,14 @@ class Offer:
         return PREFIX + self.stock.__name__
 
 
-@dataclass(frozen=True)
-class Tables:
-    """Module edits as the file states them: by pattern of module paths, each value as source text.
-
-    Attributes:
-        norms: `dict(...)` of arguments of RMSNorm.
-        outputs, inputs: axes along which a module's output or first input is centred.
-        biases: sizes.
-    """
-
-    norms: Mapping[str, str] = field(default_factory=dict)
-    outputs: Mapping[str, str] = field(default_factory=dict)
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    biases: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, edits: Mapping[str, ModuleEdit], paths: Iterable[str]) -> Tables:
-        """`edits` by path, folded over layers; `paths` are all modules of the model that the paths belong to."""
-        paths = list(paths)
-        norms = {path: _arguments(edit) for path, edit in edits.items() if isinstance(edit, SwapNorm)}
-        outputs = {path: str(edit.axis) for path, edit in edits.items() if isinstance(edit, CentreOutput)}
-        inputs = {path: str(edit.axis) for path, edit in edits.items() if isinstance(edit, CentreInput)}
-        biases = {path: str(edit.size) for path, edit in edits.items() if isinstance(edit, GrowBias)}
-        return cls(*(fold(found, paths) for found in (norms, outputs, inputs, biases)))
-
-    def patterns(self) -> list[str]:
-        return [*self.norms, *self.outputs, *self.inputs, *self.biases]
-
-
 def render(
-    plan: Plan, config_class: type[PretrainedConfig], model_type: str, offers: list[Offer], base: Tables, head: Tables
+    plan: Plan,
+    config_class: type[PretrainedConfig],
+    model_type: str,
+    offers: list[Offer],
+    base: Tables,
+    head: Tables,
+    classes: list[Rewritten],
 ) -> str:
     """The file's text.
 
@@ -82,56 +58,47 @@ def render(
         offers: the classes, in order; the one for `plan.architecture` also gets the edits of `head`.
         base: edits within the base model, by path in it.
         head: edits outside the base model, by path in the whole model.
-    """
-    norms, biases = base.norms or head.norms, base.biases or head.biases
-    outputs, inputs = base.outputs or head.outputs, base.inputs or head.inputs
-    auto_models = [offer for offer in offers if "AutoModel" in offer.autos]
-    renamed = _renamed(config_class.model_type, model_type, offers)
+        classes: of rewritten modules.
 
-    statements = [
-        _docstring(plan),
-        _imports(
-            {config_class, *(offer.stock for offer in offers)},
-            torch=bool(norms or biases or inputs),
-            auto_model=bool(auto_models),
-            conversions=bool(renamed),
-        ),
-        _tables(base, "", "the base model"),
-        _tables(head, "HEAD_", "the whole model"),
-    ]
-    copied = [
-        *([RMSNorm] if norms else []),
-        *([CentredOutput, centre_output] if outputs else []),
-        *([CentredInput, centre_input] if inputs else []),
-        rebuild.find,
-        *([rebuild.swap_norms] if norms else []),
-        *([rebuild.centre_outputs] if outputs else []),
-        *([rebuild.centre_inputs] if inputs else []),
-        *([rebuild.grow_biases] if biases else []),
+    Raises:
+        PlanError: a rewritten class uses a name that the file has for something else.
+    """
+    auto_models = [offer for offer in offers if "AutoModel" in offer.autos]
+    renamed = _renamed(config_class.model_type, model_type, offers, classes)
+    early = [kind for kind in EVERY if kind is not CLASSES]
+    class_tables = base.text("", "the base model", [CLASSES]), head.text("HEAD_", "the whole model", [CLASSES])
+    definitions = [
+        *copied([base, head]),
+        *([_AS_THEY_ARE] if classes else []),
+        *(rewritten.text for rewritten in classes),
+        *(["\n".join(["# fmt: on", *filter(None, class_tables)])] if classes else []),
     ]
     config_name = PREFIX + config_class.__name__
-    definitions = [
-        *(inspect.getsource(item) for item in copied),
-        f"class {config_name}({config_class.__name__}):\n    model_type = {_literal(model_type)}",
+    bases = {rewritten.base: rewritten.name for rewritten in classes if rewritten.base in {o.stock for o in offers}}
+    models = [
+        f"class {config_name}({config_class.__name__}):\n    model_type = {literal(model_type)}",
         _converted(config_name, base),
-        *(_model(offer, head if offer.stock.__name__ == plan.architecture else Tables()) for offer in offers),
+        *(_model(offer, bases, head if offer.stock.__name__ == plan.architecture else Tables({})) for offer in offers),
     ]
+    used = "\n".join([*definitions, *models])
+    statements = [
+        _docstring(plan),
+        "from __future__ import annotations" if any(rewritten.lazy for rewritten in classes) else "",
+        _imports(
+            _members(config_class, offers, classes, bool(auto_models), bool(renamed)),
+            torch=re.search(r"\btorch\.", used) is not None,
+            nn=re.search(r"\bnn\.", used) is not None,
+        ),
+        base.text("", "the base model", early),
+        head.text("HEAD_", "the whole model", early),
+    ]
+    definitions += models
     registrations = [_auto_model(config_name, offer) for offer in auto_models] + (
         [_conversions(renamed)] if renamed else []
     )
 
     parts = ["\n\n".join(filter(None, statements)), *definitions, "\n\n".join(registrations)]
     return "\n\n\n".join(part.strip("\n") for part in parts if part) + "\n"
-
-
-def _arguments(edit: SwapNorm) -> str:
-    names = ["width", "eps", "gain", "bias", "casting"]
-    names += [name for name, usual in (("axis", -1), ("shape", None)) if getattr(edit, name) != usual]
-    return f"dict({', '.join(f'{name}={_literal(getattr(edit, name))}' for name in names)})"
-
-
-def _literal(value: object) -> str:
-    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _docstring(plan: Plan) -> str:
@@ -149,59 +116,53 @@ def _docstring(plan: Plan) -> str:
     return f'"""{text}\n"""'
 
 
-def _imports(classes: set[type], torch: bool, auto_model: bool, conversions: bool) -> str:
-    members: dict[str, set[str]] = {"transformers": {"AutoModel"} if auto_model else set()}
-    for cls in classes:
-        public = getattr(transformers, cls.__name__, None) is cls
-        members.setdefault("transformers" if public else cls.__module__, set()).add(cls.__name__)
+def _members(
+    config_class: type[PretrainedConfig],
+    offers: list[Offer],
+    classes: list[Rewritten],
+    auto_model: bool,
+    conversions: bool,
+) -> dict[str, str]:
+    """The module that each name is imported from."""
+    members = {"AutoModel": "transformers"} if auto_model else {}
     if conversions:
-        functions = {"get_checkpoint_conversion_mapping", "register_checkpoint_conversion_mapping"}
-        members["transformers.conversion_mapping"] = functions
+        functions = ("get_checkpoint_conversion_mapping", "register_checkpoint_conversion_mapping")
+        members |= dict.fromkeys(functions, "transformers.conversion_mapping")
+    # what the file itself calls by a name, and what a class has already brought under it
+    known: dict[str, object] = dict.fromkeys(vars(rebuild)) | {"torch": torch, "nn": nn}
+    for rewritten in classes:
+        for name, (module, value) in rewritten.names.items():
+            if known.setdefault(name, value) is not value:
+                raise PlanError(
+                    f"{rewritten.base.__name__} uses {name} of {module}, and the modelling file has another {name}. "
+                    "Convert the towers of this model one by one."
+                )
+            if name not in ("torch", "nn"):
+                members.setdefault(name, module)
+    for cls in [config_class, *(offer.stock for offer in offers), *(rewritten.base for rewritten in classes)]:
+        public = getattr(transformers, cls.__name__, None) is cls
+        members[cls.__name__] = "transformers" if public else cls.__module__
+    return members
+
+
+def _imports(members: dict[str, str], torch: bool, nn: bool) -> str:
     lines = ["import torch"] if torch else []
-    lines.append("from torch import nn")
-    for module in sorted(module for module in members if members[module]):
-        names = sorted(members[module], key=_natural)
+    lines += ["from torch import nn"] if nn else []
+    by_module: dict[str, list[str]] = {}
+    for name, module in members.items():
+        by_module.setdefault(module, []).append(name)
+    for module in sorted(by_module):
+        names = sorted(by_module[module], key=_natural)
         line = f"from {module} import {', '.join(names)}"
         lines.append(line if len(line) <= WIDTH else f"from {module} import (\n    " + ",\n    ".join(names) + ",\n)")
     return "import re\n\n" + "\n".join(lines)
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """The order in which ruff sorts imported names: numbers in them by value, case last."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", name) if part]
-
-
-def _tables(tables: Tables, prefix: str, where: str) -> str:
-    texts = []
-    if tables.norms:
-        texts.append(
-            f"# Norms that become RMSNorm: path in {where} (`*`: every layer) and arguments.\n{prefix}NORMS = {{"
-        )
-        texts += [_entry(pattern, arguments) for pattern, arguments in tables.norms.items()] + ["}"]
-    for name, axes in (("output", tables.outputs), ("input", tables.inputs)):
-        if axes:
-            texts.append(f"# Modules whose {name} is centred: path in {where} and axis.\n{prefix}{name.upper()}S = {{")
-            texts += [f"    {_literal(pattern)}: {axis}," for pattern, axis in axes.items()] + ["}"]
-    if tables.biases:
-        texts.append(f"# Modules that get a bias: path in {where} and size.\n{prefix}BIASES = {{")
-        texts += [f"    {_literal(pattern)}: {size}," for pattern, size in tables.biases.items()] + ["}"]
-    return "\n".join(texts)
-
-
-def _entry(pattern: str, call: str) -> str:
-    """One line of a table; its call is broken, as ruff does, where the line would be too long."""
-    line = f"    {_literal(pattern)}: {call},"
-    if len(line) <= WIDTH:
-        return line
-    return f"    {_literal(pattern)}: dict(\n        {call.removeprefix('dict(').removesuffix(')')}\n    ),"
-
-
-def _calls(tables: Tables, prefix: str, model: str) -> list[str]:
-    return [
-        *([f"swap_norms({model}, {prefix}NORMS)"] if tables.norms else []),
-        *([f"centre_outputs({model}, {prefix}OUTPUTS)"] if tables.outputs else []),
-        *([f"centre_inputs({model}, {prefix}INPUTS)"] if tables.inputs else []),
-        *([f"grow_biases({model}, {prefix}BIASES)"] if tables.biases else []),
+def _natural(name: str) -> tuple[int, list[tuple[int, int, str]]]:
+    """The order in which ruff sorts imported names: constants, classes, others; numbers by value, case last."""
+    sort = 0 if len(name) > 1 and name.isupper() else 1 if name[0].isupper() else 2
+    return sort, [
+        (0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", name) if part
     ]
 
 
@@ -224,17 +185,21 @@ class Converted:
             "        # stock classes that build their base model with AutoModel get one that is converted already\n"
             "        if base is self or not isinstance(base, Converted):\n"
         )
-        text += "".join(f"            {call}\n" for call in _calls(base, "", "base"))
+        text += "".join(f"            {call}\n" for call in base.calls("", "base"))
+        if CLASSES in base.entries:
+            text += "        keep_whole(self)\n"
     return text
 
 
-def _model(offer: Offer, head: Tables) -> str:
-    text = f"class {offer.name}(Converted, {offer.stock.__name__}):"
+def _model(offer: Offer, rewritten: Mapping[type, str], head: Tables) -> str:
+    stock = rewritten.get(offer.stock, offer.stock.__name__)
+    text = f"class {offer.name}(Converted, {stock}):"
     if len(text) > WIDTH:
-        text = f"class {offer.name}(\n    Converted, {offer.stock.__name__}\n):"
+        text = f"class {offer.name}(\n    Converted, {stock}\n):"
     if not head.patterns():
         return text + "\n    pass"
-    return text + INIT + "\n".join(f"        {call}" for call in _calls(head, "HEAD_", "self"))
+    calls = [*head.calls("HEAD_", "self"), *(["keep_whole(self)"] if CLASSES in head.entries else [])]
+    return text + INIT + "\n".join(f"        {call}" for call in calls)
 
 
 def _auto_model(config_name: str, offer: Offer) -> str:
@@ -244,14 +209,15 @@ def _auto_model(config_name: str, offer: Offer) -> str:
     )
 
 
-def _renamed(old_type: str, new_type: str, offers: list[Offer]) -> dict[str, str]:
+def _renamed(old_type: str, new_type: str, offers: list[Offer], classes: list[Rewritten]) -> dict[str, str]:
     """New name -> old for each name under which transformers knows how to convert a checkpoint of the source."""
     renamed = {new_type: old_type} | {offer.name: offer.stock.__name__ for offer in offers}
+    renamed |= {rewritten.name: rewritten.base.__name__ for rewritten in classes if rewritten.is_model}
     return {new: old for new, old in renamed.items() if get_checkpoint_conversion_mapping(old) is not None}
 
 
 def _conversions(renamed: dict[str, str]) -> str:
-    pairs = "".join(f"    {_literal(new)}: {_literal(old)},\n" for new, old in renamed.items())
+    pairs = "".join(f"    {literal(new)}: {literal(old)},\n" for new, old in renamed.items())
     return (
         "# The checkpoint names or groups some tensors otherwise than the model does. How to convert them is found\n"
         "# by class name or model type, which are new here: new -> stock.\n"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from normswap.apply.rebuild import keep_whole
 from normswap.errors import PlanError
 from normswap.norms.centred import centre_input, centre_output, rebased
 from normswap.norms.kinds import KINDS
@@ -85,15 +86,6 @@ class ModuleEdits:
             module = self.model.get_submodule(edit.module)
             like = _like(self.model, edit.module)
             module.bias = nn.Parameter(torch.zeros(edit.size, dtype=like.dtype, device=like.device))
-
-
-def keep_whole(model: nn.Module) -> None:
-    """Modules that are to stay on one device are known by class name: new classes count as those they are made of."""
-    for module in model.modules():
-        listed = set(getattr(module, "_no_split_modules", None) or ())
-        for part in module.modules() if listed else ():
-            if listed & {base.__name__ for base in type(part).__mro__}:
-                module._no_split_modules = {*module._no_split_modules, type(part).__name__}
 
 
 def _new(edit: SwapNorm, device: torch.device) -> nn.Module:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from normswap.norms.centred import centre_input, centre_output
-from normswap.norms.rms_norm import RMSNorm
+from normswap.norms.kinds import KINDS
 
 
 def find(model, pattern):
@@ -18,11 +18,40 @@ def find(model, pattern):
     return paths
 
 
+def new_norm(kind, **arguments):
+    """A norm with neutral parameters."""
+    return KINDS[kind](**arguments)
+
+
 def swap_norms(model, norms):
-    """Put an RMSNorm in the place of each norm that `norms` names."""
+    """Put another norm in the place of each that `norms` names."""
     for pattern, arguments in norms.items():
         for path in find(model, pattern):
-            model.set_submodule(path, RMSNorm(**arguments))
+            model.set_submodule(path, new_norm(**arguments))
+
+
+def add_norms(model, norms):
+    """Put norms where there were none; `norms` names their new paths."""
+    for pattern, arguments in norms.items():
+        parents, _, name = pattern.rpartition(".")
+        for path in find(model, parents):
+            model.get_submodule(path).add_module(name, new_norm(**arguments))
+
+
+def rewrite_modules(model, classes):
+    """Give each module that `classes` names that form of its class."""
+    for pattern, cls in classes.items():
+        for path in find(model, pattern):
+            module = model.get_submodule(path)
+            if not isinstance(module, cls):
+                module.__class__ = cls
+
+
+def set_scales(model, scales):
+    """Set the numbers that rewritten modules multiply by."""
+    for pattern, numbers in scales.items():
+        for path in find(model, pattern):
+            vars(model.get_submodule(path)).update(numbers)
 
 
 def centre_outputs(model, axes):
@@ -44,3 +73,12 @@ def grow_biases(model, sizes):
     for pattern, size in sizes.items():
         for path in find(model, pattern):
             model.get_submodule(path).bias = nn.Parameter(torch.zeros(size))
+
+
+def keep_whole(model):
+    """Modules that are to stay on one device are known by class name: new classes count as those they are made of."""
+    for module in model.modules():
+        listed = set(getattr(module, "_no_split_modules", None) or ())
+        for part in module.modules() if listed else ():
+            if listed & {base.__name__ for base in type(part).__mro__}:
+                module._no_split_modules = {*module._no_split_modules, type(part).__name__}

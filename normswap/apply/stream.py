@@ -60,7 +60,7 @@ def write_tensors(
         DestinationError: a file exists, cannot be written, or does not read back as planned.
     """
     layout = lay_out(source, keymap, plan, dtype)
-    values = Values(source, keymap)
+    values = Values(source, keymap, plan)
     for names in layout.copies:
         values.check_copies(names)
     written = _Progress(layout.summary.bytes_after, progress)

@@ -15,17 +15,19 @@ from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.keymap import SAVE_MERGED, Group, KeyMap, Tensors
 from normswap.errors import PlanError
 from normswap.planning.edits import TensorEdit, Untie
+from normswap.planning.plans import Plan
 
 # How many values are in float64 at once: 128 MiB.
 AT_ONCE = 2**24
 
 
 class Values:
-    """Reads `source` through `keymap`; keeps no tensor."""
+    """Reads `source` through `keymap`, and what calibration fitted from `plan`; keeps no tensor."""
 
-    def __init__(self, source: Checkpoint, keymap: KeyMap):
+    def __init__(self, source: Checkpoint, keymap: KeyMap, plan: Plan):
         self._source = source
         self._keymap = keymap
+        self._read_for_edits = plan.reading(self.original)
 
     def original(self, name: str) -> torch.Tensor:
         """A model tensor as the checkpoint has it, under `name` or an alias, in float64."""
@@ -81,7 +83,7 @@ class Values:
         self, name: str, value: torch.Tensor | None, edits: tuple[TensorEdit, ...], dtype: torch.dtype
     ) -> torch.Tensor:
         for edit in edits:
-            value = edit.apply(None if value is None else value.to(torch.float64), self.original)
+            value = edit.apply(None if value is None else value.to(torch.float64), self._read_for_edits)
         rounded = value.to(dtype)
         if not rounded.isfinite().all() and value.isfinite().all():
             raise PlanError(

@@ -67,6 +67,20 @@ request_options = _together(
     click.option("--norm", metavar="KIND", help="Norm to convert to: rmsnorm."),
     click.option("--fold", is_flag=True, help="Move gains and biases into the linear maps that read them."),
     click.option(
+        "--placement",
+        multiple=True,
+        metavar="NAME",
+        help="Where norms are to stand: post, pre, deepnorm, sandwich, reordered, keel or pre-normalized-skip.",
+    ),
+    click.option(
+        "--layers",
+        multiple=True,
+        metavar="LAYERS",
+        help="Which layers the placement is for: 0-3,7; or auto:KL, the most that stay under that KL (nats per token). "
+        "With several placements, one for each.",
+    ),
+    click.option("--exact", is_flag=True, help="Move norms only in forms that compute the same function."),
+    click.option(
         "--tied",
         type=click.Choice(["keep", "untie"]),
         default="keep",

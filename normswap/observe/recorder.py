@@ -146,6 +146,7 @@ class Recorder(TorchFunctionMode):
             call.end = len(self.trace.operations)
             first = output[0] if type(output) is tuple and output else output
             call.plain = isinstance(first, torch.Tensor)
+            call.single = isinstance(output, torch.Tensor)
 
         handles = []
         try:

@@ -149,6 +149,7 @@ class ModuleCall:
         arguments: the tensors that were arguments themselves: `(position or keyword, value)`.
         frames: as of an operation, of the code that called the module; empty for the model itself.
         plain: it gave out a tensor, or a tuple that begins with one.
+        single: it gave out a tensor and nothing around it.
     """
 
     path: str
@@ -160,6 +161,7 @@ class ModuleCall:
     arguments: tuple[tuple[int | str, int], ...] = ()
     frames: tuple[Frame, ...] = ()
     plain: bool = False
+    single: bool = False
 
     @property
     def span(self) -> Span | None:

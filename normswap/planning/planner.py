@@ -17,10 +17,11 @@ from normswap.planning.edits import (
     TensorEdit,
 )
 from normswap.planning.idle import Idle
-from normswap.planning.plans import Plan, Refusal, Request
+from normswap.planning.plans import MovedBlock, Plan, Refusal, Request
 from normswap.planning.rewrites import centre as centring
 from normswap.planning.rewrites.centre import centre
 from normswap.planning.rewrites.fold import Folding, fold
+from normswap.planning.rewrites.move import Moved, MovedStep, Scales, move
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
 
@@ -28,14 +29,35 @@ TARGETS = (centring.TARGET,)
 
 
 def make_plan(
-    normmap: NormMap, request: Request, model_type: str = "", base_prefix: str = "", stays_tied: str | None = None
+    normmap: NormMap,
+    request: Request,
+    model_type: str = "",
+    base_prefix: str = "",
+    stays_tied: str | None = None,
+    scales: Scales | None = None,
 ) -> Plan:
+    """The plan alone, see `plan_moves`."""
+    return plan_moves(normmap, request, model_type, base_prefix, stays_tied, scales)[0]
+
+
+def plan_moves(
+    normmap: NormMap,
+    request: Request,
+    model_type: str = "",
+    base_prefix: str = "",
+    stays_tied: str | None = None,
+    scales: Scales | None = None,
+) -> tuple[Plan, tuple[MovedStep, ...]]:
     """The plan that meets `request` on the model `normmap` describes.
 
     Args:
         model_type: of the source's configuration, kept in the plan.
         base_prefix: where the headless model stands inside the model, to tell whether its output changes.
         stays_tied: why tied parameters cannot be untied; None where they can.
+        scales: the constants of a move, found on data; None: all are 1, and the claim is `untrained`.
+
+    Returns:
+        The plan, and what calibration needs to know of the blocks that it moves.
 
     Raises:
         RefusedError: nothing to do, or sites that cannot be converted and no `partial`.
@@ -45,8 +67,8 @@ def make_plan(
             f"{normmap.architecture}: {normmap.trace.strays[0]} uses a tensor that no observed call made (a kernel "
             f"called past torch's own functions, perhaps), so what reaches it is not known. Switch to plain torch code."
         )
-    if request.norm is None and not request.fold:
-        raise RefusedError("nothing is asked for: give a target norm (--norm rmsnorm), or --fold, or both.")
+    if request.norm is None and not request.fold and not request.placements:
+        raise RefusedError("nothing is asked for: give a target norm (--norm rmsnorm), --fold, or --placement.")
     if request.norm is not None and request.norm not in TARGETS:
         raise RefusedError(f"norm '{request.norm}' is not offered: expected one of {', '.join(TARGETS)}.")
     swaps, wanted = _sites_to_swap(normmap, request), _sites_to_fold(normmap, request)
@@ -65,33 +87,50 @@ def make_plan(
         if request.norm is not None and kind == centring.SOURCE
     }
     refused |= unread | folding.refused | unseen | centred.refused
+    moved = move(normmap, request.placements, scales or Scales(), swapped) if request.placements else Moved()
+    refused |= moved.refused
 
-    converted = tuple(path for path in normmap.sites if path in swapped | {site.path for site in folding.sites})
+    changed = {*swapped, *(site.path for site in folding.sites), *moved.sites}
+    converted = tuple(path for path in normmap.sites if path in changed)
     if refused and not request.partial:
         _refuse(normmap, request, refused, converted)
     if not converted and refused:
         _refuse(normmap, request, refused, converted)
+    if not converted and request.placements:
+        raise RefusedError(f"{normmap.architecture}: every block stands so already: nothing to move.")
     if not converted:
         raise RefusedError(f"{normmap.architecture} has no norm with a gain or bias to fold: nothing to do.")
     bare = {site.path for site in folding.sites}
     edits: list[AnyEdit] = [*ties.edits()]
     # gains and biases move on original values; what writes to a stream is centred last
-    edits += [edit for edit in folding.edits if isinstance(edit, TensorEdit)]
+    edits += [edit for edit in (*folding.edits, *moved.edits) if isinstance(edit, TensorEdit)]
     edits += [edit for edit in centred.edits if isinstance(edit, TensorEdit)]
     edits += _treat_grown(folding.edits, centred.edits)
-    edits += [_swap(normmap, site, bare) for site in centred.sites]
-    edits += [edit for edit in (*folding.edits, *centred.edits) if isinstance(edit, ModuleEdit)]
-    return Plan(
+    placed = {edit.module for edit in moved.edits if isinstance(edit, SwapNorm)}
+    edits += [_swap(normmap, site, bare) for site in centred.sites if site.path not in placed]
+    edits += [edit for edit in (*folding.edits, *centred.edits, *moved.edits) if isinstance(edit, ModuleEdit)]
+    plan = Plan(
         architecture=normmap.architecture,
         model_type=model_type,
         request=request,
-        claim="exact",
-        reasons=_reasons(centred, folding, edits),
+        claim="exact" if not moved.steps or moved.exact else "untrained" if scales is None else "calibrated",
+        reasons=(*_reasons(centred, folding, edits), *moved.reasons(request)),
         converted=converted,
         refused=tuple(Refusal(site=path, reason=why) for path, why in refused.items()),
         base_output_unchanged=_base_unchanged(base_prefix, folding.outside),
         edits=tuple(edits),
+        moved=tuple(
+            MovedBlock(
+                name=step.name,
+                layer=step.layer,
+                before=step.before,
+                after=step.after,
+                scale=(scales or Scales()).stream.get(step.name, 1.0),
+            )
+            for step in moved.steps
+        ),
     )
+    return plan, tuple(moved.steps)
 
 
 def _sites_to_swap(normmap: NormMap, request: Request) -> list[Site]:
@@ -111,7 +150,8 @@ def _sites_to_swap(normmap: NormMap, request: Request) -> list[Site]:
 def _sites_to_fold(normmap: NormMap, request: Request) -> list[Site]:
     if not request.fold:
         return []
-    return [site for site in normmap.sites.values() if site.spec.kind in ("layernorm", "rmsnorm")]
+    # where norms move, their gains go with them
+    return [] if request.placements else [s for s in normmap.sites.values() if s.spec.kind in ("layernorm", "rmsnorm")]
 
 
 def _treat_grown(folded: list[AnyEdit], centred: list[AnyEdit]) -> list[AnyEdit]:

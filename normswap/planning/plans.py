@@ -1,18 +1,65 @@
-"""A plan: the ordered edits for one conversion, as data. It prints, round-trips through JSON and holds no tensors."""
+"""A plan: the ordered edits for one conversion, as data."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import torch
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from normswap.errors import DestinationError, PlanError
-from normswap.planning.edits import AnyEdit, ModuleEdit, SetConfig, TensorEdit
+from normswap.errors import DestinationError, PlanError, RefusedError
+from normswap.planning.edits import FITTED, AnyEdit, ModuleEdit, Read, Refit, SetConfig, TensorEdit
 
 #: where means may be subtracted at run time
 Explicit = Literal["never", "shared", "always"]
 Claim = Literal["exact", "calibrated", "untrained"]
+
+
+def parse_layers(text: str) -> set[int]:
+    """Layer numbers from `0-3,7`. Raises RefusedError where that is not what it is."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise RefusedError(f"--layers expects numbers and ranges such as 0-3,7; found '{text}'.")
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+class Placement(BaseModel):
+    """A placement, and the layers that get it: `0-3,7`, or None for all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    layers: str | None = None
+
+    @property
+    def budget(self) -> float | None:
+        """Of `auto:KL`, the KL in nats per token that the move may cost. Raises RefusedError for what is no number."""
+        if self.layers is None or not self.layers.startswith("auto"):
+            return None
+        try:
+            return float(self.layers.removeprefix("auto:"))
+        except ValueError as error:
+            raise RefusedError(
+                f"--layers {self.layers}: expected auto:KL, with a number of nats such as auto:0.01."
+            ) from error
+
+    def everywhere(self) -> Placement:
+        """The same for all layers, where they are yet to be chosen."""
+        return self if self.budget is None else self.model_copy(update={"layers": None})
+
+    def takes(self, layer: int | None) -> bool:
+        """Whether a layer is among those that get it. Raises RefusedError where `layers` is no list of numbers."""
+        return self.layers is None or layer in parse_layers(self.layers)
+
+    def words(self) -> str:
+        return f"--placement {self.name}" + (f" --layers {self.layers}" if self.layers else "")
 
 
 class Request(BaseModel):
@@ -22,13 +69,33 @@ class Request(BaseModel):
 
     norm: str | None = None
     fold: bool = False
+    placements: tuple[Placement, ...] = ()
+    exact: bool = False
     tied: Literal["keep", "untie"] = "keep"
     partial: bool = False
     explicit: Explicit = "shared"
 
+    @classmethod
+    def of(
+        cls, placement: str | Sequence[str] | None = None, layers: str | Sequence[str] | None = None, **options: Any
+    ) -> Request:
+        """A request with placements and layers by position: the first layers are the first placement's.
+
+        Raises RefusedError for layers without a placement.
+        """
+        names, numbers = ([given] if isinstance(given, str) else [*(given or ())] for given in (placement, layers))
+        if len(numbers) > len(names):
+            raise RefusedError(
+                f"layers {numbers[len(names)]} belong to no placement: give one --placement for each --layers."
+            )
+        numbers += [None] * (len(names) - len(numbers))
+        placements = tuple(Placement(name=n, layers=which) for n, which in zip(names, numbers, strict=True))
+        return cls(placements=placements, **options)
+
     def words(self) -> str:
         """The request as options of the command line."""
         options = [f"--norm {self.norm}" if self.norm else "", "--fold" if self.fold else ""]
+        options += [*(placement.words() for placement in self.placements), "--exact" if self.exact else ""]
         options += ["--tied untie" if self.tied == "untie" else "", "--partial" if self.partial else ""]
         options.append("" if self.explicit == "shared" else f"--explicit {self.explicit}")
         return " ".join(filter(None, options))
@@ -43,8 +110,39 @@ class Refusal(BaseModel):
     reason: str
 
 
+class MovedBlock(BaseModel):
+    """What a move did to one block (several where they are parallel), and what that cost.
+
+    Attributes:
+        name: the stream and the block's number in it.
+        layer: the number of its layer.
+        placement: before and after.
+        scale: the constant that stands for the scale of every token that the block reads; 1 until calibrated.
+        spread: the coefficient of variation of that scale over tokens.
+        error: root mean square of the relative error of the normalised stream after the block, all blocks moved so far.
+        unfitted: the same before the block's writers were refitted.
+        kl: KL to the original in nats per token if only the block's layer is moved, before anything is refitted; where
+            the model gives no logits, the relative error of its output.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    layer: int | None
+    before: str
+    after: str
+    scale: float = 1.0
+    spread: float | None = None
+    error: float | None = None
+    unfitted: float | None = None
+    kl: float | None = None
+
+
 class Plan(BaseModel):
-    """The ordered edits that meet a request on one model.
+    """The ordered edits that meet a request on one model. It prints, and round-trips through JSON.
+
+    Tensors that calibration fitted are no part of it: they are saved beside it, in a file of the same name that ends
+    in `.safetensors`, so that the plan is carried out without data.
 
     Attributes:
         architecture: class name of the model the plan was made for; applying it to another is refused.
@@ -55,6 +153,8 @@ class Plan(BaseModel):
         refused: sites that were asked for and stay (only with `partial`).
         base_output_unchanged: whether the headless model computes the same as before too.
         edits: in order; for one tensor, edits act one after another.
+        moved: the blocks whose norms move.
+        calibrated_on: the text and how many tokens of it, None: on nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,6 +169,31 @@ class Plan(BaseModel):
     refused: tuple[Refusal, ...] = ()
     base_output_unchanged: bool = True
     edits: tuple[AnyEdit, ...]
+    moved: tuple[MovedBlock, ...] = ()
+    calibrated_on: str | None = None
+    _fitted: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+
+    def with_fitted(self, tensors: Mapping[str, torch.Tensor]) -> Plan:
+        """The same plan with tensors fitted by calibration, by parameter name; each replaces what it is after."""
+        edits = (*self.edits, *(Refit(tensor=name) for name in tensors))
+        plan = self.model_copy(update={"edits": edits})
+        plan._fitted = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        return plan
+
+    def reading(self, read: Read) -> Read:
+        """`read`, with the fitted tensors."""
+
+        def either(name: str) -> torch.Tensor:
+            if not name.startswith(FITTED):
+                return read(name)
+            name = name.removeprefix(FITTED)
+            if name not in self._fitted:
+                raise PlanError(
+                    f"the plan lacks the fitted tensor {name}: load it with Plan.load, from where it was saved."
+                )
+            return self._fitted[name].double()
+
+        return either
 
     def tensor_edits(self) -> dict[str, list[TensorEdit]]:
         """Edits by tensor, in order."""
@@ -85,21 +210,35 @@ class Plan(BaseModel):
         return [edit for edit in self.edits if isinstance(edit, SetConfig)]
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON. Raises DestinationError where that is not possible."""
+        """Write the plan as JSON, fitted tensors beside it. Raises DestinationError where that is not possible."""
         try:
+            if self._fitted:
+                save_file(self._fitted, _beside(path))
             Path(path).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DestinationError(
-                f"the plan cannot be saved as {path}: {error.strerror}. Name another file."
-            ) from error
+        except (OSError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise DestinationError(f"the plan cannot be saved as {path}: {why}. Name another file.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a saved plan. Raises PlanError naming every field that does not fit."""
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            plan = cls.model_validate_json(Path(path).read_bytes())
+            wanted = {edit.tensor for edit in plan.edits if isinstance(edit, Refit)}
+            if wanted:
+                plan._fitted = load_file(_beside(path))
+            if wanted - plan._fitted.keys():
+                raise PlanError(f"{_beside(path)} lacks {min(wanted - plan._fitted.keys())}, which {path} needs.")
+            return plan
+        except SafetensorError as error:
+            raise PlanError(f"cannot read {_beside(path)}, the tensors that belong to {path}: {error}") from error
         except OSError as error:
             raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
         except ValidationError as error:
             found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:8])
             raise PlanError(f"{path} is not a plan written by `normswap plan -o`: {found}") from error
+
+
+def _beside(path: str | Path) -> Path:
+    """The file of the tensors that belong to a plan."""
+    return Path(path).with_suffix(".safetensors")

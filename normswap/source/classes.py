@@ -4,12 +4,14 @@ from __future__ import annotations
 import __future__
 
 import hashlib
+import inspect
 import linecache
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from normswap.errors import PlanError, RefusedError
 from normswap.norms.centred import plain_class
@@ -18,6 +20,8 @@ from normswap.source.methods import Method, reindented
 from normswap.source.render import rewrite
 
 PREFIX = "Rewritten"
+# one class for each text, so that layers, models and copies of them share it
+_BUILT: dict[tuple[str, type], type] = {}
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,39 @@ class Rewritten:
     names: Mapping[str, tuple[str, object]]
     lazy: bool
 
+    @property
+    def is_model(self) -> bool:
+        return issubclass(self.base, PreTrainedModel)
+
     @cached_property
     def text(self) -> str:
         """The class statement."""
-        about = f'    """{self.base.__name__} with changes, in the lines that say so."""'
+        about = f'    """{self.base.__name__} with norms in other places: lines that are `# changed` or `# removed`."""'
         methods = "\n\n".join(method.rstrip("\n") for method in self.methods)
         return f"class {self.name}({self.base.__name__}):\n{about}\n\n{methods}\n"
 
     def build(self) -> type:
         """The class itself. Tracebacks and `inspect.getsource` find its text."""
-        return _build(self.text, self.name, self.base, tuple((n, v) for n, (_, v) in self.names.items()), self.lazy)
+        key = self.text, self.base
+        if key not in _BUILT:
+            _BUILT[key] = self._build()
+        return _BUILT[key]
+
+    def _build(self) -> type:
+        # decorators look for the model's name in the path of the file that a method is in; no file has this very name
+        digest = hashlib.sha256(self.text.encode()).hexdigest()
+        file = f"<{inspect.getfile(self.base)}:{self.name}:{digest[:12]}>"
+        # without a time, the cache is never checked against a file
+        linecache.cache[file] = (len(self.text), None, self.text.splitlines(keepends=True), file)
+        flags = __future__.annotations.compiler_flag if self.lazy else 0
+        namespace = {name: value for name, (_, value) in self.names.items()}
+        namespace |= {self.base.__name__: self.base, "__name__": self.base.__module__}
+        exec(compile(self.text, file, "exec", flags, dont_inherit=True), namespace)
+        made = namespace[self.name]
+        if self.is_model:
+            # transformers goes by the names of models when it converts a checkpoint's keys
+            made.__name__ = made.__qualname__ = self.base.__name__
+        return made
 
 
 def rewritten_classes(model: nn.Module, edits: Iterable[Rewrite]) -> dict[str, Rewritten]:
@@ -92,18 +119,7 @@ def _rewritten(name: str, base: type, changed: list[tuple[str, tuple[Change, ...
         lazy.add(method.lazy_annotations)
         for key, value in method.global_names().items():
             if names.setdefault(key, (method.function.__module__, value))[1] is not value:
-                raise RefusedError(f"{method.where}: {key} means another thing in {names[key][0]}.")
+                raise RefusedError(f"{method.where}: {key} is another thing in {names[key][0]}.")
     if len(lazy) > 1:
         raise RefusedError(f"{base.__name__}: its methods come from modules that treat annotations differently.")
     return Rewritten(name, base, tuple(texts), names, lazy == {True})
-
-
-@cache
-def _build(text: str, name: str, base: type, names: tuple[tuple[str, object], ...], lazy: bool) -> type:
-    file = f"<{name} of {base.__module__}, {hashlib.sha256(text.encode()).hexdigest()[:12]}>"
-    # without a time, the cache is never checked against a file
-    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    flags = __future__.annotations.compiler_flag if lazy else 0
-    namespace = {**dict(names), base.__name__: base, "__name__": base.__module__}
-    exec(compile(text, file, "exec", flags, dont_inherit=True), namespace)
-    return namespace[name]

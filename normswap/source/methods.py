@@ -46,18 +46,23 @@ class Method:
         Raises:
             RefusedError: its source cannot be had, or is not all of it: no file, made by other code, a closure.
         """
-        defining = next((base for base in plain_class(owner).__mro__ if name in vars(base)), None)
-        if defining is None:
+        bases = plain_class(owner).__mro__
+        holder = next((base for base in bases if name in vars(base)), None)
+        if holder is None:
             raise RefusedError(f"{owner.__name__} has no method {name}: expected one to change the source of.")
-        where = f"{defining.__module__}.{defining.__qualname__}.{name}"
-        function = inspect.unwrap(vars(defining)[name])
+        where = f"{holder.__module__}.{holder.__qualname__}.{name}"
+        function = inspect.unwrap(vars(holder)[name])
         if not isinstance(function, FunctionType):
             raise RefusedError(f"{where} is a {type(function).__name__}: expected a method written in Python.")
-        if function.__qualname__ != f"{defining.__qualname__}.{name}" or function.__module__ != defining.__module__:
+        # a class may hold a wrapped form of its base's method, made when the class was
+        told = function.__module__, function.__qualname__
+        defining = next((base for base in bases if told == (base.__module__, f"{base.__qualname__}.{name}")), None)
+        if defining is None:
             raise RefusedError(
-                f"{where} is {function.__module__}.{function.__qualname__}: expected a method that stands in its own "
-                "class. A decorator that hides what it wraps, or an assignment, put another function there."
+                f"{where} is {'.'.join(told)}: expected a method that stands in its own class. A decorator that hides "
+                "what it wraps, or an assignment, put another function there."
             )
+        where = f"{defining.__module__}.{defining.__qualname__}.{name}"
         try:
             lines, first = inspect.getsourcelines(function)
             text = "".join(lines)
@@ -138,12 +143,15 @@ class Method:
         names = [n.id for node in outside for n in ast.walk(node) if isinstance(n, ast.Name)]
         names += _global_reads(self.function.__code__)
         found = self.function.__globals__
+        # annotations of local variables are read by nobody but people and their tools
+        local = [n.annotation for n in ast.walk(self.tree) if isinstance(n, ast.AnnAssign)]
+        told = [n.id for node in local for n in ast.walk(node) if isinstance(n, ast.Name)]
         missing = [n for n in names if n not in found and not hasattr(builtins, n)]
         if missing and not self.lazy_annotations:
             raise RefusedError(f"{self.where} uses {missing[0]}, which {self.owner.__module__} does not have.")
         if "super" in names:
             names.append(self.owner.__name__)
-        return {n: found[n] for n in dict.fromkeys(names) if n in found}
+        return {n: found[n] for n in dict.fromkeys(names + told) if n in found}
 
     @property
     def lazy_annotations(self) -> bool:

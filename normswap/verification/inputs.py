@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from normswap.errors import ObserveError, VerificationError
 from normswap.observe.inputs import example_inputs, takes_one_row
 from normswap.verification.outputs import Inputs, outputs_of
+from normswap.verification.text import WHOLE
 from normswap.verification.text import batches as batches_of_text
 
 # Long enough to reach every row of most position tables, short enough for eager attention in float64.
@@ -28,7 +29,7 @@ _OF_TEXT = {
 
 
 def evaluation_inputs(
-    model: PreTrainedModel, tokenizer, text: str | Path | None, tokens: int
+    model: PreTrainedModel, tokenizer, text: str | Path | None, tokens: int, part: tuple[float, float] = WHOLE
 ) -> tuple[list[Inputs], tuple[int, ...], str]:
     """Batches of keyword arguments, the shape of their main input together, and where they are from.
 
@@ -37,18 +38,24 @@ def evaluation_inputs(
         tokenizer: of the model, None: random ids.
         text: a UTF-8 file, None: the text that comes with normswap.
         tokens: how many in all, about; of text alone.
+        part: of the text, from where to where.
     """
     example = example_inputs(model)
     vocabulary = of_text(model.config, "vocab_size")
     tensors = {name for name, value in example.items() if isinstance(value, torch.Tensor)}
     if vocabulary is None or "input_ids" not in tensors or not tensors <= _OF_TEXT.keys():
-        batches = [redrawn(example, model.config, seed) for seed in range(_DRAWS)]
+        first = int(100 * part[0])
+        batches = [redrawn(example, model.config, seed) for seed in range(first, first + _DRAWS)]
         main = batches[0].get(model.main_input_name, batches[0][min(tensors)])
-        return batches, (_DRAWS * main.shape[0], *main.shape[1:]), f"random inputs, seeds 0 to {_DRAWS - 1}"
+        return (
+            batches,
+            (_DRAWS * main.shape[0], *main.shape[1:]),
+            f"random inputs, seeds {first} to {first + _DRAWS - 1}",
+        )
     if tokens < 2:
         raise VerificationError(f"tokens must be at least 2, found {tokens}: a token is needed to predict the next.")
     length = _longest(model, example, min(_positions(model.config), tokens))
-    found = batches_of_text(tokenizer, text, vocabulary, length, max(1, tokens // length))
+    found = batches_of_text(tokenizer, text, vocabulary, length, max(1, tokens // length), part)
     parts = [part for ids in found.ids for part in (ids.split(1) if takes_one_row(model) else [ids])]
     return [_on(ids, example) for ids in parts], (sum(len(ids) for ids in found.ids), length), found.source
 

@@ -52,7 +52,7 @@ def outputs_of(model: nn.Module, inputs: Inputs, lifted: bool, name: str) -> Out
         ObserveError: the model fails, or gives no floating tensor.
     """
     parameter = next(p for p in model.parameters() if p.is_floating_point())
-    moved = {key: _to_model(value, parameter) for key, value in inputs.items()}
+    moved = {key: to_model(value, parameter) for key, value in inputs.items()}
     try:
         devices = [parameter.device] if parameter.is_cuda else []
         with torch.random.fork_rng(devices), LiftFloat32() if lifted else nullcontext():
@@ -87,9 +87,9 @@ def check_alike(a: Outputs, b: Outputs) -> None:
             )
 
 
-def _to_model(value: object, parameter: torch.Tensor) -> object:
+def to_model(value: object, parameter: torch.Tensor) -> object:
     if isinstance(value, list | tuple):
-        return type(value)(_to_model(part, parameter) for part in value)
+        return type(value)(to_model(part, parameter) for part in value)
     if not isinstance(value, torch.Tensor):
         return value
     return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)

@@ -34,6 +34,7 @@ from normswap.verification.models import TOLERANCES, Comparison, compare_models
 from normswap.verification.outputs import check_alike, outputs_of, row_errors
 from normswap.verification.run import Report, coarsest_dtype, open_model, report_on, tokenizer_of
 from normswap.verification.sites import SiteSpec
+from normswap.verification.text import MEASURED, WHOLE
 
 Progress = Callable[[str, int, int], None]
 # float32 casts inside float64 models, over many layers
@@ -116,7 +117,9 @@ def prove(
         return Proof(mode="none", claim=plan.claim)
     original, result = open_model(source), open_published(folder, plan, source.model_class)
     tokenizer = tokenizer_of(source)
-    batches, shape, described = evaluation_inputs(original, tokenizer, text, TOKENS[mode])
+    # what a plan was calibrated on is nothing to measure it on
+    part = MEASURED if plan.calibrated_on else WHOLE
+    batches, shape, described = evaluation_inputs(original, tokenizer, text, TOKENS[mode], part)
     if text is not None and tokenizer is not None:
         described = Path(text).name  # of the user's folders nothing is published
     names = source.title, "the converted folder"

@@ -28,7 +28,19 @@ class Batches(NamedTuple):
     source: str
 
 
-def batches(tokenizer, text_file: str | Path | None, vocab_size: int, length: int, count: int) -> Batches:
+#: the part of a text that is kept for measuring where something is calibrated on the rest
+MEASURED, CALIBRATED = (0.0, 0.25), (0.25, 1.0)
+WHOLE = (0.0, 1.0)
+
+
+def batches(
+    tokenizer,
+    text_file: str | Path | None,
+    vocab_size: int,
+    length: int,
+    count: int,
+    part: tuple[float, float] = WHOLE,
+) -> Batches:
     """The first `count` windows of `length` tokens of a text, without overlap.
 
     Special tokens that the tokenizer puts around a text are put around each window, as models meet them.
@@ -40,6 +52,7 @@ def batches(tokenizer, text_file: str | Path | None, vocab_size: int, length: in
         vocab_size: ids must lie below it.
         length: tokens in a window, special ones included; at most what the model's positions allow.
         count: windows wanted.
+        part: of the text, from where to where; of random ids, parts are other draws.
 
     Raises:
         SourceError: the text cannot be read, is shorter than one window, or is given without a tokenizer; or the
@@ -51,11 +64,13 @@ def batches(tokenizer, text_file: str | Path | None, vocab_size: int, length: in
                 f"{text_file} was given to compare on, but the checkpoint has no tokenizer to read it with. "
                 f"Expected tokenizer.json or alike beside config.json; add it, or leave the text out for random ids."
             )
-        generator = torch.Generator().manual_seed(_SEED)
+        seed = _SEED + int(100 * part[0])
+        generator = torch.Generator().manual_seed(seed)
         rows = torch.randint(vocab_size, (count, length), generator=generator)
-        return Batches(_split(rows, vocab_size), f"random ids (no tokenizer), seed {_SEED}")
+        return Batches(_split(rows, vocab_size), f"random ids (no tokenizer), seed {seed}")
 
     text, name = read(text_file)
+    text = text[int(part[0] * len(text)) : int(part[1] * len(text))]
     rows = _windows(tokenizer, text, name, length, count)
     if int(rows.max()) >= vocab_size:
         raise SourceError(

@@ -1,0 +1,397 @@
+"""Norms in another place: each block's slots, from one line of the table of placements to another.
+
+A block is `x' = N_out( a x + N_branch( F( N_in(x) ) ) )` (DESIGN.md, "Placements"). On a raw stream (no N_out) write
+n(x) = x / s(x) for the norm without gain and bias. Then `N_in(x) = g n(x) + b`, and because a norm does not see scale,
+
+    n(x') = n( s n(x) + F(g n(x) + b) ).
+
+A normalised stream carries `u = c n(x)` with a constant c for the scale s of every token, and the moved block is
+
+    u' = c' n( u + F((g / c) u + b) ),
+
+an ordinary post-norm block: c' is the gain of its norm, g / c and b go into the readers of `u`, or stay as an affine
+where they cannot. It is exact where s is the same for all tokens; `calibration` finds the c that do best. With a scale
+in the code (deepnorm, keel) the norm has no gain, `u' = n( c u + F(g u + b) )`.
+
+What else reads the stream sees c n(x) in the place of x. The first moved step needs n(x) of what came before: a norm is
+added where its layer begins. A final norm after a moved step becomes the affine `(g / c) u + b`.
+
+On streams that stay raw, N_branch enters as `t n(F)`, with t the scale of F, or leaves as `g / t`; N_in leaves as
+`g / c`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from normswap.errors import RefusedError
+from normswap.norms.spec import NormSpec
+from normswap.planning.edits import AnyEdit, SetScale
+from normswap.planning.plans import Placement, Request
+from normswap.planning.rewrites.lift import lift, normalise_skip
+from normswap.planning.rewrites.places import NoPlace, Place, Places
+from normswap.planning.rewrites.slots import Slots
+from normswap.planning.rewrites.steps import SKIP, Step, choose, steps_of
+from normswap.understand.normmap import NormMap, StreamInfo
+from normswap.understand.placement import Block
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The constants of a move, by step name: `stream[3]` is what step 3 reads, `stream[end]` what the last one gives.
+
+    Attributes:
+        stream: c, the scale of the stream.
+        branch: t, the scale of what the step's branch gives.
+    """
+
+    stream: Mapping[str, float] = field(default_factory=dict)
+    branch: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MovedStep:
+    """What calibration needs to know of a moved step.
+
+    Attributes:
+        name, stream, layer: of the step.
+        before, after: its placement.
+        reads, result: values of the trace: what the step reads and what its sum gives.
+        branches: values that its branches add.
+        scaled: the value whose scale the constant c of the step stands for, and the norm that says what scale is.
+        out: in the moved model, the module that reads the step's sum and normalises it, None: none is there.
+        frame: name of the parameter by which the sum is multiplied on its way to `out`, None: it is not.
+        norm: how the sum is read.
+    """
+
+    name: str
+    stream: str
+    layer: int | None
+    before: str
+    after: str
+    reads: int
+    result: int
+    branches: tuple[int, ...]
+    scaled: tuple[int, NormSpec] | None
+    out: str | None
+    frame: str | None
+    norm: NormSpec
+
+
+@dataclass
+class Moved:
+    """What moving asks for: edits, the norms concerned, what cannot be had and why, and what is said of it."""
+
+    edits: list[AnyEdit] = field(default_factory=list)
+    sites: list[str] = field(default_factory=list)
+    steps: list[MovedStep] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    exact: bool = False
+
+    def reasons(self, request: Request) -> list[str]:
+        """Why the claim holds, a sentence each."""
+        if not self.steps:
+            return []
+        words = " and ".join(placement.words().replace("--", "") for placement in request.placements)
+        streams = ", ".join(dict.fromkeys(step.stream for step in self.steps))
+        how = "" if self.exact else ", with a constant in the place of each token's scale"
+        said = [f"{len(self.steps)} blocks of {streams} are moved ({words}){how}."]
+        return [*said, *dict.fromkeys(self.notes)]
+
+
+def move(
+    normmap: NormMap,
+    placements: tuple[Placement, ...],
+    scales: Scales,
+    swapped: set[str],
+) -> Moved:
+    """Plan moving the norms of all streams.
+
+    Args:
+        placements: a row of the table and the layers it is for, None: all.
+        scales: the constants; those that are missing are 1.
+        swapped: LayerNorms that become RMSNorms in the same plan.
+
+    Raises:
+        RefusedError: a placement or layer that is not there; the model has no stream.
+    """
+    result = Moved()
+    places = Places(normmap)
+    every = {stream.name: steps_of(normmap, stream) for stream in normmap.streams}
+    if not every:
+        raise RefusedError(f"{normmap.architecture} has no residual stream with a norm: there is nothing to move.")
+    choose([step for steps in every.values() for step in steps], placements)
+    for stream in normmap.streams:
+        try:
+            found = _Stream(normmap, places, stream, every[stream.name], scales, swapped).run()
+        except NoPlace as error:
+            result.refused[stream.name] = str(error)
+            continue
+        result.edits += found.edits
+        result.sites += found.sites
+        result.steps += found.steps
+        result.notes += found.notes
+        result.exact = found.exact and (result.exact or len(result.steps) == len(found.steps))
+    return result
+
+
+class _Stream:
+    """Moves the steps of one stream, or raises NoPlace."""
+
+    def __init__(
+        self, normmap: NormMap, places: Places, stream: StreamInfo, steps: list[Step], scales: Scales, swapped: set[str]
+    ):
+        self.normmap, self.places, self.slots = normmap, places, Slots(normmap, swapped)
+        self.stream, self.steps, self.scales = stream, steps, scales
+        self.result = Moved()
+
+    def run(self) -> Moved:
+        chosen = [step for step in self.steps if step.placement is not None and step.target != step.source]
+        if any(step.source.n_out and not step.target.n_out for step in chosen):
+            self._leave(chosen)
+            return self._done()
+        for step, after in zip(self.steps, [*self.steps[1:], None], strict=True):
+            if step.target is not None and step.target != step.source:
+                self._check(step)
+                self._move(step, after)
+        self._end()
+        return self._done()
+
+    def _done(self) -> Moved:
+        self.result.edits += [*self.slots.edits, *self.slots.rewrites()]
+        return self.result
+
+    def _leave(self, chosen: list[Step]) -> None:
+        """The whole stream becomes raw."""
+        placements = {step.placement for step in self.steps}
+        if placements == {SKIP}:
+            self.result.sites = normalise_skip(self.places, self.slots, self.stream, self.steps)
+            self.result.exact = True
+            for step in self.steps:
+                self._tell(step, None, None, None, self.slots.spec(step.n_out[0]))
+        elif placements == {"pre"}:
+            scales = dict(self.scales.stream)
+            self.result.sites, read = lift(self.normmap, self.places, self.slots, self.stream, self.steps, scales)
+            before = None
+            for step, (out, frame) in zip(self.steps, read, strict=True):
+                norm = self.slots.spec(step.n_out[0])
+                self._tell(step, before, out, frame, norm)
+                before = step.blocks[-1].result, norm
+        else:
+            raise NoPlace(
+                f"{self.stream.name} is {_name(chosen[0])}: from there all its layers go to pre or {SKIP}, or none."
+            )
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _check(self, step: Step) -> None:
+        if step.target.scaled and not step.n_in and not step.source.n_out:
+            raise NoPlace(f"{step.name}: its branch reads the stream without a norm, and would miss its scale.")
+        kinds = {self.slots.spec(path).kind for path in step.n_in}
+        if len(kinds) > 1 or kinds - {"layernorm", "rmsnorm"}:
+            raise NoPlace(
+                f"{step.name}: expected one kind of norm before the branch, found {', '.join(sorted(kinds))}."
+            )
+        for path in step.n_in:
+            if len(self.slots.spec(path).axes) != 1 or self.slots.spec(path).gate or self.slots.spec(path).groups != 1:
+                raise NoPlace(f"{path} normalises axes {self.slots.spec(path).axes} in groups or with a gate.")
+
+    def _move(self, step: Step, after: Step | None) -> None:
+        source, target = step.source, step.target
+        sums = {id(block): self.places.sum(block) for block in self._changed_sums(step)}
+        places = [sums.get(id(block)) for block in step.blocks]
+        out = None
+        if target.n_out and source.n_in and not self._before(step):
+            self._enter(step)
+        spare = None
+        if source.n_in and not target.n_in:
+            spare = self._take_in(step, places[-1] if target.n_out and not source.n_out else None)
+        elif target.n_in and not source.n_in:
+            self._put_in(step)
+        for block, place in zip(step.blocks, places, strict=True):
+            if target.n_branch and not block.n_branch:
+                self._put_branch(step, place)
+            elif block.n_branch and not target.n_branch and not target.n_out:
+                self._take_branch(step, block.n_branch)
+        if target.n_out:
+            if target.scaled:
+                self._scale(step, places[0])
+            out = step.n_out[0] if source.n_out else self._put_out(step, after, places[-1], spare)
+        if target.n_out and source.n_branch and not target.n_branch:
+            self.result.notes.append(f"The norms on the branches of {self.stream.name} stay where they are.")
+        self.result.sites += [path for path in (*step.n_in, *step.n_branch) if path not in self.result.sites]
+        reads = step.blocks[0].operands[0]
+        self._tell(step, (reads, self._norm_for(step)), out, None, self._norm_for(after))
+
+    def _tell(self, step: Step, scaled, out: str | None, frame: str | None, norm: NormSpec) -> None:
+        self.result.steps.append(
+            MovedStep(
+                step.name,
+                self.stream.name,
+                step.layer,
+                _name(step),
+                step.placement,
+                step.blocks[0].operands[0],
+                step.blocks[-1].result,
+                tuple(block.operands[1] for block in step.blocks),
+                scaled,
+                out,
+                frame,
+                norm,
+            )
+        )
+
+    def _changed_sums(self, step: Step) -> list[Block]:
+        """The blocks whose sum's source changes."""
+        if step.target.n_branch and not step.source.n_branch:
+            return step.blocks
+        if not step.target.n_out or (step.source.n_out and not step.target.scaled):
+            return []
+        return [step.blocks[0], step.blocks[-1]] if step.target.scaled else step.blocks[-1:]
+
+    def _before(self, step: Step) -> bool:
+        """Whether the step reads what a norm without gain and bias gives, by the move of the step before."""
+        index = self.steps.index(step)
+        return index > 0 and self._gives_norm(self.steps[index - 1])
+
+    def _gain(self, step: Step | None) -> float:
+        """c: the gain of the norm whose result the step reads (None: the end of the stream)."""
+        if step is None:
+            return 1.0 if self._ends_in_norms() else self.scales.stream.get(f"{self.stream.name}[end]", 1.0)
+        if step.target is not None and step.target.scaled:
+            return 1.0
+        return self.scales.stream.get(step.name, 1.0)
+
+    def _enter(self, step: Step) -> None:
+        """The norm in front of the first moved step: `argument = self.norm_first(argument)` where its layer begins."""
+        try:
+            module, method, argument = self.places.entry(self.stream.found, step.blocks[0])
+            name = self.slots.new_name(module, "norm_first")
+            self.slots.enter(module, method, argument, name)
+        except NoPlace:
+            place = self.places.start(self.stream.found, step.blocks[0])
+            module, name = place.module, self.slots.new_name(place.module, "norm_first")
+            self.slots.change(place, "wrap", name)
+        self.slots.add(f"{module}.{name}", self._norm_for(step), self._gain(step))
+
+    def _put_out(self, step: Step, after: Step | None, place: Place, spare: str | None) -> str:
+        """`sum` becomes `self.norm(sum)`; the norm that stood before the branch serves where it can."""
+        norm = self._norm_for(after)
+        gain = self._gain(after)
+        path = spare
+        if spare is None or not self.slots.serves(spare, norm, gain):
+            if spare is not None:
+                self.slots.remove(spare)
+            path = f"{place.module}.{self.slots.new_name(place.module, 'norm_out')}"
+            self.slots.add(path, norm, gain)
+        else:
+            self.slots.refill(spare, gain)
+        self.slots.change(place, "wrap", path.rpartition(".")[2])
+        return path
+
+    def _take_in(self, step: Step, place: Place | None) -> str | None:
+        """N_in leaves: its gain and bias go to its readers, or it stays as an affine.
+
+        Returns a norm that is free to serve in the module of `place`.
+        """
+        spare = None
+        for path in step.n_in:
+            if self._stays_called(path, step):
+                raise NoPlace(f"{path} reads the stream in several blocks; expected one.")
+            c = self._gain(step) if step.target.n_out else self.scales.stream.get(step.name, 1.0)
+            if self.slots.fold(path, c):
+                if spare is None and place is not None and path.rpartition(".")[0] == place.module:
+                    try:
+                        call = self.places.call(path)
+                    except NoPlace:
+                        call = None
+                    if call is not None and call.module == place.module:
+                        self.slots.change(call, "unwrap", path.rpartition(".")[2])
+                        spare = path
+                        continue
+                self.slots.remove(path)
+            else:
+                self.slots.affine(path, c)
+        return spare
+
+    def _put_in(self, step: Step) -> None:
+        for block in step.blocks:
+            entries = self.places.branch_entries(self.stream.found, block)
+            if len({place.module for place in entries}) != 1:
+                raise NoPlace(f"{step.name}: its branch reads the stream in several modules.")
+            module = entries[0].module
+            name = self.slots.new_name(module, "norm_in")
+            self.slots.add(f"{module}.{name}", self._norm_for(step), self.scales.stream.get(step.name, 1.0))
+            for place in entries:
+                self.slots.change(place, "wrap", name)
+
+    def _put_branch(self, step: Step, place: Place) -> None:
+        if place.branch is None:
+            raise NoPlace(self.places.shown(place, "the branch is no expression of its own in this sum"))
+        name = self.slots.new_name(place.module, "norm_branch")
+        self.slots.add(f"{place.module}.{name}", self._norm_for(step), self.scales.branch.get(step.name, 1.0))
+        self.slots.change(place, "wrap", name, place.branch)
+
+    def _take_branch(self, step: Step, paths: Iterable[str]) -> None:
+        for path in paths:
+            self.slots.affine(path, self.scales.branch.get(step.name, 1.0))
+
+    def _scale(self, step: Step, place: Place) -> None:
+        if place.skip is None:
+            raise NoPlace(self.places.shown(place, "the skip is no expression of its own in this sum"))
+        name = self.slots.new_name(place.module, "skip_scale")
+        self.slots.change(place, "scale", name, place.skip)
+        value = 1.0 if step.source.n_out and not step.n_in else self.scales.stream.get(step.name, 1.0)
+        self.slots.edits.append(SetScale(module=place.module, name=name, value=value))
+
+    def _end(self) -> None:
+        """Norms that read the end of a moved stream, or a moved value on the way, become affines."""
+        base = self.stream.found.analysis.base
+        moved = {base(step.blocks[-1].result): i for i, step in enumerate(self.steps) if self._gives_norm(step)}
+        for op in self.normmap.trace.norm_operations():
+            index = moved.get(base(op.inputs[0]))
+            if index is None or op.norm not in self.stream.found.final:
+                continue
+            after = self.steps[index + 1] if index + 1 < len(self.steps) else None
+            if op.norm in self.result.sites:
+                raise NoPlace(f"{op.norm} reads the stream in several places; expected one.")
+            self.slots.affine(op.norm, self._gain(after))
+            self.result.sites.append(op.norm)
+
+    def _gives_norm(self, step: Step) -> bool:
+        """Whether a norm is added after the step."""
+        return step.target is not None and step.target != step.source and step.target.n_out and not step.source.n_out
+
+    def _ends_in_norms(self) -> bool:
+        """Whether norms alone read what the last step gives."""
+        found = self.stream.found
+        result = self.steps[-1].blocks[-1].result
+        consumers = [
+            op for op in self.normmap.trace.operations if any(found.analysis.base(v) == result for v in op.inputs)
+        ]
+        live = self.normmap.trace.live()
+        carried = [op for op in consumers if all(found.analysis.base(v) == result for v in op.outputs)]
+        rest = [op for op in consumers if op not in carried and any(v in live for v in op.outputs)]
+        given = any(found.analysis.base(v) == result for v in self.normmap.trace.outputs)
+        return bool(rest) and not given and all(op.norm in found.final for op in rest)
+
+    def _norm_for(self, step: Step | None) -> NormSpec:
+        """The norm n of what a step reads: as its own N_in is, or as another norm of the stream."""
+        index = len(self.steps) if step is None else self.steps.index(step)
+        near = [*self.stream.found.final] if step is None else step.n_in
+        others = sorted(range(len(self.steps)), key=lambda i: abs(i - index))
+        near += [path for i in others for path in (*self.steps[i].n_in, *self.steps[i].n_out, *self.steps[i].n_branch)]
+        path = next((p for p in near if self.slots.spec(p).kind in ("layernorm", "rmsnorm")), None)
+        if path is None:
+            raise NoPlace(f"{self.stream.name}: no norm on it says what kind of norm a new one is to be.")
+        return self.slots.spec(path).model_copy(update={"kind": self.slots.kind(path)})
+
+    def _stays_called(self, path: str, step: Step) -> bool:
+        """Whether a norm before this step's branch serves another step as well."""
+        return any(path in other.n_in for other in self.steps if other is not step)
+
+
+def _name(step: Step) -> str:
+    return step.blocks[-1].placement
