@@ -111,6 +111,22 @@ def test_a_module_that_is_centred_stays_so():
     assert torch.equal(logits(model), logits(plain))
 
 
+def test_a_rewritten_model_goes_by_its_stock_name_and_can_be_rewritten_again():
+    model = tiny("gpt2")
+    stock = type(model.transformer)
+    apply_plan(model, gpt2_sandwich(model))
+    cls = type(model.transformer)
+    assert cls is not stock and (cls.__name__, str(cls)) == (stock.__name__, str(stock))
+    assert len(model(input_ids=IDS, output_hidden_states=True).hidden_states) == 3
+    expected = logits(model)
+    call = "self.entry_norm(inputs_embeds + position_embeds.to(inputs_embeds.device))"
+    again = rewrite(model.transformer, "transformer", "forward", ("wrap", "nothing", call, 0))
+    apply_plan(model, plan_of(model, [again, norm("transformer.nothing", "none", gain=None)]))
+    source = inspect.getsource(type(model.transformer).forward)
+    assert re.search(r"self\.nothing\(\s*self\.entry_norm\(", source)
+    assert torch.equal(logits(model), expected)
+
+
 def test_added_norms_are_as_their_neighbours():
     model = tiny("gpt2").to(torch.bfloat16)
     apply_plan(model, gpt2_sandwich(model))
@@ -224,7 +240,8 @@ for name in ("llama", "gpt2", "bert"):
     auto = AutoModelForMaskedLM if name == "bert" else AutoModelForCausalLM
     model = auto.from_pretrained(out, attn_implementation="eager", **trust)
     with torch.no_grad():
-        r["logits"] = model(input_ids=ids).logits.tolist()
+        found = model(input_ids=ids, output_hidden_states=True)
+    r["logits"], r["states"] = found.logits.tolist(), len(found.hidden_states or ())
     r["base"] = type(AutoModel.from_pretrained(out, **trust)).__name__
     if name != "bert":
         options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -270,7 +287,7 @@ def test_a_process_without_normswap_loads_runs_trains_and_saves(folders, tmp_pat
             expected = reference(original, IDS)
         # float32; measured: 3e-7 to 1e-6
         assert relative(torch.tensor(r["logits"], dtype=torch.float64), expected) < 2e-5
-        assert r["saved"] and r.get("generates", True) and r["base"].startswith("Normswap")
+        assert r["states"] == 3 and r["saved"] and r.get("generates", True) and r["base"].startswith("Normswap")
         assert {layers[name], f"Rewritten{layers[name]}"} <= set(r["whole"]) and f"Rewritten{layers[name]}" in r[
             "classes"
         ]
