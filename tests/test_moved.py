@@ -31,6 +31,7 @@ from normswap.apply.live import apply_plan
 from normswap.apply.modelling import FILE, load_generated
 from normswap.errors import PlanError
 from normswap.norms.centred import centre_input
+from normswap.observe.run import observe
 from normswap.planning.edits import Change, SetScale
 from normswap.planning.plans import Plan
 from normswap.source.methods import Method
@@ -100,6 +101,18 @@ def test_classes_are_shared_and_show_their_source():
     assert "self.skip * residual" in Method.of(classes[1], "forward").text
 
 
+def test_a_moved_model_is_observed_like_any_other():
+    model = tiny("llama")
+    apply_plan(model, llama_post(model))
+    trace = observe(model, dict(input_ids=IDS, use_cache=False))
+    sums = [op for op in trace.operations if op.name == "add" and op.module == "model.layers.1"]
+    method = Method.of(type(model.model.layers[1]), "forward")
+    assert [method.source(method.locate(op.span)) for op in sums] == [
+        "self.skip * residual + hidden_states",
+        "self.skip_mlp * residual + hidden_states",
+    ]
+
+
 def test_a_module_that_is_centred_stays_so():
     model, plain = tiny("llama"), tiny("llama")
     plan = llama_post(model)
@@ -123,7 +136,7 @@ def test_a_rewritten_model_goes_by_its_stock_name_and_can_be_rewritten_again():
     again = rewrite(model.transformer, "transformer", "forward", ("wrap", "nothing", call, 0))
     apply_plan(model, plan_of(model, [again, norm("transformer.nothing", "none", gain=None)]))
     source = inspect.getsource(type(model.transformer).forward)
-    assert re.search(r"self\.nothing\(\s*self\.entry_norm\(", source)
+    assert re.search(r"self\.nothing\(.*\s*self\.entry_norm\(", source)
     assert torch.equal(logits(model), expected)
 
 
