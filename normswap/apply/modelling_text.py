@@ -206,10 +206,10 @@ def _model(offer: Offer, rewritten: Mapping[type, str], head: Tables) -> str:
 
 
 def _auto_model(config_name: str, offer: Offer) -> str:
-    return (
-        "# AutoModel.from_config gives the converted base model, here and inside stock classes that call it.\n"
-        f"AutoModel.register({config_name}, {offer.name}, exist_ok=True)"
-    )
+    about = "# AutoModel.from_config gives the converted base model, here and inside stock classes that call it."
+    arguments = f"{config_name}, {offer.name}, exist_ok=True"
+    call = f"AutoModel.register({arguments})"
+    return f"{about}\n" + (call if len(call) <= WIDTH else f"AutoModel.register(\n    {arguments}\n)")
 
 
 def _renamed(old_type: str, new_type: str, offers: list[Offer], classes: list[Rewritten]) -> dict[str, str]:
