@@ -337,7 +337,21 @@ def outermost(found: list[Streams], ancestors: list[int]) -> list[Stream]:
             for block in other.blocks
         )
     ]
-    return sorted(kept, key=lambda stream: stream.blocks[0].add)
+    # where a layer has as many positions as another has channels, its sums are found once for each
+    specs = {path: spec for streams in found for path, spec in streams.norms.items()}
+
+    def own(stream: Stream) -> int:
+        slots = [path for block in stream.blocks for path in (*block.n_in, *block.n_branch, *block.n_out)]
+        return sum(stream.width in (specs[path].width, specs[path].channels) for path in slots)
+
+    def better(stream: Stream) -> bool:
+        adds = {block.add for block in stream.blocks}
+        return any(
+            other.width != stream.width and own(other) > own(stream) and adds & {block.add for block in other.blocks}
+            for other in kept
+        )
+
+    return sorted((stream for stream in kept if not better(stream)), key=lambda stream: stream.blocks[0].add)
 
 
 def _closes(norm: str, block: Block) -> bool:
