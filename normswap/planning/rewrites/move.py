@@ -22,6 +22,7 @@ On streams that stay raw, N_branch enters as `t n(F)`, with t the scale of F, or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -197,6 +198,9 @@ class _Stream:
     def _check(self, step: Step) -> None:
         if step.target.scaled and not step.n_in and not step.source.n_out:
             raise NoPlace(f"{step.name}: its branch reads the stream without a norm, and would miss its scale.")
+        for block in step.blocks:
+            if not self._whole(block.operands[0]):
+                raise NoPlace(f"{step.name}: its skip pools the stream, which does not go with normalising it before.")
         kinds = {self.slots.spec(path).kind for path in step.n_in}
         if len(kinds) > 1 or kinds - {"layernorm", "rmsnorm"}:
             raise NoPlace(
@@ -360,13 +364,18 @@ class _Stream:
         moved = {base(step.blocks[-1].result): i for i, step in enumerate(self.steps) if self._gives_norm(step)}
         for op in self.normmap.trace.norm_operations():
             index = moved.get(base(op.inputs[0]))
-            if index is None or op.norm not in self.stream.found.final:
-                continue
+            if index is None or op.norm not in self.stream.found.final or not self._whole(op.inputs[0]):
+                continue  # a norm of what is pooled stays one
             after = self.steps[index + 1] if index + 1 < len(self.steps) else None
             if op.norm in self.result.sites:
                 raise NoPlace(f"{op.norm} reads the stream in several places; expected one.")
             self.slots.affine(op.norm, self._gain(after))
             self.result.sites.append(op.norm)
+
+    def _whole(self, v: int) -> bool:
+        """Whether a value is the stream rearranged, and not pooled or a part of it."""
+        values = self.normmap.trace.values
+        return math.prod(values[v].shape) == math.prod(values[self.stream.found.analysis.base(v)].shape)
 
     def _gives_norm(self, step: Step) -> bool:
         """Whether a norm is added after the step."""
@@ -383,7 +392,7 @@ class _Stream:
         carried = [op for op in consumers if all(found.analysis.base(v) == result for v in op.outputs)]
         rest = [op for op in consumers if op not in carried and any(v in live for v in op.outputs)]
         given = any(found.analysis.base(v) == result for v in self.normmap.trace.outputs)
-        return bool(rest) and not given and all(op.norm in found.final for op in rest)
+        return bool(rest) and not given and all(op.norm in found.final and self._whole(op.inputs[0]) for op in rest)
 
     def _norm_for(self, step: Step | None) -> NormSpec:
         """The norm n of what a step reads: as its own N_in is, or as another norm of the stream."""
