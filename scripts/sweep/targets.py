@@ -5,7 +5,8 @@ and `s` a constant in the place of each token's scale:
 
     u_0 = n(x_0)        u_{i+1} = n(s_i u_i + F(g_i u_i + b_i))        the final norm gives g u_N + b
 
-What reads the stream without a norm gets `s_i u_i`. With `s` each token's own scale this is the model as it was.
+What reads the stream without a norm gets `s_i u_i`. With `s` each token's own scale this is the model as it was. A
+first step without a norm of its own needs none before it: `u_1 = n(x_0 + F(x_0))`.
 """
 
 from __future__ import annotations
@@ -149,8 +150,8 @@ def normalised(
         for i, step in enumerate(raw.steps):
             s, plain = scales.get(before, 1.0), _weightless(raw.spec_before(i))
             moves = only is None or step[-1].add in only
-            into = [_identity if is_normal else plain] if moves else []
-            into += [_times(s)] if moves or is_normal else []
+            into = [plain] if moves and not is_normal and any(block.n_in for block in step) else []
+            into += [_times(s)] if is_normal or into else []
             given = _chain(*into) if into else None
             for block in step:
                 out = _weightless(raw.spec_before(i + 1)) if moves and block is step[-1] else None
