@@ -31,6 +31,7 @@ from normswap.apply.live import apply_plan
 from normswap.apply.modelling import FILE, load_generated
 from normswap.errors import PlanError
 from normswap.norms.centred import centre_input
+from normswap.observe.run import observe
 from normswap.planning.edits import Change, SetScale
 from normswap.planning.plans import Plan
 from normswap.source.methods import Method
@@ -100,6 +101,18 @@ def test_classes_are_shared_and_show_their_source():
     assert "self.skip * residual" in Method.of(classes[1], "forward").text
 
 
+def test_a_moved_model_is_observed_like_any_other():
+    model = tiny("llama")
+    apply_plan(model, llama_post(model))
+    trace = observe(model, dict(input_ids=IDS, use_cache=False))
+    sums = [op for op in trace.operations if op.name == "add" and op.module == "model.layers.1"]
+    method = Method.of(type(model.model.layers[1]), "forward")
+    assert [method.source(method.locate(op.span)) for op in sums] == [
+        "self.skip * residual + hidden_states",
+        "self.skip_mlp * residual + hidden_states",
+    ]
+
+
 def test_a_module_that_is_centred_stays_so():
     model, plain = tiny("llama"), tiny("llama")
     plan = llama_post(model)
@@ -109,6 +122,22 @@ def test_a_module_that_is_centred_stays_so():
     apply_plan(model, plan)
     assert type(model.model.layers[1]).__name__ == "CentredInputRewrittenLlamaDecoderLayer2"
     assert torch.equal(logits(model), logits(plain))
+
+
+def test_a_rewritten_model_goes_by_its_stock_name_and_can_be_rewritten_again():
+    model = tiny("gpt2")
+    stock = type(model.transformer)
+    apply_plan(model, gpt2_sandwich(model))
+    cls = type(model.transformer)
+    assert cls is not stock and (cls.__name__, str(cls)) == (stock.__name__, str(stock))
+    assert len(model(input_ids=IDS, output_hidden_states=True).hidden_states) == 3
+    expected = logits(model)
+    call = "self.entry_norm(inputs_embeds + position_embeds.to(inputs_embeds.device))"
+    again = rewrite(model.transformer, "transformer", "forward", ("wrap", "nothing", call, 0))
+    apply_plan(model, plan_of(model, [again, norm("transformer.nothing", "none", gain=None)]))
+    source = inspect.getsource(type(model.transformer).forward)
+    assert re.search(r"self\.nothing\(.*\s*self\.entry_norm\(", source)
+    assert torch.equal(logits(model), expected)
 
 
 def test_added_norms_are_as_their_neighbours():
@@ -224,7 +253,8 @@ for name in ("llama", "gpt2", "bert"):
     auto = AutoModelForMaskedLM if name == "bert" else AutoModelForCausalLM
     model = auto.from_pretrained(out, attn_implementation="eager", **trust)
     with torch.no_grad():
-        r["logits"] = model(input_ids=ids).logits.tolist()
+        found = model(input_ids=ids, output_hidden_states=True)
+    r["logits"], r["states"] = found.logits.tolist(), len(found.hidden_states or ())
     r["base"] = type(AutoModel.from_pretrained(out, **trust)).__name__
     if name != "bert":
         options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -270,7 +300,7 @@ def test_a_process_without_normswap_loads_runs_trains_and_saves(folders, tmp_pat
             expected = reference(original, IDS)
         # float32; measured: 3e-7 to 1e-6
         assert relative(torch.tensor(r["logits"], dtype=torch.float64), expected) < 2e-5
-        assert r["saved"] and r.get("generates", True) and r["base"].startswith("Normswap")
+        assert r["states"] == 3 and r["saved"] and r.get("generates", True) and r["base"].startswith("Normswap")
         assert {layers[name], f"Rewritten{layers[name]}"} <= set(r["whole"]) and f"Rewritten{layers[name]}" in r[
             "classes"
         ]

@@ -204,6 +204,11 @@ class Odd(nn.Module):
     def cached(self, x):
         return x
 
+    FACTOR = 2
+
+    def default(self, x, factor=FACTOR):
+        return x * factor
+
     def private(self, x):
         return self.__x + x
 
@@ -238,6 +243,11 @@ def local_class():
 def test_what_is_not_all_in_its_source_is_refused(cls, name, message):
     with pytest.raises(RefusedError, match=message):
         Method.of(cls, name)
+
+
+def test_names_of_the_class_body_cannot_be_had():
+    with pytest.raises(RefusedError, match="its signature or decorators use FACTOR"):
+        Method.of(Odd, "default").global_names()
 
 
 def test_decorators_that_say_what_they_wrap_are_seen_through():

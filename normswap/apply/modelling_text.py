@@ -21,10 +21,13 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from normswap.apply import rebuild
 from normswap.apply.tables import CLASSES, EVERY, WIDTH, Tables, copied, literal
 from normswap.errors import PlanError
+from normswap.norms.kinds import KINDS
 from normswap.planning.plans import Plan
 from normswap.source.classes import Rewritten
 
 PREFIX = "Normswap"
+# names that a file may define itself
+_OWN = {*vars(rebuild), *(cls.__name__ for cls in KINDS.values()), "CentredInput", "CentredOutput", "Converted"}
 _AS_THEY_ARE = "# fmt: off\n# ruff: noqa\n# The lines of these classes are laid out as in transformers."
 
 
@@ -129,7 +132,7 @@ def _members(
         functions = ("get_checkpoint_conversion_mapping", "register_checkpoint_conversion_mapping")
         members |= dict.fromkeys(functions, "transformers.conversion_mapping")
     # what the file itself calls by a name, and what a class has already brought under it
-    known: dict[str, object] = dict.fromkeys(vars(rebuild)) | {"torch": torch, "nn": nn}
+    known: dict[str, object] = dict.fromkeys(_OWN) | {"torch": torch, "nn": nn}
     for rewritten in classes:
         for name, (module, value) in rewritten.names.items():
             if known.setdefault(name, value) is not value:
@@ -203,10 +206,10 @@ def _model(offer: Offer, rewritten: Mapping[type, str], head: Tables) -> str:
 
 
 def _auto_model(config_name: str, offer: Offer) -> str:
-    return (
-        "# AutoModel.from_config gives the converted base model, here and inside stock classes that call it.\n"
-        f"AutoModel.register({config_name}, {offer.name}, exist_ok=True)"
-    )
+    about = "# AutoModel.from_config gives the converted base model, here and inside stock classes that call it."
+    arguments = f"{config_name}, {offer.name}, exist_ok=True"
+    call = f"AutoModel.register({arguments})"
+    return f"{about}\n" + (call if len(call) <= WIDTH else f"AutoModel.register(\n    {arguments}\n)")
 
 
 def _renamed(old_type: str, new_type: str, offers: list[Offer], classes: list[Rewritten]) -> dict[str, str]:

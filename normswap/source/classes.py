@@ -31,14 +31,14 @@ class Rewritten:
     Attributes:
         name: of the new class.
         base: the stock class.
-        methods: text of each method as the class has it.
+        methods: by name, the text of each method as the class has it.
         names: what the texts take from the modules that they come from, and which module that is.
         lazy: whether annotations are left unevaluated.
     """
 
     name: str
     base: type
-    methods: tuple[str, ...]
+    methods: Mapping[str, str]
     names: Mapping[str, tuple[str, object]]
     lazy: bool
 
@@ -50,7 +50,13 @@ class Rewritten:
     def text(self) -> str:
         """The class statement."""
         about = f'    """{self.base.__name__} with norms in other places: lines that are `# changed` or `# removed`."""'
-        methods = "\n\n".join(method.rstrip("\n") for method in self.methods)
+        if self.is_model:
+            stock = self.base.__name__
+            about += (
+                "\n\n    # what transformers knows of a model it finds by these"
+                f"\n    __module__, __qualname__ = {stock}.__module__, {stock}.__qualname__"
+            )
+        methods = "\n\n".join(method.rstrip("\n") for method in self.methods.values())
         return f"class {self.name}({self.base.__name__}):\n{about}\n\n{methods}\n"
 
     def build(self) -> type:
@@ -72,8 +78,10 @@ class Rewritten:
         exec(compile(self.text, file, "exec", flags, dont_inherit=True), namespace)
         made = namespace[self.name]
         if self.is_model:
-            # transformers goes by the names of models when it converts a checkpoint's keys
-            made.__name__ = made.__qualname__ = self.base.__name__
+            # and by this, how to convert a checkpoint's keys; the modelling file registers its own names for that
+            made.__name__ = self.base.__name__
+            for name in self.methods:
+                inspect.unwrap(vars(made)[name]).__qualname__ = f"{made.__qualname__}.{name}"
         return made
 
 
@@ -106,7 +114,7 @@ def rewritten_classes(model: nn.Module, edits: Iterable[Rewrite]) -> dict[str, R
 
 
 def _rewritten(name: str, base: type, changed: list[tuple[str, tuple[Change, ...], str]]) -> Rewritten:
-    texts, names, lazy = [], {}, set()
+    texts, names, lazy = {}, {}, set()
     for method_name, changes, digest in changed:
         method = Method.of(base, method_name)
         if method.digest != digest:
@@ -115,11 +123,13 @@ def _rewritten(name: str, base: type, changed: list[tuple[str, tuple[Change, ...
                 f"another ({method.digest[:12]}..): the installed version of its library is not the one the plan was "
                 f"made with. Make the plan again, or install that version.\n{method.text}"
             )
-        texts.append(reindented(rewrite(method, changes), 4))
+        texts[method_name] = reindented(rewrite(method, changes), 4)
         lazy.add(method.lazy_annotations)
         for key, value in method.global_names().items():
             if names.setdefault(key, (method.function.__module__, value))[1] is not value:
                 raise RefusedError(f"{method.where}: {key} is another thing in {names[key][0]}.")
+    if names.get(base.__name__, ("", base))[1] is not base:
+        raise RefusedError(f"{base.__name__}: a method names the class itself, which was rewritten before.")
     if len(lazy) > 1:
         raise RefusedError(f"{base.__name__}: its methods come from modules that treat annotations differently.")
-    return Rewritten(name, base, tuple(texts), names, lazy == {True})
+    return Rewritten(name, base, texts, names, lazy == {True})

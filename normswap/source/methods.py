@@ -133,25 +133,28 @@ class Method:
         """What the text takes from its module, by name: in the body, in decorators, annotations and defaults.
 
         Raises:
-            RefusedError: the module does not have a name that the text will ask for.
+            RefusedError: the module does not have a name that the text asks for when it is read.
         """
         arguments = self.tree.args
         outside = [*self.tree.decorator_list, *arguments.defaults, *filter(None, arguments.kw_defaults)]
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
         outside += [a.annotation for a in every if a is not None and a.annotation]
         outside += [self.tree.returns] if self.tree.returns else []
-        names = [n.id for node in outside for n in ast.walk(node) if isinstance(n, ast.Name)]
-        names += _global_reads(self.function.__code__)
+        needed = [name for node in outside for name in _reads(node)]
         found = self.function.__globals__
+        missing = [n for n in needed if n not in found and not hasattr(builtins, n)]
+        if missing and not self.lazy_annotations:
+            raise RefusedError(
+                f"{self.where}: its signature or decorators use {missing[0]}, which {self.function.__module__} lacks: "
+                f"expected names of the module alone:\n{self.text}"
+            )
         # annotations of local variables are read by nobody but people and their tools
         local = [n.annotation for n in ast.walk(self.tree) if isinstance(n, ast.AnnAssign)]
-        told = [n.id for node in local for n in ast.walk(node) if isinstance(n, ast.Name)]
-        missing = [n for n in names if n not in found and not hasattr(builtins, n)]
-        if missing and not self.lazy_annotations:
-            raise RefusedError(f"{self.where} uses {missing[0]}, which {self.owner.__module__} does not have.")
+        names = [*needed, *_lookups(self.function.__code__)]
+        names += [name for node in local for name in _reads(node)]
         if "super" in names:
             names.append(self.owner.__name__)
-        return {n: found[n] for n in dict.fromkeys(names + told) if n in found}
+        return {n: found[n] for n in dict.fromkeys(names) if n in found}
 
     @property
     def lazy_annotations(self) -> bool:
@@ -196,10 +199,15 @@ def _definition(text: str) -> ast.stmt:
     return ast.increment_lineno(ast.parse(text).body[0], -1)
 
 
-def _global_reads(code: CodeType) -> list[str]:
+def _reads(node: ast.expr) -> list[str]:
+    """Names that an expression takes from around it."""
+    return _lookups(compile(ast.Expression(node), "<expression>", "eval"))
+
+
+def _lookups(code: CodeType) -> list[str]:
     """Names that `code`, and functions inside it, look up in the module."""
-    names = [step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"]
-    return names + [n for inner in code.co_consts if isinstance(inner, CodeType) for n in _global_reads(inner)]
+    names = [step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return names + [n for inner in code.co_consts if isinstance(inner, CodeType) for n in _lookups(inner)]
 
 
 def reindented(text: str, spaces: int) -> str:

@@ -255,7 +255,7 @@ class Streams:
             if op.norm in claimed or base not in values:
                 continue
             block = by_result.get(base)
-            if block is not None and _layer(op.norm) and _layer(op.norm) == _layer(block.module):
+            if block is not None and _closes(op.norm, block):
                 block.n_out.append(op.norm)  # the last block of a post-norm stream
             else:
                 next(s for s in self.streams if base in s.values).final.append(op.norm)
@@ -338,6 +338,14 @@ def outermost(found: list[Streams], ancestors: list[int]) -> list[Stream]:
         )
     ]
     return sorted(kept, key=lambda stream: stream.blocks[0].add)
+
+
+def _closes(norm: str, block: Block) -> bool:
+    """Whether a norm behind the last block belongs to it: it stands in the same layer, or, outside of numbered layers,
+    in the module of the sum, and the block has no norm of its own before its branch.
+    """
+    layer = _layer(norm)
+    return layer == _layer(block.module) if layer else not block.n_in and norm.rpartition(".")[0] == block.module != ""
 
 
 def _layer(path: str) -> str:

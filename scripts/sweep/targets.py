@@ -150,8 +150,9 @@ def normalised(
         for i, step in enumerate(raw.steps):
             s, plain = scales.get(before, 1.0), _weightless(raw.spec_before(i))
             moves = only is None or step[-1].add in only
-            into = [plain] if moves and not is_normal and any(block.n_in for block in step) else []
-            into += [_times(s)] if is_normal or into else []
+            raw_in = not is_normal and not any(block.n_in for block in step)  # nothing there asks for a norm
+            into = [_identity if is_normal else plain] if moves and not raw_in else []
+            into += [_times(s)] if (moves and not raw_in) or is_normal else []
             given = _chain(*into) if into else None
             for block in step:
                 out = _weightless(raw.spec_before(i + 1)) if moves and block is step[-1] else None

@@ -31,7 +31,7 @@ from normswap.planning.edits import AnyEdit, SetScale
 from normswap.planning.plans import Placement, Request
 from normswap.planning.rewrites.lift import lift, normalise_skip
 from normswap.planning.rewrites.places import NoPlace, Place, Places
-from normswap.planning.rewrites.slots import Slots
+from normswap.planning.rewrites.slots import Slots, together
 from normswap.planning.rewrites.steps import SKIP, Step, choose, steps_of
 from normswap.understand.normmap import NormMap, StreamInfo
 from normswap.understand.placement import Block
@@ -118,14 +118,14 @@ def move(
         RefusedError: a placement or layer that is not there; the model has no stream.
     """
     result = Moved()
-    places = Places(normmap)
+    places, named = Places(normmap), set()
     every = {stream.name: steps_of(normmap, stream) for stream in normmap.streams}
     if not every:
         raise RefusedError(f"{normmap.architecture} has no residual stream with a norm: there is nothing to move.")
     choose([step for steps in every.values() for step in steps], placements)
     for stream in normmap.streams:
         try:
-            found = _Stream(normmap, places, stream, every[stream.name], scales, swapped).run()
+            found = _Stream(normmap, places, stream, every[stream.name], scales, swapped, named).run()
         except NoPlace as error:
             result.refused[stream.name] = str(error)
             continue
@@ -134,6 +134,7 @@ def move(
         result.steps += found.steps
         result.notes += found.notes
         result.exact = found.exact and (result.exact or len(result.steps) == len(found.steps))
+    result.edits = together(result.edits)
     return result
 
 
@@ -141,9 +142,16 @@ class _Stream:
     """Moves the steps of one stream, or raises NoPlace."""
 
     def __init__(
-        self, normmap: NormMap, places: Places, stream: StreamInfo, steps: list[Step], scales: Scales, swapped: set[str]
+        self,
+        normmap: NormMap,
+        places: Places,
+        stream: StreamInfo,
+        steps: list[Step],
+        scales: Scales,
+        swapped: set[str],
+        named: set[str],
     ):
-        self.normmap, self.places, self.slots = normmap, places, Slots(normmap, swapped)
+        self.normmap, self.places, self.slots = normmap, places, Slots(normmap, swapped, named)
         self.stream, self.steps, self.scales = stream, steps, scales
         self.result = Moved()
 

@@ -14,19 +14,31 @@ from normswap.source.methods import Method
 from normswap.understand.normmap import NormMap
 
 
+def together(edits: list[AnyEdit]) -> list[AnyEdit]:
+    """The same edits, with one rewrite for each method of a module: two streams may run through it."""
+    rewrites: dict[tuple[str, str], Rewrite] = {}
+    for edit in edits:
+        if isinstance(edit, Rewrite):
+            key = edit.module, edit.method
+            so_far = rewrites[key].changes if key in rewrites else ()
+            rewrites[key] = edit.model_copy(update={"changes": tuple(dict.fromkeys((*so_far, *edit.changes)))})
+    return [*(edit for edit in edits if not isinstance(edit, Rewrite)), *rewrites.values()]
+
+
 class Slots:
     """Gathers the edits of a move.
 
     Args:
         swapped: LayerNorms that become RMSNorms in the same plan.
+        named: attributes that the plan gives to modules so far.
     """
 
-    def __init__(self, normmap: NormMap, swapped: set[str]):
+    def __init__(self, normmap: NormMap, swapped: set[str], named: set[str]):
         self.normmap, self.swapped = normmap, swapped
         self.ties, self.idle = Ties(normmap, untied=False), Idle(normmap)
         self.edits: list[AnyEdit] = []
         self.changes: dict[str, list[tuple[Method, Change]]] = defaultdict(list)
-        self.named: set[str] = set()
+        self.named = named
 
     def rewrites(self) -> list[Rewrite]:
         """One edit per method of a module."""
