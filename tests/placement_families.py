@@ -81,6 +81,10 @@ class Stack:
     def is_post(self) -> bool:
         return self.steps[0].n_out is not None
 
+    @property
+    def begins_with_norm(self) -> bool:
+        return self.steps[0].branches[0].n_in is not None
+
     def norm_at(self, i: int) -> Norm:
         """The norm whose kind and eps the `i`-th value of a raw stream is normalised by: that which reads it."""
         if i == len(self.steps):

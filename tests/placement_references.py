@@ -47,7 +47,11 @@ def deepnorm(stack: Stack, scales: Sequence[Scale], norms=()) -> Tensor:
         for s, step in zip(scales, stack.steps, strict=True):
             x = step.n_out(s * x + sum(b.apply(x) for b in step.branches))
         return x
-    u = stack.norm_at(0).plain(stack.first)
+    u, scales = stack.first, [*scales]
+    if stack.begins_with_norm:
+        u = stack.norm_at(0).plain(u)
+    else:
+        scales[0] = 1.0  # nothing has to be put in the place of a scale that is still there
     for i, (s, step) in enumerate(zip(scales, stack.steps, strict=True)):
         branches = sum(b.apply(s * u if b.n_in is None else b.n_in.affine(u)) for b in step.branches)
         u = stack.norm_at(i + 1).plain(s * u + branches)
@@ -69,7 +73,7 @@ def mixed(stack: Stack, scales: Sequence[Scale], norms=(), moved: Sequence[bool]
 
 
 def post(stack: Stack, scales: Sequence[Scale], norms=()) -> Tensor:
-    u = scales[0] * stack.norm_at(0).plain(stack.first)
+    u = scales[0] * stack.norm_at(0).plain(stack.first) if stack.begins_with_norm else stack.first
     for i, step in enumerate(stack.steps):
         branches = sum(b.apply(u if b.n_in is None else b.n_in.affine(u / scales[i])) for b in step.branches)
         after = scales[i + 1] if i + 1 < len(stack.steps) else 1.0

@@ -5,7 +5,8 @@ and `s` a constant in the place of each token's scale:
 
     u_0 = n(x_0)        u_{i+1} = n(s_i u_i + F(g_i u_i + b_i))        the final norm gives g u_N + b
 
-What reads the stream without a norm gets `s_i u_i`. With `s` each token's own scale this is the model as it was.
+What reads the stream without a norm gets `s_i u_i`. With `s` each token's own scale this is the model as it was. A
+first step without a norm of its own needs none before it: `u_1 = n(x_0 + F(x_0))`.
 """
 
 from __future__ import annotations
