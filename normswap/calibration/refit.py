@@ -1,14 +1,20 @@
 """Refit what writes a moved block, in closed form, so that the stream behind it is the original's again.
 
 With y = skip + F the sum of the moved block, F = H W the end of its branch (H the features that its last linear maps
-read, side by side where there are several; a bias is a feature of ones), n' the original's normalised stream behind the
-block and c_t the scale of y at token t, minimise over W the error behind the norm,
+read, side by side where there are several; a bias is a feature of ones), n' the original's normalised stream behind
+the block and c_t = <n'_t, y_t> / <n'_t, n'_t> the length of y along it at token t, minimise over W the error behind
+the norm,
 
     sum_t || (skip_t + H_t W - c_t n'_t) / c_t ||^2  +  r tr(H'H)/k || W - W_0 ||^2,
 
-which is linear in W once c_t is held; c_t is updated and the problem solved once more. Blocks are refitted one after
-another on the stream as moved so far, so that each also corrects what the blocks before it left. Where the stream is
-carried divided by D per channel, all this is said of D y, and W is divided by D at the end.
+which is linear in W once c_t is held; c_t is updated and the problem solved once more (further rounds change nothing
+that can be measured). The norm takes the length away, so any c_t serves: one c for all tokens leaves twice the
+divergence. r is chosen on tokens that take no part in the fit, and where none helps there, the writers stay. Blocks
+are refitted one after another on the stream as moved so far, so that each also corrects what the blocks before it
+left. Where the stream is carried divided by D per channel, all this is said of D y, and W is divided by D at the end.
+
+A normalised stream that becomes raw keeps the length of its sums, and branches of one scale are added to tokens of all
+lengths. There c_t is drawn towards its median where the writers can do that without a loss of direction.
 """
 
 from __future__ import annotations
@@ -20,13 +26,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from normswap.calibration.scales import normalised, scale_of
+from normswap.calibration.ridge import Ridge
+from normswap.calibration.scales import normalised
 from normswap.calibration.taps import Tap, rows, watch
 from normswap.norms.spec import NormSpec
 
-#: how strongly the weights are held to what they were, by the number of tokens
-RIDGE = ((16384, 1e-2), (float("inf"), 1e-3))
-ROUNDS = 2
+#: r, how strongly the weights may be held to what they were
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+#: one in so many tokens, the last ones, takes no part in the fit that r is chosen by
+_HELD = 8
+#: lengths that are carried on become `median(c)^e c_t^(1 - e)`; on a BERT, 0 and 1 are both worse
+_EVENING = 0.5
+#: a token of less than this part of the usual length weighs no more than one of this length
+_SHORTEST = 0.1
+#: an error of so many roundings is none
+_ROUNDINGS = 10
 # the sum must follow its writers to this relative error, or they are not all that writes it
 _LINEAR = 1e-3
 
@@ -58,6 +72,7 @@ class Target:
         frame: D, per channel, with which the stream is multiplied on the way there: name of the parameter, None: 1.
         original: in the original, the value that should be there.
         norm: by which both are read.
+        carried: the stream was normalised and now keeps the length of this sum for the steps that follow.
     """
 
     name: str
@@ -66,11 +81,15 @@ class Target:
     frame: str | None
     original: Tap
     norm: NormSpec
+    carried: bool = False
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Relative error of the normalised stream behind a step, `rms(n(y) - n')`, before and after it was refitted."""
+    """Relative error of the normalised stream behind a step, `rms(n(y) - n')`, before and after it was refitted.
+
+    Measured on the tokens that are kept apart, with what was fitted to the others.
+    """
 
     before: float
     after: float
@@ -112,48 +131,83 @@ def _step(original: nn.Module, moved: nn.Module, target: Target, batches) -> tup
     y, features, wanted = _gather(original, moved, target, writers, batches)
     if y is None:
         return None
-    before = _error(y, wanted, target.norm)
-    if not writers:
-        return Fit(before, before), {}
-    start = torch.cat([_matrix(parameters, writer) for writer in writers]).double() * frame
-    ridge = next(r for tokens, r in RIDGE if len(y) <= tokens)
-    skip = y.double() - features.double() @ start
-    found = start
-    for _ in range(ROUNDS):
-        found = _solve(skip, features, wanted, skip + features.double() @ found, start, ridge, target.norm)
-    after = _error(skip + features.double() @ found, wanted, target.norm)
-    if not after < before:
-        return Fit(before, before), {}
-    tensors = {}
+    data = _Data(y, features, wanted)
+    fit, change = _fitted(data, target, bias=any(writer.bias is not None for writer in writers))
+    if change is None:
+        return fit, {}
+    return fit, _write(parameters, writers, *(part / frame for part in change))
+
+
+def _write(parameters, writers: Sequence[Writing], change: torch.Tensor, shift: torch.Tensor):
+    """Add the change of all weights, `(features, width)`, and of the bias, which goes to the first writer with one."""
+    tensors: dict[str, torch.Tensor] = {}
     place = 0
     for writer in writers:
         weight = parameters[writer.weight]
         size = weight.shape[1 - writer.axis]
-        rows_of = found[place : place + size] / frame
-        _put(weight, rows_of if writer.axis == 1 else rows_of.T)
-        tensors[writer.weight] = weight.detach().clone()
+        rows_of = change[place : place + size]
+        _add(tensors, writer.weight, weight, rows_of if writer.axis == 1 else rows_of.T)
         place += size
-        if writer.bias is not None:
-            _put(parameters[writer.bias], (found[place : place + 1] / frame).reshape(-1))
-            tensors[writer.bias] = parameters[writer.bias].detach().clone()
-            place += 1
-    return Fit(before, after), tensors
+    biased = next((writer for writer in writers if writer.bias is not None), None)
+    if biased is not None:
+        _add(tensors, biased.bias, parameters[biased.bias], shift)
+    return tensors
 
 
-def _solve(skip, features, wanted, y, start, ridge: float, norm: NormSpec) -> torch.Tensor:
-    """One round: W, `(features, width)`."""
-    c = scale_of(y, norm)
-    h = features.double() / c
-    t = wanted.double() - (skip - _off_centre(skip, norm)) / c
-    gram = h.T @ h
-    held = ridge * gram.diagonal().mean()
-    gram.diagonal().add_(held)
-    return torch.linalg.solve(gram, h.T @ t + held * start)
+@torch.no_grad()
+def _add(tensors: dict[str, torch.Tensor], name: str, parameter: torch.Tensor, change: torch.Tensor) -> None:
+    parameter.copy_(parameter.double() + change)
+    tensors[name] = parameter.detach().clone()
 
 
-def _off_centre(x: torch.Tensor, norm: NormSpec) -> torch.Tensor | float:
-    """What the norm takes out of x before it scales."""
-    return x.mean(-1, keepdim=True) if norm.kind == "layernorm" else 0.0
+@dataclass
+class _Data:
+    """Of all tokens: the sum, what its writers read (None: there are none), and the normalised stream wanted."""
+
+    y: torch.Tensor
+    features: torch.Tensor | None
+    wanted: torch.Tensor
+
+    def part(self, start: int, end: int) -> _Data:
+        features = None if self.features is None else self.features[start:end]
+        return _Data(self.y[start:end], features, self.wanted[start:end])
+
+    def changed(self, change: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return self.y + self.features @ change.to(self.features.dtype) + shift.to(self.y.dtype)
+
+    def lengths(self, y: torch.Tensor) -> torch.Tensor:
+        """c_t, none of them shorter than counts."""
+        tiny = torch.finfo(y.dtype).tiny
+        c = (y * self.wanted).sum(-1) / self.wanted.square().sum(-1).clamp_min(tiny)
+        return c.clamp_min(_SHORTEST * c.abs().median().clamp_min(tiny))
+
+    def change_wanted(self, c: torch.Tensor, evening: float) -> torch.Tensor:
+        if evening:
+            c = c.median() ** evening * c ** (1 - evening)
+        return c[:, None] * self.wanted - self.y
+
+
+def _fitted(data: _Data, target: Target, bias: bool) -> tuple[Fit, tuple[torch.Tensor, torch.Tensor] | None]:
+    """How well the step does, and the change of its weights and bias in units of the sum, None: they stay."""
+    cut = len(data.y) - max(1, len(data.y) // _HELD)
+    train, held = data.part(0, cut), data.part(cut, len(data.y))
+    before = _error(held.y, held.wanted, target.norm)
+    stays = Fit(before, before), None
+    if data.features is None or not cut or before <= _ROUNDINGS * torch.finfo(data.y.dtype).eps:
+        return stays
+    c = train.lengths(train.y)
+    ridge = Ridge(train.features, c.square().reciprocal(), bias)
+    for evening in (_EVENING, 0.0) if target.carried else (0.0,):
+        found = ridge.solve(train.change_wanted(c, evening), *_RIDGES)
+        errors = [_error(held.changed(*change), held.wanted, target.norm) for change in found]
+        after, r, change = min(zip(errors, _RIDGES, found, strict=True), key=lambda tried: tried[:2])
+        if after < before:
+            break
+    else:
+        return stays
+    c = data.lengths(data.changed(*change))
+    change = Ridge(data.features, c.square().reciprocal(), bias).solve(data.change_wanted(c, evening), r)[0]
+    return Fit(before, after), change
 
 
 def _error(y: torch.Tensor, wanted: torch.Tensor, norm: NormSpec) -> float:
@@ -172,10 +226,8 @@ def _gather(original, moved, target: Target, writers: Sequence[Writing], batches
         sums.append(rows(ours[target.out], inputs))
         wanted.append(normalised(rows(theirs[target.original], inputs).double(), target.norm).to(sums[-1].dtype))
         parts = []
-        for writer, tap in zip(writers, inputs_of, strict=True):
+        for tap in inputs_of:
             parts.append(rows(ours[tap], inputs))
-            if writer.bias is not None:
-                parts.append(torch.ones_like(parts[-1][:, :1]))
         features.append(torch.cat(parts, dim=1) if parts else None)
     return torch.cat(sums), (torch.cat(features) if writers else None), torch.cat(wanted)
 
@@ -216,15 +268,3 @@ def _confirmed(moved: nn.Module, target: Target, parameters, inputs) -> float | 
     factor = float(((y - skip) * given).sum() / given.square().sum().clamp_min(1e-30))
     follows = (y - skip - factor * given).norm() <= _LINEAR * (factor * given).norm()
     return factor if follows and factor else None
-
-
-def _matrix(parameters, writer: Writing) -> torch.Tensor:
-    """Weight and bias as rows, one per feature."""
-    weight = parameters[writer.weight].detach()
-    weight = weight if writer.axis == 1 else weight.T
-    return weight if writer.bias is None else torch.cat([weight, parameters[writer.bias].detach()[None]])
-
-
-@torch.no_grad()
-def _put(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    parameter.copy_(value)

@@ -125,7 +125,9 @@ def _target(normmap: NormMap, step: MovedStep) -> Target | None:
     if step.out is None or original is None or step.norm.axes != (-1,):
         return None
     writers = _writers(normmap, stream, step)
-    return Target(step.name, writers, Tap(step.out, "input"), step.frame, original, step.norm)
+    # a frame stands where a normalised stream became raw; behind its last sum there is no branch to be scaled
+    carried = step.frame is not None and step.result != stream.blocks[-1].result
+    return Target(step.name, writers, Tap(step.out, "input"), step.frame, original, step.norm, carried)
 
 
 def _writers(normmap: NormMap, stream: StreamInfo, step: MovedStep) -> tuple[Writing, ...]:
