@@ -117,6 +117,23 @@ def test_padding_is_left_out():
         torch.testing.assert_close(padded_tensors[name], tensor, rtol=1e-9, atol=1e-12)  # measured: 1e-15
 
 
+def test_each_of_two_streams_is_measured_without_its_padding():
+    model = tiny("bart").double()
+    normmap = NormMap.of(model, example_inputs(model))
+    tokens = torch.randint(3, 99, (2, 8), generator=torch.Generator().manual_seed(0))
+    inputs = dict(input_ids=tokens, attention_mask=torch.ones(2, 8).long())
+    inputs |= dict(decoder_input_ids=tokens[:, :6], decoder_attention_mask=torch.ones(2, 6).long())
+    inputs["attention_mask"][0, 5:] = 0
+    inputs["decoder_attention_mask"][1, 3:] = 0
+    counts = []
+    for stream in normmap.streams:
+        tap = find_tap(normmap.trace, stream.blocks[0].result, stream.found.analysis.base)
+        counts.append(
+            measure_scales(model, {"a": (tap, normmap.sites[stream.blocks[0].n_out[0]].spec)}, [inputs])["a"].count
+        )
+    assert counts == [13, 9]
+
+
 def test_taps_hold_the_values_of_the_trace_and_end_the_pass():
     model = tiny("gpt2").double()
     inputs = example_inputs(model)

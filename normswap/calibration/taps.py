@@ -88,8 +88,13 @@ def watch(model: nn.Module, taps: Iterable[Tap], inputs: Mapping[str, Any]) -> d
 
 
 def rows(value: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """The value as `(rows, width)`, those of padding left out."""
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and value.shape[:2] == mask.shape:
-        return value[mask.to(value.device, torch.bool)]
-    return value.reshape(-1, value.shape[-1])
+    """The value as `(rows, width)`, those of padding left out.
+
+    Where the masks of an encoder and of a decoder are of the value's shape, those rows count that both keep: fewer than
+    there are, and no padding.
+    """
+    keep = torch.ones(value.shape[:-1], dtype=torch.bool, device=value.device)
+    for name, mask in inputs.items():
+        if name.endswith("attention_mask") and isinstance(mask, torch.Tensor) and mask.shape == keep.shape:
+            keep &= mask.to(value.device, torch.bool)
+    return value[keep]
