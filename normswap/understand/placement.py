@@ -132,6 +132,16 @@ class Streams:
                 return position
         return None
 
+    def rearranged(self, v: int) -> bool:
+        """Whether `v` holds the very values of its base in another order, neither scaled nor pooled."""
+        while self.base(v) != v:
+            op = self._producer(v)
+            position = self._carried(op, v)
+            if not self.prober.rearranges(op, position):
+                return False
+            v = op.inputs[position]
+        return True
+
     def trunk(self, v: int) -> tuple[int, list[str]]:
         """Back from `v` along the stream to where it was last added to: that value, and the norms in between."""
         passed: list[str] = []

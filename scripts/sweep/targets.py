@@ -155,11 +155,12 @@ def normalised(
             into += [_times(s)] if (moves and not raw_in) or is_normal else []
             given = _chain(*into) if into else None
             for block in step:
-                out = _weightless(raw.spec_before(i + 1)) if moves and block is step[-1] else None
+                closes = moves and block is step[-1] and not block.n_out  # one that closes with a norm keeps it
+                out = _weightless(raw.spec_before(i + 1)) if closes else None
                 placement.blocks[block.add] = Slots(given, n_out=out, n_skip=given if block is step[0] else None)
                 for path in block.n_in:
                     placement.norms |= _first_norm(raw, path, plain, s, moves, is_normal, keep_n_in)
-            before, is_normal = step[-1].result, moves
+            before, is_normal = step[-1].result, moves and not step[-1].n_out
         placement.norms.update({path: raw.affine(path) for path in raw.final if is_normal})
     return placement
 
@@ -243,11 +244,15 @@ def normalised_skip(model: nn.Module, normmap: NormMap, streams: Iterable[Stream
 
 
 def raw_streams(normmap: NormMap) -> Iterator[Stream]:
-    """The streams without norms behind their sums. Another axis of a multiple of the width makes no other stream."""
+    """The streams without norms behind their sums, or with some only here and there (the layers of conformers).
+
+    Another axis of a multiple of the width makes no other stream.
+    """
     for info in normmap.streams:
         norms = [path for block in info.blocks for path in (*block.n_in, *block.n_branch)]
         fits = not norms or any(normmap.sites[path].spec.channels == info.width for path in norms)
-        if fits and not any(block.n_out for block in info.blocks):
+        closed = any(block.n_out for block in info.blocks)
+        if fits and (not closed or any(block.n_in for block in info.blocks)):
             yield info.found
 
 

@@ -23,6 +23,7 @@ On streams that stay raw, N_branch enters as `t n(F)`, with t the scale of F, or
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -125,6 +126,8 @@ def move(
         raise RefusedError(f"{normmap.architecture} has no residual stream with a norm: there is nothing to move.")
     choose([step for steps in every.values() for step in steps], placements)
     for stream in normmap.streams:
+        if places.again(stream):
+            continue  # a tower that runs twice: what is changed for the first run is changed for both
         try:
             found = _Stream(normmap, places, stream, every[stream.name], scales, swapped, named).run()
         except NoPlace as error:
@@ -200,12 +203,16 @@ class _Stream:
             raise NoPlace(f"{step.name}: its branch reads the stream without a norm, and would miss its scale.")
         for block in step.blocks:
             if not self._whole(block.operands[0]):
-                raise NoPlace(f"{step.name}: its skip pools the stream, which does not go with normalising it before.")
-        kinds = {self.slots.spec(path).kind for path in step.n_in}
+                raise NoPlace(
+                    f"{step.name}: its skip pools or scales the stream, which does not go with a norm before."
+                )
+        kinds = {self.slots.kind(path) for other in self.steps for path in other.n_in}
         if len(kinds) > 1 or kinds - {"layernorm", "rmsnorm"}:
-            raise NoPlace(
-                f"{step.name}: expected one kind of norm before the branch, found {', '.join(sorted(kinds))}."
-            )
+            raise NoPlace(f"{self.stream.name}: expected one kind of norm on it, found {', '.join(sorted(kinds))}.")
+        trace = self.normmap.trace
+        for op in trace.norm_operations():
+            if op.norm in step.n_in and not self._whole(op.inputs[0]):
+                raise NoPlace(f"{op.norm} reads the stream scaled or pooled; expected it as it is.")
         for path in step.n_in:
             if len(self.slots.spec(path).axes) != 1 or self.slots.spec(path).gate or self.slots.spec(path).groups != 1:
                 raise NoPlace(f"{path} normalises axes {self.slots.spec(path).axes} in groups or with a gate.")
@@ -316,7 +323,7 @@ class _Stream:
             if self.slots.fold(path, c):
                 if spare is None and place is not None and path.rpartition(".")[0] == place.module:
                     try:
-                        call = self.places.call(path)
+                        call = self.places.call(path, self.places.runs(step.blocks[0]))
                     except NoPlace:
                         call = None
                     if call is not None and call.module == place.module:
@@ -362,20 +369,26 @@ class _Stream:
         """Norms that read the end of a moved stream, or a moved value on the way, become affines."""
         base = self.stream.found.analysis.base
         moved = {base(step.blocks[-1].result): i for i, step in enumerate(self.steps) if self._gives_norm(step)}
+        reads: dict[str, list[int]] = defaultdict(list)
         for op in self.normmap.trace.norm_operations():
-            index = moved.get(base(op.inputs[0]))
-            if index is None or op.norm not in self.stream.found.final or not self._whole(op.inputs[0]):
-                continue  # a norm of what is pooled stays one
+            reads[op.norm].append(op.inputs[0])
+        for path in self.stream.found.final:
+            read = {moved.get(base(v)) for v in reads[path]}
+            if len(read) > 1 or None in read or not self._own(path) or not all(self._whole(v) for v in reads[path]):
+                continue  # a norm of what is pooled, or of other values too, stays one: it does not see c
+            index = read.pop()
             after = self.steps[index + 1] if index + 1 < len(self.steps) else None
-            if op.norm in self.result.sites:
-                raise NoPlace(f"{op.norm} reads the stream in several places; expected one.")
-            self.slots.affine(op.norm, self._gain(after))
-            self.result.sites.append(op.norm)
+            self.slots.affine(path, self._gain(after))
+            self.result.sites.append(path)
+
+    def _own(self, path: str) -> bool:
+        """Whether a norm is over the stream's channels, and not over those of several tokens side by side."""
+        return self.slots.spec(path).channels == self.stream.width
 
     def _whole(self, v: int) -> bool:
-        """Whether a value is the stream rearranged, and not pooled or a part of it."""
-        values = self.normmap.trace.values
-        return math.prod(values[v].shape) == math.prod(values[self.stream.found.analysis.base(v)].shape)
+        """Whether a value is the stream rearranged, and not scaled, pooled or a part of it."""
+        analysis, values = self.stream.found.analysis, self.normmap.trace.values
+        return analysis.rearranged(v) and math.prod(values[v].shape) == math.prod(values[analysis.base(v)].shape)
 
     def _gives_norm(self, step: Step) -> bool:
         """Whether a norm is added after the step."""
@@ -392,7 +405,11 @@ class _Stream:
         carried = [op for op in consumers if all(found.analysis.base(v) == result for v in op.outputs)]
         rest = [op for op in consumers if op not in carried and any(v in live for v in op.outputs)]
         given = any(found.analysis.base(v) == result for v in self.normmap.trace.outputs)
-        return bool(rest) and not given and all(op.norm in found.final and self._whole(op.inputs[0]) for op in rest)
+        return (
+            bool(rest)
+            and not given
+            and all(op.norm in found.final and self._own(op.norm) and self._whole(op.inputs[0]) for op in rest)
+        )
 
     def _norm_for(self, step: Step | None) -> NormSpec:
         """The norm n of what a step reads: as its own N_in is, or as another norm of the stream."""
@@ -400,6 +417,7 @@ class _Stream:
         near = [*self.stream.found.final] if step is None else step.n_in
         others = sorted(range(len(self.steps)), key=lambda i: abs(i - index))
         near += [path for i in others for path in (*self.steps[i].n_in, *self.steps[i].n_out, *self.steps[i].n_branch)]
+        near = [path for path in near if self._own(path)]
         path = next((p for p in near if self.slots.spec(p).kind in ("layernorm", "rmsnorm")), None)
         if path is None:
             raise NoPlace(f"{self.stream.name}: no norm on it says what kind of norm a new one is to be.")
@@ -407,7 +425,8 @@ class _Stream:
 
     def _stays_called(self, path: str, step: Step) -> bool:
         """Whether a norm before this step's branch serves another step as well."""
-        return any(path in other.n_in for other in self.steps if other is not step)
+        runs = sum(op.norm == path for op in self.normmap.trace.norm_operations())
+        return runs > self.places.runs(step.blocks[0]) or any(path in s.n_in for s in self.steps if s is not step)
 
 
 def _name(step: Step) -> str:

@@ -20,7 +20,7 @@ from normswap.errors import RefusedError
 from normswap.observe.trace import Frame, Operation, Ref
 from normswap.planning.edits import Change
 from normswap.source.methods import Method, place
-from normswap.understand.normmap import NormMap
+from normswap.understand.normmap import NormMap, StreamInfo
 from normswap.understand.placement import Block, Stream
 
 
@@ -74,6 +74,23 @@ class Places:
             found[call.path] += 1
         return found
 
+    @cached_property
+    def _towers(self) -> list[list[StreamInfo]]:
+        """Streams with the same sums in the same modules: one tower that runs several times."""
+        found: dict[tuple, list[StreamInfo]] = {}
+        for stream in self.normmap.streams:
+            spans = [(block.module, self.trace.operations[block.add].span) for block in stream.blocks]
+            found.setdefault(tuple(spans), []).append(stream)
+        return list(found.values())
+
+    def again(self, stream: StreamInfo) -> bool:
+        """Whether an earlier stream is another run of the same tower."""
+        return not any(tower[0] is stream for tower in self._towers)
+
+    def runs(self, block: Block) -> int:
+        """How many times the tower of a block runs."""
+        return next(len(tower) for tower in self._towers for s in tower if any(b is block for b in s.blocks))
+
     def sum(self, block: Block) -> Place:
         """The expression that gives the block's result: the sum itself, or the call of a helper that makes it.
 
@@ -82,25 +99,26 @@ class Places:
         """
         op = self.trace.operations[block.add]
         sums = {other.add for stream in self.normmap.streams for other in stream.blocks}
+        times = self.runs(block)
         for depth, frame in enumerate(op.frames):
             if frame.module is None:
                 continue
             self._check_owner(frame, op)
             run = self._runs[frame.module, frame.span]
-            if len(run & sums) > 1 or (depth == 0 and len(run) > 1):
+            if len(run & sums) > times or (depth == 0 and len(run) > times):
                 continue  # one line that serves several blocks
             found = self._at(frame)
             skip, branch = self._operands(op, block, depth, found.node)
             return Place(found.module, found.method, found.node, skip, branch)
         raise NoPlace(self._shown(op, "it is run for several blocks, or in no method of a module"))
 
-    def call(self, norm: str) -> Place:
-        """The call of a norm that runs once, in the method that makes it."""
+    def call(self, norm: str, times: int = 1) -> Place:
+        """The call of a norm that runs `times` times, always from the same line of the method that makes it."""
         ops = [op for op in self.trace.norm_operations() if op.norm == norm]
-        if len(ops) != 1 or not ops[0].frames:
+        if len(ops) != times or len({op.frames[:1] for op in ops}) != 1 or not ops[0].frames:
             raise NoPlace(f"{norm} runs {len(ops)} times; expected one call to change.")
         frame = ops[0].frames[0]
-        if frame.module is None or len(self._runs[frame.module, frame.span]) > 1:
+        if frame.module is None or len(self._runs[frame.module, frame.span]) > times:
             raise NoPlace(self._shown(ops[0], "it is called from a function, or one line calls several"))
         self._check_owner(frame, ops[0])
         return self._at(frame)
@@ -120,7 +138,7 @@ class Places:
             produced = self.trace.values[base(block.operands[0])].producer
             if not taken or (produced is not None and call.start <= produced < call.end):
                 continue
-            if self._times[call.path] > 1:
+            if self._times[call.path] > self.runs(block):
                 raise NoPlace(f"{call.path} runs {self._times[call.path]} times in one pass; expected once.")
             if issubclass(self.normmap.classes[call.path], PreTrainedModel) and not call.parent:
                 continue
@@ -138,7 +156,7 @@ class Places:
         value = base(block.operands[0])
         producer = self.trace.values[value].producer
         op = None if producer is None else self.trace.operations[producer]
-        if op is None or self._times[module] > 1:
+        if op is None or self._times[module] > self.runs(block):
             raise NoPlace(self._shown(self.trace.operations[block.add], "what this block reads comes from elsewhere"))
         frames = op.frames
         if op.module != module:
