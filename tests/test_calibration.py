@@ -272,7 +272,7 @@ def divergence(model, other, batches):
     return float(torch.cat(found).mean())
 
 
-# KL on text that was not calibrated on; measured: MEASURED
+# KL on text that was not calibrated on; measured: 0.0015, 0.034, 0.0015
 @pytest.mark.parametrize("family, fitted", [("gpt2", 0.0018), ("llama", 0.037), ("gpt_neox", 0.0018)])
 def test_a_few_thousand_tokens_move_a_trained_model(checkpoints: Path, monkeypatch, family, fitted):
     monkeypatch.setattr(run, "costs_alone", lambda *_: {})  # of single layers; they take longer than all of the rest
