@@ -29,7 +29,12 @@ _OF_TEXT = {
 
 
 def evaluation_inputs(
-    model: PreTrainedModel, tokenizer, text: str | Path | None, tokens: int, part: tuple[float, float] = WHOLE
+    model: PreTrainedModel,
+    tokenizer,
+    text: str | Path | None,
+    tokens: int,
+    part: tuple[float, float] = WHOLE,
+    window: int | None = None,
 ) -> tuple[list[Inputs], tuple[int, ...], str]:
     """Batches of keyword arguments, the shape of their main input together, and where they are from.
 
@@ -39,6 +44,7 @@ def evaluation_inputs(
         text: a UTF-8 file, None: the text that comes with normswap.
         tokens: how many in all, about; of text alone.
         part: of the text, from where to where.
+        window: windows of so many tokens at most, at even distances; None: as long as may be, from the beginning.
     """
     example = example_inputs(model)
     vocabulary = of_text(model.config, "vocab_size")
@@ -54,8 +60,9 @@ def evaluation_inputs(
         )
     if tokens < 2:
         raise VerificationError(f"tokens must be at least 2, found {tokens}: a token is needed to predict the next.")
-    length = _longest(model, example, min(_positions(model.config), tokens))
-    found = batches_of_text(tokenizer, text, vocabulary, length, max(1, tokens // length), part)
+    length = _longest(model, example, min(_positions(model.config), tokens, window or tokens))
+    count = max(1, tokens // length)
+    found = batches_of_text(tokenizer, text, vocabulary, length, count, part, spread=window is not None)
     parts = [part for ids in found.ids for part in (ids.split(1) if takes_one_row(model) else [ids])]
     return [_on(ids, example) for ids in parts], (sum(len(ids) for ids in found.ids), length), found.source
 

@@ -40,8 +40,9 @@ def batches(
     length: int,
     count: int,
     part: tuple[float, float] = WHOLE,
+    spread: bool = False,
 ) -> Batches:
-    """The first `count` windows of `length` tokens of a text, without overlap.
+    """The first `count` windows of `length` tokens of a text, without overlap; or as many at even distances.
 
     Special tokens that the tokenizer puts around a text are put around each window, as models meet them.
     A text with fewer than `count` windows gives those it has.
@@ -53,6 +54,7 @@ def batches(
         length: tokens in a window, special ones included; at most what the model's positions allow.
         count: windows wanted.
         part: of the text, from where to where; of random ids, parts are other draws.
+        spread: take windows from all over that part and not from its beginning.
 
     Raises:
         SourceError: the text cannot be read, is shorter than one window, or is given without a tokenizer; or the
@@ -71,13 +73,18 @@ def batches(
 
     text, name = read(text_file)
     text = text[int(part[0] * len(text)) : int(part[1] * len(text))]
-    rows = _windows(tokenizer, text, name, length, count)
+    rows = _windows(tokenizer, text, name, length, count, spread)
     if int(rows.max()) >= vocab_size:
         raise SourceError(
             f"the tokenizer gives id {int(rows.max())} on {name}, but the model has {vocab_size} tokens: they do not "
             f"belong together. Put the model's own tokenizer files beside its config.json."
         )
     return Batches(_split(rows, vocab_size), name)
+
+
+def calibration_text() -> Path:
+    """The text to calibrate on that comes with normswap: other pages of Shakespeare than the text to measure on."""
+    return Path(str(resources.files("normswap").joinpath("data/calibration.txt")))
 
 
 def read(text_file: str | Path | None) -> tuple[str, str]:
@@ -90,7 +97,7 @@ def read(text_file: str | Path | None) -> tuple[str, str]:
         raise SourceError(f"{text_file} cannot be read as UTF-8 text: {error}. Give a plain text file.") from error
 
 
-def _windows(tokenizer, text: str, name: str, length: int, count: int) -> torch.Tensor:
+def _windows(tokenizer, text: str, name: str, length: int, count: int, spread: bool) -> torch.Tensor:
     """`(windows, length)` ids, with the tokenizer's special tokens around each window."""
     bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     before, after = _special_tokens(tokenizer)
@@ -101,7 +108,9 @@ def _windows(tokenizer, text: str, name: str, length: int, count: int) -> torch.
             f"{name} is too short: it gives {len(bare)} tokens, and one window takes {inner} beside "
             f"{len(before) + len(after)} special ones. Give a longer text, or ask for fewer tokens."
         )
-    return torch.tensor([before + bare[i * inner : (i + 1) * inner] + after for i in range(found)])
+    every = len(bare) // inner
+    chosen = [i * every // found for i in range(found)] if spread else range(found)
+    return torch.tensor([before + bare[i * inner : (i + 1) * inner] + after for i in chosen])
 
 
 def _special_tokens(tokenizer) -> tuple[list[int], list[int]]:
