@@ -63,36 +63,6 @@ class Proof(Record):
         """All numbers as plain data, without the fragments of text that stand beside the worst tokens."""
         return _without(self.model_dump(mode="json"), {"before", "token", "after"})
 
-    def markdown(self) -> list[str]:
-        """Lines of Markdown: a table of what was measured, and on what."""
-        if self.mathematics is None:
-            return ["**Not verified**: nothing was measured (`--verify none`)."]
-        rows = ["| | mean | median | p99.9 | worst |", "|---|---|---|---|---|"]
-        lines = []
-        for report, what in ((self.mathematics, "mathematics"), (self.stored, "as stored")):
-            if report is None:
-                continue
-            output = report.comparison.output
-            stored = " and ".join(dict.fromkeys(report.stored)) if report is self.stored else report.comparison.dtype
-            for name, stat in (
-                ("relative error", output.error),
-                ("KL, nats", output.kl),
-                ("change of cross-entropy, nats", output.cross_entropy_change),
-            ):
-                if stat is not None:
-                    numbers = " | ".join(f"{n:.1e}" for n in (stat.mean, stat.median, stat.p999, stat.max))
-                    rows.append(f"| {name} ({what}, {stored}) | {numbers} |")
-            if output.cross_entropy_a is not None and output.cross_entropy_b is not None:
-                change = output.cross_entropy_b.mean - output.cross_entropy_a.mean
-                lines.append(
-                    f"- {what}: mean cross-entropy {output.cross_entropy_a.mean:.6f} before, "
-                    f"{output.cross_entropy_b.mean:.6f} after ({change:+.1e} nats); same top-1 {output.top1:.2%}"
-                )
-        sizes = " x ".join(map(str, self.mathematics.inputs))
-        lines.append(f"- measured on {self.mathematics.text}, {sizes}")
-        lines.append(f"- {self.tensors_checked} tensors of the files checked bit for bit")
-        return [*rows, "", *lines]
-
 
 def _without(tree: Any, keys: set[str]) -> Any:
     if isinstance(tree, dict):
