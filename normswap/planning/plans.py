@@ -12,7 +12,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from normswap.errors import DestinationError, PlanError, RefusedError
-from normswap.planning.edits import FITTED, AnyEdit, ModuleEdit, Read, Refit, SetConfig, TensorEdit
+from normswap.planning.edits import (
+    FITTED,
+    AddNorm,
+    AnyEdit,
+    ModuleEdit,
+    Read,
+    Refit,
+    Rewrite,
+    SetConfig,
+    SwapNorm,
+    TensorEdit,
+)
 
 #: where means may be subtracted at run time
 Explicit = Literal["never", "shared", "always"]
@@ -205,6 +216,13 @@ class Plan(BaseModel):
 
     def module_edits(self) -> list[ModuleEdit]:
         return [edit for edit in self.edits if isinstance(edit, ModuleEdit)]
+
+    def moved_norms(self) -> set[str]:
+        """Paths of the norms that stand in another place afterwards: those that leave one, and those that enter."""
+        found = {edit.module for edit in self.edits if isinstance(edit, AddNorm)}
+        found |= {e.module for e in self.edits if isinstance(e, SwapNorm) and e.kind in ("affine", "none")}
+        rewrites = [edit for edit in self.edits if isinstance(edit, Rewrite)]
+        return found | {f"{edit.module}.{change.name}" for edit in rewrites for change in edit.changes}
 
     def config_edits(self) -> list[SetConfig]:
         return [edit for edit in self.edits if isinstance(edit, SetConfig)]

@@ -72,8 +72,11 @@ def _moved(plan: Plan) -> list[str]:
     lines = ["", "## Moved norms", "", *moved_markdown(plan)]
     if plan.claim == "exact":
         return lines
-    lines += ["", "What the move costs on text is below, in nats of KL. It does not go back to the original by itself:"]
-    lines[-1] += " a fine-tune of this checkpoint heals what is left. The checkpoint it was made from is unchanged."
+    lines += [
+        "",
+        "Nothing in this folder undoes the move; the checkpoint it was made from is unchanged. What is left of",
+    ]
+    lines[-1] += " the difference (below, KL in nats per token) heals in a fine-tune."
     return lines
 
 
