@@ -72,11 +72,8 @@ def _moved(plan: Plan) -> list[str]:
     lines = ["", "## Moved norms", "", *moved_markdown(plan)]
     if plan.claim == "exact":
         return lines
-    lines += [
-        "",
-        "Nothing in this folder undoes the move; the checkpoint it was made from is unchanged. What is left of",
-    ]
-    lines[-1] += " the difference (below, KL in nats per token) heals in a fine-tune."
+    left = "What is left of the difference (below, KL in nats per token) heals in a fine-tune."
+    lines += ["", f"Nothing in this folder undoes the move; the checkpoint it was made from is unchanged. {left}"]
     return lines
 
 
