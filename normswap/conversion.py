@@ -74,9 +74,13 @@ def plan(
     tied: Literal["keep", "untie"] = "keep",
     partial: bool = False,
     explicit: Explicit = "shared",
+    calibrate: bool = False,
+    text: str | Path | None = None,
+    tokens: int = TOKENS,
     inputs: Mapping[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
     """The plan that `convert` or `convert_model` would carry out.
 
@@ -91,6 +95,9 @@ def plan(
         partial: convert the sites that can be converted and leave the rest.
         explicit: whether means that no weights control may be subtracted at run time: `never`; `shared`, where one
             subtraction serves several norms; `always`, if need be in front of each norm.
+        calibrate: fit the constants and weights of a move to what the model does on text, as `convert` does; needs the
+            weights. Without it the constants are 1 and the claim is `untrained`.
+        text, tokens, progress: of the calibration, as for `convert`.
         inputs, revision, trust_remote_code: as for `inspect`.
 
     Raises:
@@ -100,11 +107,20 @@ def plan(
     request = Request.of(
         placement, layers, norm=norm, fold=fold, exact=exact, tied=tied, partial=partial, explicit=explicit
     )
+    if not calibrate and (text is not None or tokens != TOKENS):
+        raise RefusedError("a text and a number of tokens are for calibration: add --calibrate.")
+    if calibrate and not request.placements:
+        raise RefusedError("there is nothing to calibrate where no norm moves: give a --placement.")
     if isinstance(model, nn.Module):
+        if calibrate:
+            raise RefusedError(
+                "a live model comes without a tokenizer to calibrate with: save it with its tokenizer, plan from the "
+                "folder, and carry that plan out on the live model."
+            )
         return _plan_for(model, request, inputs)
-    source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=calibrate)
     _refuse_twice(source)
-    return _plan_for(source.build(), request, inputs)
+    return _plan_for(source.build(), request, inputs, _data(source, text, tokens, progress) if calibrate else None)
 
 
 def _refuse_twice(source: Source) -> None:
@@ -115,33 +131,62 @@ def _refuse_twice(source: Source) -> None:
         )
 
 
-def _plan_for(model: nn.Module, request: Request, inputs: Mapping[str, Any] | None, data: Data | None = None) -> Plan:
-    """The plan for a model; calibrated on `data`, where norms move and there is some."""
+def _plan_for(
+    model: nn.Module,
+    request: Request,
+    inputs: Mapping[str, Any] | None,
+    data: Callable[[], Data] | None = None,
+) -> Plan:
+    """The plan for a model; calibrated on what `data` gives, where norms move and no constant is exact."""
     prefix = getattr(model, "base_model_prefix", "")
     prefix = prefix if prefix and hasattr(model, prefix) else ""
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     normmap = inspect(model, inputs=inputs)
-    made = make_plan(normmap, request, model_type, prefix)
+    everywhere = request.everywhere()
+    made = make_plan(normmap, everywhere, model_type, prefix)
     stays_tied = why_tied(model, made, inputs)
     if stays_tied:
-        made = make_plan(normmap, request, model_type, prefix, stays_tied)
+        made = make_plan(normmap, everywhere, model_type, prefix, stays_tied)
+    if request.chooses_layers and (data is None or made.claim == "exact"):
+        raise RefusedError(
+            f"{request.words()}: layers are chosen by what moving them costs on text, "
+            + ("which is nothing: the move is exact." if made.claim == "exact" else "so it takes a calibration.")
+            + " Name the layers, or leave --layers out."
+        )
+    if request.exact and made.claim != "exact":
+        raise RefusedError(
+            f"{normmap.architecture}: no form of {request.words()} computes the same function. Leave out --exact to "
+            f"have it calibrated."
+        )
     if data is None or made.claim == "exact":
         return made
 
     def make(asked: Request, scales: Scales | None) -> tuple[Plan, tuple[MovedStep, ...]]:
         return plan_moves(normmap, asked, model_type, prefix, stays_tied, scales)
 
-    return calibrated(normmap, request, make, data)
+    return calibrated(normmap, request, make, data())
 
 
-def _data(source: Source, text: str | Path | None, tokens: int, progress: Progress) -> Data:
-    """What to calibrate on: the weights, and a part of the text that nothing is measured on."""
-    model, tokenizer = open_model(source), tokenizer_of(source)
-    batches, _, described = evaluation_inputs(model, tokenizer, text, tokens, CALIBRATED)
-    measured, _, _ = evaluation_inputs(model, tokenizer, text, COST_TOKENS, MEASURED)
-    if text is not None and tokenizer is not None:
-        described = Path(text).name
-    return Data(model, batches, measured, f"{tokens} tokens of {described}", progress)
+def _data(source: Source, text: str | Path | None, tokens: int, progress: Progress | None) -> Callable[[], Data]:
+    """Reads what to calibrate on: the weights, and a part of the text that nothing is measured on."""
+    if text is not None:
+        read_text(text)  # a wrong path is found out now
+
+    def read() -> Data:
+        model, tokenizer = open_model(source), tokenizer_of(source)
+        batches, _, described = evaluation_inputs(model, tokenizer, text, tokens, CALIBRATED)
+        measured, _, _ = evaluation_inputs(model, tokenizer, text, COST_TOKENS, MEASURED)
+        if text is not None and tokenizer is not None:
+            described = Path(text).name  # of the user's folders nothing is published
+        count = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
+        described = f"{count} tokens of {described}" if count else described
+        return Data(model, batches, measured, described, progress or _silent)
+
+    return read
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Reports to nobody."""
 
 
 def preview_on_disk(
@@ -214,9 +259,11 @@ def convert(
     asked = Request.of(
         placement, layers, norm=norm, fold=fold, exact=exact, tied=tied, partial=partial, explicit=explicit
     )
-    if plan is not None and asked != Request():
-        raise PlanError("a saved plan already says what to do: give no norm, fold, placement, tied, ... with it.")
-    progress = progress or (lambda what, done, total: None)
+    if plan is not None and (asked != Request() or tokens != TOKENS):
+        raise PlanError("a saved plan already says what to do: give no norm, fold, placement, tokens, ... with it.")
+    if plan is None and tokens != TOKENS and not asked.placements:
+        raise RefusedError("a number of tokens is for calibration, and no norm moves: give a --placement with it.")
+    progress = progress or _silent
     stored_dtype = _dtype(dtype)
     if text is not None and verify != "none":
         read_text(text)  # a wrong path is found out now, not after hours of writing
@@ -227,7 +274,7 @@ def convert(
     structure = source.build()
     plan_file = None
     if plan is None:
-        data = _data(source, text, tokens, progress) if asked.placements and not asked.exact else None
+        data = _data(source, text, tokens, progress) if asked.placements else None
         plan = _plan_for(structure, asked, None, data)
     elif not isinstance(plan, Plan):
         plan, plan_file = Plan.load(plan), Path(plan).name
@@ -262,7 +309,8 @@ def convert(
             # the result may be shared, the text it was measured on need not be
             numbers = report.model_dump(mode="json") if text is None else report.without_text()
             _write_record(folder, record | {"report": numbers})
-            options = {"--plan": plan_file, "--dtype": dtype, "--revision": revision}
+            counted = str(tokens) if tokens != TOKENS else None
+            options = {"--plan": plan_file, "--tokens": counted, "--dtype": dtype, "--revision": revision}
             command = _command(source.title, Path(out).resolve().name, plan, options)
             write_card(folder, source, plan, report, command)
     return Conversion(Path(out), plan, written, report, tuple(skipped))

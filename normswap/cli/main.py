@@ -45,12 +45,13 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="normswap")
 def main() -> None:
-    """Change the norms of trained Hugging Face checkpoints.
+    """Change the norms of trained Hugging Face checkpoints: their kind, their weights, their place.
 
     \b
     normswap inspect MODEL
     normswap plan MODEL --norm rmsnorm
     normswap convert MODEL OUT --norm rmsnorm
+    normswap convert MODEL OUT --placement post
     normswap verify MODEL OUT
 
     MODEL is a folder with config.json and *.safetensors, or a Hub id. Results go to stdout, messages to stderr.

@@ -98,6 +98,17 @@ request_options = _together(
     ),
 )
 
+#: `calibration.run.TOKENS`, which takes torch to import
+TOKENS = 8192
+
+tokens_option = click.option(
+    "--tokens",
+    type=click.IntRange(min=2),
+    default=TOKENS,
+    show_default=True,
+    help="How many tokens to calibrate on, where norms move. More are better, and take longer.",
+)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 

@@ -12,7 +12,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from normswap.errors import DestinationError, PlanError, RefusedError
-from normswap.planning.edits import FITTED, AnyEdit, ModuleEdit, Read, Refit, SetConfig, TensorEdit
+from normswap.planning.edits import (
+    FITTED,
+    AddNorm,
+    AnyEdit,
+    ModuleEdit,
+    Read,
+    Refit,
+    Rewrite,
+    SetConfig,
+    SwapNorm,
+    TensorEdit,
+)
 
 #: where means may be subtracted at run time
 Explicit = Literal["never", "shared", "always"]
@@ -40,15 +51,16 @@ class Placement(BaseModel):
 
     @property
     def budget(self) -> float | None:
-        """Of `auto:KL`, the KL in nats per token that the move may cost. Raises RefusedError for what is no number."""
+        """Of `auto:KL`, the KL in nats per token that the move may cost. Raises RefusedError for anything else."""
         if self.layers is None or not self.layers.startswith("auto"):
             return None
         try:
-            return float(self.layers.removeprefix("auto:"))
-        except ValueError as error:
-            raise RefusedError(
-                f"--layers {self.layers}: expected auto:KL, with a number of nats such as auto:0.01."
-            ) from error
+            budget = float(self.layers.removeprefix("auto:"))
+        except ValueError:
+            budget = 0.0
+        if not budget > 0:
+            raise RefusedError(f"--layers {self.layers}: expected auto:KL, with a number of nats such as auto:0.01.")
+        return budget
 
     def everywhere(self) -> Placement:
         """The same for all layers, where they are yet to be chosen."""
@@ -91,6 +103,15 @@ class Request(BaseModel):
         numbers += [None] * (len(names) - len(numbers))
         placements = tuple(Placement(name=n, layers=which) for n, which in zip(names, numbers, strict=True))
         return cls(placements=placements, **options)
+
+    @property
+    def chooses_layers(self) -> bool:
+        """Whether layers are to be chosen by what moving them costs."""
+        return any(placement.budget is not None for placement in self.placements)
+
+    def everywhere(self) -> Request:
+        """The same for all layers, where they are yet to be chosen."""
+        return self.model_copy(update={"placements": tuple(p.everywhere() for p in self.placements)})
 
     def words(self) -> str:
         """The request as options of the command line."""
@@ -206,11 +227,23 @@ class Plan(BaseModel):
     def module_edits(self) -> list[ModuleEdit]:
         return [edit for edit in self.edits if isinstance(edit, ModuleEdit)]
 
+    def moved_norms(self) -> set[str]:
+        """Paths of the norms that stand in another place afterwards: those that leave one, and those that enter."""
+        found = {edit.module for edit in self.edits if isinstance(edit, AddNorm)}
+        found |= {e.module for e in self.edits if isinstance(e, SwapNorm) and e.kind in ("affine", "none")}
+        rewrites = [edit for edit in self.edits if isinstance(edit, Rewrite)]
+        return found | {f"{edit.module}.{change.name}" for edit in rewrites for change in edit.changes}
+
     def config_edits(self) -> list[SetConfig]:
         return [edit for edit in self.edits if isinstance(edit, SetConfig)]
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, fitted tensors beside it. Raises DestinationError where that is not possible."""
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the plan as JSON, fitted tensors beside it. Returns the files.
+
+        Raises DestinationError where that is not possible.
+        """
+        if self._fitted and _beside(path) == Path(path):
+            raise DestinationError(f"the plan cannot be saved as {path}, where its tensors go: name it *.json.")
         try:
             if self._fitted:
                 save_file(self._fitted, _beside(path))
@@ -218,6 +251,7 @@ class Plan(BaseModel):
         except (OSError, SafetensorError) as error:
             why = getattr(error, "strerror", None) or error
             raise DestinationError(f"the plan cannot be saved as {path}: {why}. Name another file.") from error
+        return [Path(path), _beside(path)] if self._fitted else [Path(path)]
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -11,6 +11,9 @@ from yaml import YAMLError
 from normswap.checkpoint.publish import README
 from normswap.checkpoint.source import Source
 from normswap.planning.plans import Plan
+from normswap.report.claims import MEANINGS
+from normswap.report.moved import moved_markdown
+from normswap.report.proof import proof_markdown
 from normswap.verification.proof import Proof
 
 #: what a source's card says that holds for the converted model as well
@@ -26,7 +29,7 @@ def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command:
     lines = [
         f"# {source.title}{_with(plan)}",
         "",
-        f"Made from `{source.title}` by normswap. Claim: **{plan.claim}**{unmeasured}.",
+        f"Made from `{source.title}` by normswap. Claim: **{plan.claim}**{unmeasured}. {MEANINGS[plan.claim]}",
         "",
         *(f"- {reason}" for reason in plan.reasons),
     ]
@@ -35,11 +38,12 @@ def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command:
     if plan.refused:
         lines += ["", f"{len(plan.refused)} norms are as they were, or not all that was asked for was done:", ""]
         lines += [f"- `{refusal.site}`: {refusal.reason}" for refusal in plan.refused]
+    lines += _moved(plan) if plan.moved else []
     lines += [
         "",
         "## Measured",
         "",
-        *report.markdown(),
+        *proof_markdown(report),
         "",
         "## Use",
         "",
@@ -63,6 +67,16 @@ def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command:
     (folder / README).write_text(text, encoding="utf-8")
 
 
+def _moved(plan: Plan) -> list[str]:
+    """What moved, what that cost, and what to do about it."""
+    lines = ["", "## Moved norms", "", *moved_markdown(plan)]
+    if plan.claim == "exact":
+        return lines
+    left = "What is left of the difference (below, KL in nats per token) heals in a fine-tune."
+    lines += ["", f"Nothing in this folder undoes the move; the checkpoint it was made from is unchanged. {left}"]
+    return lines
+
+
 def _loader(architecture: str) -> str:
     """The Auto class that gives the model with its head."""
     task = "CausalLM" if architecture.endswith("LMHeadModel") else architecture.rpartition("For")[2]
@@ -72,7 +86,8 @@ def _loader(architecture: str) -> str:
 
 def _with(plan: Plan) -> str:
     kind = {"rmsnorm": "RMSNorm", None: "norms"}.get(plan.request.norm, plan.request.norm)
-    return f" with {'weightless ' if plan.request.fold else ''}{kind}"
+    places = " and ".join(dict.fromkeys(placement.name for placement in plan.request.placements))
+    return f" with {'weightless ' if plan.request.fold else ''}{f'{places} ' if places else ''}{kind}"
 
 
 def _metadata(source: Source) -> str:

@@ -128,6 +128,7 @@ def _notes(found: Comparison) -> list[str]:
     for what, paths in (
         ("are in one model only, or not run alike", found.unmatched),
         ("were not reached by these inputs", found.not_run),
+        ("stand in another place in one of the two, and are not compared", found.moved),
     ):
         if paths:
             notes.append(f"{len(paths)} norms {what}: {', '.join(paths[:4])}{', ...' if len(paths) > 4 else ''}")

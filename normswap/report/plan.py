@@ -15,23 +15,34 @@ from normswap.paths import blurred, folded
 from normswap.planning.edits import (
     AnyEdit,
     Centre,
+    Change,
+    Copy,
     Fill,
     FoldBias,
     FoldGain,
     GrowBias,
     ModuleEdit,
+    Refit,
+    Rewrite,
+    Running,
+    Scale,
     SetConfig,
+    SetScale,
     SwapNorm,
     TensorEdit,
+    Unscale,
     Untie,
 )
 from normswap.planning.plans import Plan
+from normswap.report.claims import MEANINGS, STYLES
+from normswap.report.moved import moved_table
 
 
 def plan_view(plan: Plan, disk: WriteSummary | None) -> RenderableType:
     """Everything in a plan, for a terminal. `disk` is None where there are no weights."""
     head = f"{plan.architecture}: {plan.request.words()} at {len(plan.converted)} sites"
-    parts: list[RenderableType] = [Text(head, style="bold"), Text(f"claim: {plan.claim}", style="green")]
+    claim = Text(f"claim: {plan.claim}. {MEANINGS[plan.claim]}", style=STYLES[plan.claim])
+    parts: list[RenderableType] = [Text(head, style="bold"), claim]
     parts += [_indented(reason) for reason in plan.reasons]
     if plan.refused:
         parts.append(Text(f"{len(plan.refused)} sites stay as they are:", style="yellow"))
@@ -40,6 +51,8 @@ def plan_view(plan: Plan, disk: WriteSummary | None) -> RenderableType:
             parts.append(_indented(f"{shown}: {reasons[paths[0]]}", style="yellow"))
     if not plan.base_output_unchanged:
         parts.append(_indented("The model without its head gives its output before the last norm's gain and bias."))
+    if plan.moved:
+        parts.append(moved_table(plan))
     parts.append(_edit_table(plan))
     parts.append(Text("no weights found: nothing is known of the files", style="dim") if disk is None else _disk(disk))
     return Group(*parts)
@@ -62,9 +75,27 @@ def _edit_table(plan: Plan) -> Table:
             _target(edit) + " " * sum(_target(edit) == t.strip() for t in rows[edit.edit])
         ] = edit
     for kind, edits in rows.items():
-        for shown, paths in folded([(path, _details(edit)) for path, edit in edits.items()]):
-            table.add_row(kind, shown.strip(), _details(edits[paths[0]]), str(len(paths)))
+        # layers are one row even where a number of theirs differs: constants do, by calibration
+        for shown, paths in folded([(path, _details(edit, "")) for path, edit in edits.items()]):
+            numbers = _range([_number(edits[path]) for path in paths])
+            table.add_row(kind, shown.strip(), _details(edits[paths[0]], numbers), str(len(paths)))
     return table
+
+
+def _number(edit: AnyEdit) -> float | None:
+    """What an edit multiplies by or fills with, where it is one number."""
+    match edit:
+        case Fill() | SetScale():
+            return edit.value
+        case Scale() | Copy() | Running():
+            return edit.factor
+    return None
+
+
+def _range(numbers: list[float | None]) -> str:
+    known = [n for n in numbers if n is not None]
+    ends = list(dict.fromkeys(f"{n:.4g}" for n in (min(known, default=0.0), max(known, default=0.0))))
+    return " to ".join(ends)
 
 
 def _target(edit: AnyEdit) -> str:
@@ -77,8 +108,8 @@ def _in_runs(runs: int) -> str:
     return f", in {runs} runs" if runs > 1 else ""
 
 
-def _details(edit: AnyEdit) -> str:
-    """What an edit is done with; tensors of the same layer are named from there."""
+def _details(edit: AnyEdit, number: str) -> str:
+    """What an edit is done with; tensors of the same layer are named from there. `number` stands for its own."""
     match edit:
         case Centre():
             return f"axis {edit.axis}" + (f", in {edit.groups} groups" if edit.groups > 1 else "")
@@ -90,17 +121,44 @@ def _details(edit: AnyEdit) -> str:
             by = f"{_within(edit.bias, edit.tensor)}, by {_within(edit.reader, edit.tensor)}, axis {edit.axis}"
             return by + _in_runs(edit.runs)
         case Fill():
-            return f"{edit.value:g}"
+            return number
+        case Scale():
+            return f"times {number}" + (", as 1 + w" if edit.form == "1 + w" else "")
+        case Copy():
+            return f"{_within(edit.source, edit.tensor)}, times {number}"
+        case Unscale():
+            bias = f"plus {_within(edit.bias, edit.tensor)}, " if edit.bias else ""
+            return f"{bias}divided by the running gain D times {number}, axis {edit.axis}"
+        case Running():
+            return f"the running gain D of the norms before it, times {number}"
+        case Refit():
+            return "values fitted in calibration, kept beside the plan"
         case SwapNorm():
             return (
                 f"{edit.kind}, gain {edit.gain or 'none'}, {'bias' if edit.bias else 'no bias'}, eps {edit.eps:g}, "
                 f"casting {edit.casting}"
             )
+        case SetScale():
+            return f"{edit.name} = {number}"
+        case Rewrite():
+            return f"{edit.method}: " + ", ".join(_change(change) for change in edit.changes)
         case GrowBias():
             return f"size {edit.size}"
         case SetConfig():
             return f"= {edit.value}"
     return ""
+
+
+def _change(change: Change) -> str:
+    """A change of source as a pattern: what stood there, what stands there now."""
+    match change.kind:
+        case "unwrap":
+            return f"self.{change.name}(x) -> x"
+        case "wrap":
+            return f"x -> self.{change.name}(x)"
+        case "scale":
+            return f"x -> self.{change.name} * x"
+    return f"{change.argument} -> self.{change.name}({change.argument}) on entry"
 
 
 def _within(name: str, other: str) -> str:

@@ -28,5 +28,39 @@ def proof_view(proof: Proof) -> RenderableType:
         before, after = found.output.cross_entropy_a, found.output.cross_entropy_b
         if before is not None and after is not None:
             change = after.mean - before.mean
-            parts.append(Text(f"Rounding moved the mean cross-entropy by {change:+.1e} nats.", style="bold"))
+            what = "Rounding" if proof.claim == "exact" else "The conversion"
+            parts.append(Text(f"{what} moved the mean cross-entropy by {change:+.1e} nats.", style="bold"))
     return Group(*parts)
+
+
+def proof_markdown(proof: Proof) -> list[str]:
+    """Lines of Markdown: a table of what was measured, and on what."""
+    if proof.mathematics is None:
+        return ["**Not verified**: nothing was measured (`--verify none`)."]
+    rows = ["| | mean | median | p99.9 | worst |", "|---|---|---|---|---|"]
+    lines = []
+    for report, what in ((proof.mathematics, "mathematics"), (proof.stored, "as stored")):
+        if report is None:
+            continue
+        output = report.comparison.output
+        stored = " and ".join(dict.fromkeys(report.stored)) if report is proof.stored else report.comparison.dtype
+        for name, stat in (
+            ("relative error", output.error),
+            ("KL, nats", output.kl),
+            ("change of cross-entropy, nats", output.cross_entropy_change),
+        ):
+            if stat is not None:
+                numbers = " | ".join(f"{n:.1e}" for n in (stat.mean, stat.median, stat.p999, stat.max))
+                rows.append(f"| {name} ({what}, {stored}) | {numbers} |")
+        if output.top1 is not None:
+            lines.append(f"- {what}: the same token is most probable at {output.top1:.2%} of the positions")
+        if output.cross_entropy_a is not None and output.cross_entropy_b is not None:
+            change = output.cross_entropy_b.mean - output.cross_entropy_a.mean
+            lines.append(
+                f"- {what}: mean cross-entropy {output.cross_entropy_a.mean:.6f} before, "
+                f"{output.cross_entropy_b.mean:.6f} after ({change:+.1e} nats)"
+            )
+    sizes = " x ".join(map(str, proof.mathematics.inputs))
+    lines.append(f"- measured on {proof.mathematics.text}, {sizes}")
+    lines.append(f"- {proof.tensors_checked} tensors of the files checked bit for bit")
+    return [*rows, "", *lines]

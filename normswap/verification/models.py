@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ class Comparison(Record):
         sites: metrics of each norm's input and output, in execution order.
         unmatched: norms that ran in one model only, or not alike in both.
         not_run: norms of both that these inputs did not reach.
+        moved: norms that stand in another place in one of the two: no site is the same in both, so none is compared.
         dtype: what both models computed in.
         tolerance: the relative error above which something counts as different.
         first_divergence: path of the first site that differs in some row; `output` if none does and the output does,
@@ -53,6 +54,7 @@ class Comparison(Record):
     tolerance: float
     first_divergence: str | None
     others: tuple[OutputMetrics, ...] = ()
+    moved: tuple[str, ...] = ()
 
     @property
     def worst_error(self) -> float:
@@ -72,6 +74,7 @@ def compare_models(
     sites_a: Sequence[SiteSpec] = (),
     sites_b: Sequence[SiteSpec] = (),
     *,
+    moved: Collection[str] = (),
     lift: bool = True,
     tolerance: float | None = None,
     decode: Callable[[list[int]], str] | None = None,
@@ -86,6 +89,7 @@ def compare_models(
         batches: `input_ids` of shape `(batch, length)`, or keyword arguments of `forward`.
         sites_a, sites_b: each model's norms as `(path, NormSpec)`. Sites at one path are compared; what
             stands in B where A has a norm, and behaves as none, is compared as if it were that norm.
+        moved: paths that are not compared, as the norm there stands in another place in one of the two.
         lift: in float64 models, make inner float32 casts float64 too (see `LiftFloat32`).
         tolerance: relative error that still counts as the same; by default that of the dtype in `TOLERANCES`.
         decode: ids -> text, to show the worst tokens.
@@ -99,6 +103,8 @@ def compare_models(
     dtype = _common_dtype(model_a, model_b)
     lifted = lift and dtype == torch.float64
     outputs, others, sites = None, OutputComparison(), SiteComparison()
+    left_out = tuple(dict.fromkeys(path for path, _ in (*sites_a, *sites_b) if path in moved))
+    sites_a, sites_b = ([(path, spec) for path, spec in own if path not in moved] for own in (sites_a, sites_b))
     with site_calls(model_a, sites_a) as calls_a, site_calls(model_b, sites_b, sites_a) as calls_b:
         for done, batch in enumerate(batches):
             inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
@@ -139,6 +145,7 @@ def compare_models(
         tolerance=tolerance,
         first_divergence=_first_divergence(measured, metrics, rest, tolerance),
         others=rest,
+        moved=left_out,
     )
 
 

@@ -32,6 +32,7 @@ from normswap.verification.inputs import evaluation_inputs, redrawn
 from normswap.verification.metrics import Record
 from normswap.verification.models import TOLERANCES, Comparison, compare_models
 from normswap.verification.outputs import check_alike, outputs_of, row_errors
+from normswap.verification.placement import check_moved
 from normswap.verification.run import Report, coarsest_dtype, open_model, report_on, tokenizer_of
 from normswap.verification.sites import SiteSpec
 from normswap.verification.text import MEASURED, WHOLE
@@ -62,36 +63,6 @@ class Proof(Record):
     def without_text(self) -> dict[str, Any]:
         """All numbers as plain data, without the fragments of text that stand beside the worst tokens."""
         return _without(self.model_dump(mode="json"), {"before", "token", "after"})
-
-    def markdown(self) -> list[str]:
-        """Lines of Markdown: a table of what was measured, and on what."""
-        if self.mathematics is None:
-            return ["**Not verified**: nothing was measured (`--verify none`)."]
-        rows = ["| | mean | median | p99.9 | worst |", "|---|---|---|---|---|"]
-        lines = []
-        for report, what in ((self.mathematics, "mathematics"), (self.stored, "as stored")):
-            if report is None:
-                continue
-            output = report.comparison.output
-            stored = " and ".join(dict.fromkeys(report.stored)) if report is self.stored else report.comparison.dtype
-            for name, stat in (
-                ("relative error", output.error),
-                ("KL, nats", output.kl),
-                ("change of cross-entropy, nats", output.cross_entropy_change),
-            ):
-                if stat is not None:
-                    numbers = " | ".join(f"{n:.1e}" for n in (stat.mean, stat.median, stat.p999, stat.max))
-                    rows.append(f"| {name} ({what}, {stored}) | {numbers} |")
-            if output.cross_entropy_a is not None and output.cross_entropy_b is not None:
-                change = output.cross_entropy_b.mean - output.cross_entropy_a.mean
-                lines.append(
-                    f"- {what}: mean cross-entropy {output.cross_entropy_a.mean:.6f} before, "
-                    f"{output.cross_entropy_b.mean:.6f} after ({change:+.1e} nats); same top-1 {output.top1:.2%}"
-                )
-        sizes = " x ".join(map(str, self.mathematics.inputs))
-        lines.append(f"- measured on {self.mathematics.text}, {sizes}")
-        lines.append(f"- {self.tensors_checked} tensors of the files checked bit for bit")
-        return [*rows, "", *lines]
 
 
 def _without(tree: Any, keys: set[str]) -> Any:
@@ -125,7 +96,8 @@ def prove(
     names = source.title, "the converted folder"
 
     sites = find_sites(original), _sites_now(result)
-    _check_swapped(sites[1], plan)
+    _check_kinds(sites[1], plan)
+    check_moved(original, result, plan)
 
     def measure(what: str, a: nn.Module, b: nn.Module, dtypes: Sequence[torch.dtype]) -> Report:
         return report_on(
@@ -136,6 +108,7 @@ def prove(
             shape=shape,
             text=described,
             stored=dtypes,
+            moved=plan.moved_norms(),
             decode=None if tokenizer is None else tokenizer.decode,
             progress=lambda done, total: progress(what, done, total),
         )
@@ -194,19 +167,19 @@ def _check_exact(report: Report) -> None:
         )
 
 
-def _check_swapped(sites: Sequence[SiteSpec], plan: Plan) -> None:
-    """Every norm that the plan says it converts is among `sites`, those of the result, as the kind asked for."""
-    if plan.request.norm is None:
-        return
+def _check_kinds(sites: Sequence[SiteSpec], plan: Plan) -> None:
+    """Every norm that the plan converts or adds is among `sites`, those of the result, as the kind it is to be."""
     kept = {refusal.site for refusal in plan.refused}
-    swapped = {edit.module for edit in plan.edits if isinstance(edit, SwapNorm)}
+    asked = [path for path in plan.converted if path not in kept] if plan.request.norm else []
+    swaps = [edit for edit in plan.edits if isinstance(edit, SwapNorm)]
+    wanted = dict.fromkeys(asked, plan.request.norm) | {edit.module: edit.kind for edit in swaps}
     # a norm whose output or input is centred as well behaves as another kind or none; its edit has to do
-    centred = swapped & {edit.module for edit in plan.edits if isinstance(edit, CentreOutput | CentreInput)}
-    kinds = {path: spec.kind for path, spec in sites} | dict.fromkeys(centred, plan.request.norm)
-    for path in plan.converted:
-        if path not in kept and kinds.get(path) != plan.request.norm:
+    centred = {edit.module for edit in plan.edits if isinstance(edit, CentreOutput | CentreInput)}
+    found = {path: spec.kind for path, spec in sites} | {e.module: e.kind for e in swaps if e.module in centred}
+    for path, kind in wanted.items():
+        if kind in ("layernorm", "rmsnorm") and found.get(path) != kind:
             raise VerificationError(
-                f"{path} should be a {plan.request.norm} now and behaves as {kinds.get(path, 'no norm')}: the plan "
+                f"{path} should be a {kind} now and behaves as {found.get(path, 'no norm')}: the plan "
                 f"names it as converted and has no edit that does it. Nothing was published."
             )
 
@@ -313,8 +286,11 @@ def measure_live(
     converted = apply_plan(copy.deepcopy(original), plan)
     sites = find_sites(original, batches[0]) if sites is None else sites
     now = _sites_now(converted, batches[0])
-    _check_swapped(now, plan)
-    comparison = compare_models(original, converted, batches, sites, now, tolerance=TOLERANCES[dtype])
+    _check_kinds(now, plan)
+    check_moved(original, converted, plan, batches[0])
+    comparison = compare_models(
+        original, converted, batches, sites, now, moved=plan.moved_norms(), tolerance=TOLERANCES[dtype]
+    )
     if plan.claim == "exact" and comparison.first_divergence is None:
         _check_plain(original, converted, batches[0])
     return comparison

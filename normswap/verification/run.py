@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -89,6 +89,7 @@ def verify(
         shape=shape,
         text=described,
         stored=stored,
+        moved={path for source in sources if source.record is not None for path in source.record.plan.moved_norms()},
         decode=None if tokenizer is None else tokenizer.decode,
         progress=progress,
     )
@@ -103,6 +104,7 @@ def report_on(
     shape: tuple[int, ...],
     text: str,
     stored: Sequence[torch.dtype],
+    moved: Collection[str] = (),
     decode: Callable[[list[int]], str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -113,13 +115,14 @@ def report_on(
         batches, shape, text: as `evaluation_inputs` gives them.
         stored: the coarsest dtype among the stored weights of each; what counts as rounding follows from it and from
             the dtype the models compute in.
-        decode, progress: as for `compare_models`.
+        moved, decode, progress: as for `compare_models`.
     """
     run = coarsest_dtype(models[0])
     comparison = compare_models(
         *models,
         batches,
         *sites,
+        moved=moved,
         tolerance=max(TOLERANCES[found] for found in (*stored, run)),
         decode=decode,
         progress=progress,
