@@ -18,7 +18,7 @@ from normswap.apply.layout import WriteSummary
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
 from normswap.apply.stream import preview, write_tensors
-from normswap.calibration.run import COST_TOKENS, TOKENS, Data, calibrated
+from normswap.calibration.run import COST_TOKENS, TOKENS, WINDOW, Data, calibrated
 from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.keymap import KeyMap
 from normswap.checkpoint.publish import Staging, check_space, copy_side_files
@@ -33,7 +33,7 @@ from normswap.understand.normmap import inspect
 from normswap.verification.inputs import evaluation_inputs
 from normswap.verification.proof import Proof, prove, prove_live
 from normswap.verification.run import open_model, tokenizer_of
-from normswap.verification.text import CALIBRATED, MEASURED
+from normswap.verification.text import CALIBRATED, MEASURED, WHOLE, calibration_text
 from normswap.verification.text import read as read_text
 from normswap.verification.untying import why_tied
 
@@ -174,8 +174,12 @@ def _data(source: Source, text: str | Path | None, tokens: int, progress: Progre
 
     def read() -> Data:
         model, tokenizer = open_model(source), tokenizer_of(source)
-        batches, _, described = evaluation_inputs(model, tokenizer, text, tokens, CALIBRATED)
-        measured, _, _ = evaluation_inputs(model, tokenizer, text, COST_TOKENS, MEASURED)
+        # the texts that come with normswap are two, one's own is divided
+        shipped = text is None and tokenizer is not None
+        fitted_on, part = (calibration_text(), WHOLE) if shipped else (text, CALIBRATED)
+        batches, _, described = evaluation_inputs(model, tokenizer, fitted_on, tokens, part, WINDOW)
+        measured, _, _ = evaluation_inputs(model, tokenizer, text, COST_TOKENS, WHOLE if shipped else MEASURED)
+        described = "shipped Shakespeare" if shipped else described
         if text is not None and tokenizer is not None:
             described = Path(text).name  # of the user's folders nothing is published
         count = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)

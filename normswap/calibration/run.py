@@ -26,6 +26,8 @@ Make = Callable[[Request, Scales | None], tuple[Plan, tuple[MovedStep, ...]]]
 
 #: tokens to calibrate on, and to measure the cost of a move on, where nobody says how many
 TOKENS, COST_TOKENS = 8192, 2048
+#: of how many tokens a window of text to calibrate on is, at most
+WINDOW = 256
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def prove(
     original, result = open_model(source), open_published(folder, plan, source.model_class)
     tokenizer = tokenizer_of(source)
     # what a plan was calibrated on is nothing to measure it on
-    part = MEASURED if plan.calibrated_on else WHOLE
+    part = MEASURED if plan.calibrated_on and (text is not None or tokenizer is None) else WHOLE
     batches, shape, described = evaluation_inputs(original, tokenizer, text, TOKENS[mode], part)
     if text is not None and tokenizer is not None:
         described = Path(text).name  # of the user's folders nothing is published
