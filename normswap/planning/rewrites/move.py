@@ -164,6 +164,8 @@ class _Stream:
         if any(step.source.n_out and not step.target.n_out for step in chosen):
             self._leave(chosen)
             return self._done()
+        if all(step.source.n_out for step in self.steps) and not any(s.target.scaled for s in chosen):
+            return self.result  # every block closes with a norm already
         for step, after in zip(self.steps, [*self.steps[1:], None], strict=True):
             if step.target is not None and step.target != step.source:
                 self._check(step)
@@ -210,6 +212,11 @@ class _Stream:
         if len(kinds) > 1 or kinds - {"layernorm", "rmsnorm"}:
             raise NoPlace(f"{self.stream.name}: expected one kind of norm on it, found {', '.join(sorted(kinds))}.")
         trace = self.normmap.trace
+        axis = self._norm_for(step).axes[0]
+        for v in (step.blocks[0].operands[0], step.blocks[-1].result):
+            shape = trace.values[v].shape
+            if len(shape) < -axis or shape[axis] != self.stream.width:
+                raise NoPlace(f"{step.name}: its sum has its channels in another axis than its norms ({tuple(shape)}).")
         for op in trace.norm_operations():
             if op.norm in step.n_in and not self._whole(op.inputs[0]):
                 raise NoPlace(f"{op.norm} reads the stream scaled or pooled; expected it as it is.")
