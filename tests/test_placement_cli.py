@@ -142,6 +142,19 @@ def test_the_card_tells_what_moved_and_what_it_cost(converted):
     assert "--placement post --layers 0-1 --tokens 512" in card
 
 
+def test_a_budget_moves_the_layers_that_cost_least(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr("normswap.conversion.COST_TOKENS", 256)  # for the sake of time
+    path = tmp_path / "plan.json"
+    asked = ("--placement", "post", "--layers", "auto:0.003", "--calibrate", "--tokens", 512, "-o", path)
+    shown = run("plan", checkpoints / GPT2, *asked)
+    assert shown.exit_code == 0, shown.stderr
+    plan = Plan.load(path)
+    moved = {block.layer for block in plan.moved}
+    # measured: layers 2 to 5; each alone costs 0.009, 0.008, 0.005, 0.003, 0.001 and 0.0003
+    assert 0 < len(moved) < 6 and moved == set(range(6 - len(moved), 6))
+    assert f"--layers {','.join(map(str, sorted(moved)))} at" in shown.stdout
+
+
 # ---- the second trace
 
 
