@@ -10,7 +10,6 @@ from torch import nn
 from normswap.apply.rebuild import keep_whole
 from normswap.errors import PlanError
 from normswap.norms.centred import centre_input, centre_output, rebased
-from normswap.norms.kinds import KINDS
 from normswap.planning.edits import (
     AddNorm,
     CentreInput,
@@ -90,15 +89,7 @@ class ModuleEdits:
 
 def _new(edit: SwapNorm, device: torch.device) -> nn.Module:
     with torch.device(device):
-        return KINDS[edit.kind](
-            width=edit.width,
-            eps=edit.eps,
-            gain=edit.gain,
-            bias=edit.bias,
-            casting=edit.casting,
-            axis=edit.axis,
-            shape=edit.shape,
-        )
+        return edit.build()
 
 
 def _added(model: nn.Module, parent: str, edit: AddNorm) -> nn.Module:

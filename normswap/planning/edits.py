@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from torch import nn
 
+from normswap.norms.kinds import KINDS
 from normswap.norms.spec import Casting, GainForm
 
 Read = Callable[[str], torch.Tensor]
@@ -248,7 +250,13 @@ class Refit(TensorEdit):
         return read(FITTED + self.tensor)
 
 
-NormKind = Literal["rmsnorm", "layernorm", "affine", "none"]
+def _known(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"expected a kind of norm among {', '.join(KINDS)}, found '{kind}'")
+    return kind
+
+
+NormKind = Annotated[str, AfterValidator(_known)]
 
 
 class SwapNorm(ModuleEdit):
@@ -271,11 +279,16 @@ class SwapNorm(ModuleEdit):
     axis: int = -1
     shape: tuple[int, ...] | None = None
 
+    def build(self) -> nn.Module:
+        """The norm with neutral parameters, each of which is one number throughout."""
+        arguments = self.model_dump(include={"width", "eps", "gain", "bias", "casting", "axis", "shape"})
+        return KINDS[self.kind](**arguments)
+
     def makes(self):
-        neutral = {"weight": 0.0 if self.gain == "1 + w" else 1.0} if self.gain else {}
-        neutral |= {"bias": 0.0} if self.bias else {}
-        shape = self.shape or (self.width,)
-        return tuple(Fill(tensor=f"{self.module}.{name}", value=v, shape=shape) for name, v in neutral.items())
+        return tuple(
+            Fill(tensor=f"{self.module}.{name}", value=float(p.flatten()[0]), shape=tuple(p.shape))
+            for name, p in self.build().named_parameters()
+        )
 
 
 class AddNorm(SwapNorm):

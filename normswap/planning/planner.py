@@ -87,7 +87,9 @@ def plan_moves(
         if request.norm is not None and kind == centring.SOURCE
     }
     refused |= unread | folding.refused | unseen | centred.refused
-    moved = move(normmap, request.placements, scales or Scales(), swapped) if request.placements else Moved()
+    moved = (
+        move(normmap, request.placements, scales or Scales(), swapped, request.exact) if request.placements else Moved()
+    )
     refused |= moved.refused
 
     changed = {*swapped, *(site.path for site in folding.sites), *moved.sites}

@@ -125,9 +125,11 @@ def moved_sums(before: NormMap, after: NormMap) -> set[int]:
         at = modules.index(own)
         modules[at] = []  # a tower that runs twice has two such streams
         now = dict(zip((block.add for block in stream.blocks), after.streams[at].blocks, strict=True))
-        for step in targets.steps(before, stream):
-            if now[step[-1].add].n_out:
-                found.update(block.add for block in step)
+        steps = [step for step in targets.steps(before, stream) if now[step[-1].add].n_out]
+        if all(step[-1].n_out for step in steps):
+            continue  # those that had a norm there before, and nothing has moved
+        for step in steps:
+            found.update(block.add for block in step)
     return found
 
 
@@ -171,9 +173,11 @@ def _gradients(original, moved, normmap, placement, inputs) -> tuple[float, str,
         b = _gradient(moved, same, inputs)
     if a is None or b is None:
         return 0.0, "", 0
-    largest = max((float(g.abs().max()) for g in a.values()), default=0.0)
+    largest = max((float(g.abs().max()) for g in a.values() if g.numel()), default=0.0)
     worst, checked = (0.0, ""), 0
     for name in same:
+        if not a[name].numel():
+            continue
         size = float(a[name].abs().max())
         if not a[name].isfinite().all() or max(size, float(b[name].abs().max())) <= 1e-9 * largest:
             continue  # rounding, as of the biases of keys

@@ -11,6 +11,7 @@ first step without a norm of its own needs none before it: `u_1 = n(x_0 + F(x_0)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -70,8 +71,10 @@ def final_norms(normmap: NormMap, stream: Stream) -> list[str]:
     """The norms that read the stream's last value, and nothing else, and stand in no block."""
     readers = StreamReaders(normmap.trace, stream)
     reads: dict[str, set[int | None]] = {}
+    size = math.prod(normmap.trace.values[stream.blocks[-1].result].shape)
     for op in normmap.trace.norm_operations():
-        reads.setdefault(op.norm, set()).add(readers.source(op.inputs[0]))
+        whole = math.prod(normmap.trace.values[op.inputs[0]].shape) == size  # not one row of it, or some pooled
+        reads.setdefault(op.norm, set()).add(readers.source(op.inputs[0]) if whole else None)
     inside = {path for block in stream.blocks for path in (*block.n_in, *block.n_out)}
     inside |= {path for path in reads if normmap.sites[path].spec.channels != stream.width}  # of several tokens at once
     return [path for path, values in reads.items() if values == {stream.blocks[-1].result} and path not in inside]

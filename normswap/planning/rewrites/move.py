@@ -31,6 +31,7 @@ from normswap.errors import RefusedError
 from normswap.norms.spec import NormSpec
 from normswap.planning.edits import AnyEdit, SetScale
 from normswap.planning.plans import Placement, Request
+from normswap.planning.rewrites.carry import carry, gate
 from normswap.planning.rewrites.lift import lift, normalise_skip
 from normswap.planning.rewrites.places import NoPlace, Place, Places
 from normswap.planning.rewrites.slots import Slots, together
@@ -108,6 +109,7 @@ def move(
     placements: tuple[Placement, ...],
     scales: Scales,
     swapped: set[str],
+    exact: bool = False,
 ) -> Moved:
     """Plan moving the norms of all streams.
 
@@ -115,6 +117,7 @@ def move(
         placements: a row of the table and the layers it is for, None: all.
         scales: the constants; those that are missing are 1.
         swapped: LayerNorms that become RMSNorms in the same plan.
+        exact: take the form that computes the same function, where there is one.
 
     Raises:
         RefusedError: a placement or layer that is not there; the model has no stream.
@@ -129,7 +132,7 @@ def move(
         if places.again(stream):
             continue  # a tower that runs twice: what is changed for the first run is changed for both
         try:
-            found = _Stream(normmap, places, stream, every[stream.name], scales, swapped, named).run()
+            found = _Stream(normmap, places, stream, every[stream.name], scales, swapped, named, exact).run()
         except NoPlace as error:
             result.refused[stream.name] = str(error)
             continue
@@ -154,16 +157,22 @@ class _Stream:
         scales: Scales,
         swapped: set[str],
         named: set[str],
+        exact: bool,
     ):
+        self.exact = exact
         self.normmap, self.places, self.slots = normmap, places, Slots(normmap, swapped, named)
         self.stream, self.steps, self.scales = stream, steps, scales
         self.result = Moved()
 
     def run(self) -> Moved:
         chosen = [step for step in self.steps if step.placement is not None and step.target != step.source]
-        if any(step.source.n_out and not step.target.n_out for step in chosen):
+        if any(step.source.n_out and not step.target.n_out for step in chosen) and not self._gated(chosen):
             self._leave(chosen)
             return self._done()
+        if self.exact and chosen and self._exactly(chosen):
+            return self._done()
+        if all(step.source.n_out for step in self.steps) and not any(s.target.scaled for s in chosen):
+            return self.result  # every block closes with a norm already
         for step, after in zip(self.steps, [*self.steps[1:], None], strict=True):
             if step.target is not None and step.target != step.source:
                 self._check(step)
@@ -174,6 +183,22 @@ class _Stream:
     def _done(self) -> Moved:
         self.result.edits += [*self.slots.edits, *self.slots.rewrites()]
         return self.result
+
+    def _gated(self, chosen: list[Step]) -> bool:
+        return self.exact and all(step.placement == "sandwich" for step in chosen)
+
+    def _exactly(self, chosen: list[Step]) -> bool:
+        """The exact form where there is one: a carried scale for all of a stream, gated norms on branches."""
+        if self._gated(chosen):
+            self.result.sites = gate(self.places, self.slots, self.stream, chosen)
+        elif {step.placement for step in self.steps} == {"post"}:
+            self.result.sites = carry(self.normmap, self.places, self.slots, self.stream, self.steps)
+        else:
+            return False
+        self.result.exact = True
+        for step in chosen:
+            self._tell(step, None, None, None, self._norm_for(step))
+        return True
 
     def _leave(self, chosen: list[Step]) -> None:
         """The whole stream becomes raw."""
@@ -210,6 +235,11 @@ class _Stream:
         if len(kinds) > 1 or kinds - {"layernorm", "rmsnorm"}:
             raise NoPlace(f"{self.stream.name}: expected one kind of norm on it, found {', '.join(sorted(kinds))}.")
         trace = self.normmap.trace
+        axis = self._norm_for(step).axes[0]
+        for v in (step.blocks[0].operands[0], step.blocks[-1].result):
+            shape = trace.values[v].shape
+            if len(shape) < -axis or shape[axis] != self.stream.width:
+                raise NoPlace(f"{step.name}: its sum has its channels in another axis than its norms ({tuple(shape)}).")
         for op in trace.norm_operations():
             if op.norm in step.n_in and not self._whole(op.inputs[0]):
                 raise NoPlace(f"{op.norm} reads the stream scaled or pooled; expected it as it is.")

@@ -61,6 +61,21 @@ class Slots:
         alike = norm.model_copy(update={"gain": own.gain, "weight": own.weight, "bias": own.bias})
         return own.model_copy(update={"kind": self.kind(path)}) == alike and (own.weight is not None or gain == 1.0)
 
+    def add_plain(self, path: str, norm: NormSpec, kind: str) -> None:
+        """A norm of `kind` as `norm` is, without a gain and a bias of its own."""
+        self.edits.append(
+            AddNorm(
+                module=path,
+                kind=kind,
+                width=norm.width,
+                eps=norm.eps,
+                gain=None,
+                bias=False,
+                casting=norm.casting,
+                axis=norm.axes[0],
+            )
+        )
+
     def add(self, path: str, norm: NormSpec, gain: float) -> None:
         form, bias = "w", norm.bias is not None
         self.edits.append(
@@ -137,8 +152,8 @@ class Slots:
                 kind=kind,
                 width=spec.width,
                 eps=spec.eps,
-                gain=(spec.gain or "w") if kind == "affine" else None,
-                bias=kind == "affine" and spec.bias is not None,
+                gain=None if kind == "none" else spec.gain or "w" if kind == "affine" else spec.gain,
+                bias=kind != "none" and spec.bias is not None,
                 casting=spec.casting,
                 axis=spec.axes[0],
                 shape=None if shape == (spec.width,) else shape,

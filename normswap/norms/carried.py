@@ -1,0 +1,47 @@
+"""A normalised stream that carries its scale in one more lane. This file is copied into the output: torch alone."""
+
+import torch
+from torch import nn
+
+from normswap.norms.affine import Affine
+from normswap.norms.layer_norm import LayerNorm
+from normswap.norms.rms_norm import RMSNorm
+
+
+class Carried:
+    """Mixin: `[n(x), s]`, of shape `(..., width + 1)`, with n the norm beside it, without a gain, and `x = s n(x)`.
+
+    (Of a LayerNorm x has lost its mean, which no LayerNorm sees.)
+    """
+
+    def forward(self, x):
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        n = self.normalised(h)
+        centred = h - h.mean(-1, keepdim=True) if isinstance(self, LayerNorm) else h
+        s = torch.sqrt(centred.square().mean(-1, keepdim=True) + self.eps)
+        return torch.cat([n, s], dim=-1).to(x.dtype)
+
+
+class CarriedRMSNorm(Carried, RMSNorm):
+    """RMSNorm that carries its scale."""
+
+
+class CarriedLayerNorm(Carried, LayerNorm):
+    """LayerNorm that carries its scale."""
+
+
+class CarriedAffine(Affine):
+    """Gain and bias on `n` of `[n, s]`."""
+
+    def forward(self, x):
+        return super().forward(x[..., :-1])
+
+
+class Recovered(nn.Module):
+    """`s n` from `[n, s]`: the stream as it was. Takes the arguments of all norms and has no parameters."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+
+    def forward(self, x):
+        return x[..., :-1] * x[..., -1:]
