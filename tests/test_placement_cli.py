@@ -169,6 +169,27 @@ def test_a_move_that_the_second_trace_does_not_show_is_not_published():
     assert normswap.convert_model(model, plan=plan) is plan
 
 
+def test_a_norm_that_nothing_calls_is_not_published():
+    model = tiny("gpt2")
+    plan = normswap.plan(model, placement="sandwich", exact=True)
+    at = next(i for i, edit in enumerate(plan.edits) if isinstance(edit, Rewrite))
+    lost = plan.edits[at].model_copy(update={"changes": plan.edits[at].changes[:-1]})
+    broken = plan.model_copy(update={"edits": (*plan.edits[:at], lost, *plan.edits[at + 1 :])})
+    with pytest.raises(VerificationError, match=r"norm_branch_2 is added by the move, and nothing calls it"):
+        normswap.convert_model(model, plan=broken)
+    assert normswap.convert_model(model, plan=plan).claim == "exact"
+
+
+def test_an_exact_move_is_measured_as_one(checkpoints, tmp_path):
+    done = run("convert", checkpoints / GPT2, tmp_path / "out", "--placement", "post", "--exact", "--verify", "fast")
+    assert done.exit_code == 0, done.stderr
+    assert "claim: exact. The result computes the same function" in done.stdout
+    assert re.search(r"transformer\.h\[0-11\] +0-5 +pre -> post +12", done.stdout)
+    assert "No difference beyond rounding in the output" in done.stdout
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- transformer.h[0-11], layer 0-5: pre -> post" in card and "fine-tune" not in card
+
+
 def test_kind_and_place_change_together():
     model = tiny("gpt2")
     plan = normswap.convert_model(model, norm="rmsnorm", placement="post")
@@ -186,7 +207,7 @@ BAD_REQUESTS = {
     "no numbers": (("--placement", "post", "--layers", "two"), "expects numbers and ranges such as 0-3,7"),
     "layers alone": (("--layers", "0-3"), "layers 0-3 belong to no placement"),
     "no budget": (("--placement", "post", "--layers", "auto:x"), "expected auto:KL, with a number of nats"),
-    "not exact": (("--placement", "post", "--exact"), "Leave out --exact to have it calibrated"),
+    "not exact": (("--placement", "deepnorm", "--exact"), "Leave out --exact to have it calibrated"),
     "no such text": (("--placement", "post", "--text", "nosuch.txt", "--verify", "none"), "nosuch.txt cannot be read"),
     "tokens for nothing": (("--norm", "rmsnorm", "--tokens", "99"), "no norm moves: give a --placement"),
     "tokens with a plan": (("--plan", "nosuch.json", "--tokens", "99"), "a saved plan already says what to do"),
