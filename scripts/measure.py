@@ -1,6 +1,8 @@
 """The numbers of the README, measured again: conversions of the trained checkpoints, and inspection at full size.
 
-.venv/bin/python scripts/measure.py            # prints Markdown tables
+.venv/bin/python scripts/measure.py                                  # prints Markdown tables
+.venv/bin/python scripts/measure.py --placement                      # moved norms, calibrated on the shipped text
+.venv/bin/python scripts/measure.py --placement --text corpus.txt    # and on another one, four times as much of it
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import transformers
 from transformers.utils import logging
 
 import normswap
+from normswap.calibration.run import TOKENS
 
 CHECKPOINTS = Path(__file__).parent.parent / "tests" / "checkpoints"
 CONVERSIONS = [
@@ -33,6 +36,7 @@ CONVERSIONS = [
     ("gpt_neox-shakespeare", "--norm rmsnorm --fold", dict(norm="rmsnorm", fold=True)),
     ("llama-shakespeare", "--fold", dict(fold=True)),
 ]
+PLACEMENTS = ("post", "deepnorm", "sandwich", "reordered", "keel")
 # shapes of well-known models, built without weights: type, sizes, what to plan
 FULL_SIZE = {
     "Llama 7B": ("llama", dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
@@ -54,15 +58,23 @@ FULL_SIZE = {
 
 @click.command()
 @click.option("--full-size", "name", type=click.Choice(list(FULL_SIZE)), hidden=True)
-def main(name: str | None) -> None:
+@click.option("--placement", is_flag=True, help="Move norms instead, and measure what that costs.")
+@click.option("--text", metavar="FILE", help="With --placement, calibrate on this text as well, for post.")
+@click.option("--only", metavar="NAME", help="With --placement, this checkpoint alone.")
+def main(name: str | None, placement: bool, text: str | None, only: str | None) -> None:
     """Measure and print the tables of the README."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if name is not None:
         _full_size(*FULL_SIZE[name])
         return
+    if text is not None and not placement:
+        raise click.UsageError("--text is for --placement.")
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     print(f"{versions}, {os.cpu_count()} CPU cores\n")
+    if placement:
+        _placements(text, only)
+        return
     print("| checkpoint | conversion | worst error, float64 | worst error, float32 | nats, float32 | nats, bfloat16 |")
     print("|---|---|---|---|---|---|")
     for name, words, request in CONVERSIONS:
@@ -87,6 +99,34 @@ def main(name: str | None) -> None:
             f"| {name} | {found['norms']} | `{words}` | {found['converted']} | {found['seconds']:.1f} "
             f"| {found['gib']:.2f} GiB |"
         )
+
+
+def _placements(text: str | None, only: str | None) -> None:
+    """What moving every block costs, in nats of KL on the text that `verify` takes, which no calibration sees."""
+    print("| checkpoint | placement | tokens | KL, mean | median | p99.9 | same top-1 | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for checkpoint in dict.fromkeys(name for name, _, _ in CONVERSIONS if only in (None, name)):
+            runs = [(placement, None, TOKENS) for placement in PLACEMENTS]
+            if text is not None:
+                runs.insert(1, ("post", text, 4 * TOKENS))
+            for number, (placement, corpus, tokens) in enumerate(runs):
+                moved = Path(folder) / f"{checkpoint}-{number}"
+                start = time.perf_counter()
+                try:
+                    done = normswap.convert(
+                        CHECKPOINTS / checkpoint, moved, placement=placement, text=corpus, tokens=tokens, verify="none"
+                    )
+                except normswap.RefusedError as error:
+                    print(f"| {checkpoint} | {placement} | refused: {str(error).splitlines()[0]} |")
+                    continue
+                seconds = time.perf_counter() - start
+                found = normswap.verify(CHECKPOINTS / checkpoint, moved).comparison.output
+                print(
+                    f"| {checkpoint} | {placement} | {done.plan.calibrated_on} | {found.kl.mean:.2g} "
+                    f"| {found.kl.median:.2g} | {found.kl.p999:.2g} | {found.top1:.1%} | {seconds:.0f} |",
+                    flush=True,
+                )
 
 
 def _full_size(model_type: str, sizes: dict, request: dict) -> None:

@@ -142,6 +142,19 @@ def test_the_card_tells_what_moved_and_what_it_cost(converted):
     assert "--placement post --layers 0-1 --tokens 512" in card
 
 
+def test_a_budget_moves_the_layers_that_cost_least(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr("normswap.conversion.COST_TOKENS", 256)  # for the sake of time
+    path = tmp_path / "plan.json"
+    asked = ("--placement", "post", "--layers", "auto:0.003", "--calibrate", "--tokens", 512, "-o", path)
+    shown = run("plan", checkpoints / GPT2, *asked)
+    assert shown.exit_code == 0, shown.stderr
+    plan = Plan.load(path)
+    moved = {block.layer for block in plan.moved}
+    # measured: layers 2 to 5; each alone costs 0.009, 0.008, 0.005, 0.003, 0.001 and 0.0003
+    assert 0 < len(moved) < 6 and moved == set(range(6 - len(moved), 6))
+    assert f"--layers {','.join(map(str, sorted(moved)))} at" in shown.stdout
+
+
 # ---- the second trace
 
 
@@ -154,6 +167,27 @@ def test_a_move_that_the_second_trace_does_not_show_is_not_published():
     with pytest.raises(VerificationError, match=r"h\[\d\] should be post now, and no norm is found behind its sum"):
         normswap.convert_model(model, plan=broken)
     assert normswap.convert_model(model, plan=plan) is plan
+
+
+def test_a_norm_that_nothing_calls_is_not_published():
+    model = tiny("gpt2")
+    plan = normswap.plan(model, placement="sandwich", exact=True)
+    at = next(i for i, edit in enumerate(plan.edits) if isinstance(edit, Rewrite))
+    lost = plan.edits[at].model_copy(update={"changes": plan.edits[at].changes[:-1]})
+    broken = plan.model_copy(update={"edits": (*plan.edits[:at], lost, *plan.edits[at + 1 :])})
+    with pytest.raises(VerificationError, match=r"norm_branch_2 is added by the move, and nothing calls it"):
+        normswap.convert_model(model, plan=broken)
+    assert normswap.convert_model(model, plan=plan).claim == "exact"
+
+
+def test_an_exact_move_is_measured_as_one(checkpoints, tmp_path):
+    done = run("convert", checkpoints / GPT2, tmp_path / "out", "--placement", "post", "--exact", "--verify", "fast")
+    assert done.exit_code == 0, done.stderr
+    assert "claim: exact. The result computes the same function" in done.stdout
+    assert re.search(r"transformer\.h\[0-11\] +0-5 +pre -> post +12", done.stdout)
+    assert "No difference beyond rounding in the output" in done.stdout
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- transformer.h[0-11], layer 0-5: pre -> post" in card and "fine-tune" not in card
 
 
 def test_kind_and_place_change_together():
@@ -173,7 +207,7 @@ BAD_REQUESTS = {
     "no numbers": (("--placement", "post", "--layers", "two"), "expects numbers and ranges such as 0-3,7"),
     "layers alone": (("--layers", "0-3"), "layers 0-3 belong to no placement"),
     "no budget": (("--placement", "post", "--layers", "auto:x"), "expected auto:KL, with a number of nats"),
-    "not exact": (("--placement", "post", "--exact"), "Leave out --exact to have it calibrated"),
+    "not exact": (("--placement", "deepnorm", "--exact"), "Leave out --exact to have it calibrated"),
     "no such text": (("--placement", "post", "--text", "nosuch.txt", "--verify", "none"), "nosuch.txt cannot be read"),
     "tokens for nothing": (("--norm", "rmsnorm", "--tokens", "99"), "no norm moves: give a --placement"),
     "tokens with a plan": (("--plan", "nosuch.json", "--tokens", "99"), "a saved plan already says what to do"),

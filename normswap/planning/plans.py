@@ -230,7 +230,8 @@ class Plan(BaseModel):
     def moved_norms(self) -> set[str]:
         """Paths of the norms that stand in another place afterwards: those that leave one, and those that enter."""
         found = {edit.module for edit in self.edits if isinstance(edit, AddNorm)}
-        found |= {e.module for e in self.edits if isinstance(e, SwapNorm) and e.kind in ("affine", "none")}
+        # what a norm becomes other than the kind asked for, it becomes because it moves
+        found |= {edit.module for edit in self.edits if isinstance(edit, SwapNorm) and edit.kind != self.request.norm}
         rewrites = [edit for edit in self.edits if isinstance(edit, Rewrite)]
         return found | {f"{edit.module}.{change.name}" for edit in rewrites for change in edit.changes}
 

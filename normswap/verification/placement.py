@@ -8,26 +8,39 @@ from typing import Any
 from torch import nn
 
 from normswap.errors import VerificationError
+from normswap.planning.edits import AddNorm
 from normswap.planning.plans import Plan
 from normswap.planning.rewrites.steps import ROWS, steps_of
 from normswap.understand.normmap import NormMap, StreamInfo, inspect
 
 
 def check_moved(original: nn.Module, result: nn.Module, plan: Plan, inputs: Mapping[str, Any] | None = None) -> None:
-    """Behind the sum of every block that is moved from a raw stream to a normalised one stands a norm.
+    """Every norm that a move adds runs, and behind the sum of every block that is moved from a raw stream to a
+    normalised one stands a norm.
 
-    Both models are traced on the meta device. Streams must have the sums that they had.
+    Both models are traced on the meta device. Streams must have the sums that they had; not those of exact moves, whose
+    streams may carry more than they did, and which their numbers prove.
 
     Args:
         inputs: keyword arguments of `forward`, by default those that are made for observation.
 
     Raises:
-        VerificationError: a sum without a norm, or a stream with other sums.
+        VerificationError: an added norm that nothing calls, a sum without a norm, or a stream with other sums.
     """
-    targets = {block.name: ROWS[block.after] for block in plan.moved}
-    if not any(row.n_out for row in targets.values()):
+    if not plan.moved:
         return
-    before, after = inspect(original, inputs=inputs), inspect(result, inputs=inputs)
+    after = inspect(result, inputs=inputs)
+    ran = {call.path for call in after.trace.calls}
+    idle = [edit.module for edit in plan.edits if isinstance(edit, AddNorm) and edit.module not in ran]
+    if idle:
+        raise VerificationError(
+            f"{idle[0]} is added by the move, and nothing calls it in the result. Nothing was published. Please report "
+            f"the model: this is a fault of normswap."
+        )
+    targets = {block.name: ROWS[block.after] for block in plan.moved}
+    if plan.claim == "exact" or not any(row.n_out for row in targets.values()):
+        return
+    before = inspect(original, inputs=inputs)
     left = list(after.streams)
     for stream in before.streams:
         now = _same(stream, left, after)
