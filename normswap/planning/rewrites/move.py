@@ -175,8 +175,12 @@ class _Stream:
             return self._done()
         if self.exact and chosen and self._exactly(chosen):
             return self._done()
+        post = [step for step in self.steps if step.source.n_out and not step.n_in]
         if all(step.source.n_out for step in self.steps) and not any(s.target.scaled for s in chosen):
             return self.result  # every block closes with a norm already
+        if chosen and post and len(post) < len(self.steps):
+            odd = next(step for step in self.steps if step not in post)
+            raise NoPlace(f"{odd.name} is {_name(odd)} on a stream of post-norm blocks; expected one or the other.")
         for step, after in zip(self.steps, [*self.steps[1:], None], strict=True):
             if step.target is not None and step.target != step.source:
                 self._check(step)
@@ -230,6 +234,8 @@ class _Stream:
     def _check(self, step: Step) -> None:
         if step.target.scaled and not step.n_in and not step.source.n_out:
             raise NoPlace(f"{step.name}: its branch reads the stream without a norm, and would miss its scale.")
+        if step.blocks[0].skip != 1:
+            raise NoPlace(f"{step.name}: its skip has a factor of its own ({step.blocks[0].skip:g}); expected none.")
         for block in step.blocks:
             if not self._whole(block.operands[0]):
                 raise NoPlace(
@@ -422,6 +428,9 @@ class _Stream:
         """Whether a norm is over the stream's channels, and not over those of several tokens side by side."""
         return self.slots.spec(path).channels == self.stream.width
 
+    def _reads_whole(self, path: str) -> bool:
+        return all(self._whole(op.inputs[0]) for op in self.normmap.trace.norm_operations() if op.norm == path)
+
     def _whole(self, v: int) -> bool:
         """Whether a value is the stream rearranged, and not scaled, pooled or a part of it."""
         analysis, values = self.stream.found.analysis, self.normmap.trace.values
@@ -451,7 +460,7 @@ class _Stream:
     def _norm_for(self, step: Step | None) -> NormSpec:
         """The norm n of what a step reads: as its own N_in is, or as another norm of the stream."""
         index = len(self.steps) if step is None else self.steps.index(step)
-        near = [*self.stream.found.final] if step is None else step.n_in
+        near = [path for path in self.stream.found.final if self._reads_whole(path)] if step is None else step.n_in
         others = sorted(range(len(self.steps)), key=lambda i: abs(i - index))
         near += [path for i in others for path in (*self.steps[i].n_in, *self.steps[i].n_out, *self.steps[i].n_branch)]
         near = [path for path in near if self._own(path)]
