@@ -410,26 +410,31 @@ class _Stream:
 
     def _end(self) -> None:
         """Norms that read the end of a moved stream, or a moved value on the way, become affines."""
+        for path, index in self._affines().items():
+            after = self.steps[index + 1] if index + 1 < len(self.steps) else None
+            self.slots.affine(path, self._gain(after))
+            self.result.sites.append(path)
+
+    def _affines(self) -> dict[str, int]:
+        """Norms behind the stream that read nothing but the result of one moved step, whole: the step by norm.
+
+        A norm of what is pooled, or of other values too, stays one: it does not see c.
+        """
         base = self.stream.found.analysis.base
         moved = {base(step.blocks[-1].result): i for i, step in enumerate(self.steps) if self._gives_norm(step)}
         reads: dict[str, list[int]] = defaultdict(list)
         for op in self.normmap.trace.norm_operations():
             reads[op.norm].append(op.inputs[0])
+        found = {}
         for path in self.stream.found.final:
             read = {moved.get(base(v)) for v in reads[path]}
-            if len(read) > 1 or None in read or not self._own(path) or not all(self._whole(v) for v in reads[path]):
-                continue  # a norm of what is pooled, or of other values too, stays one: it does not see c
-            index = read.pop()
-            after = self.steps[index + 1] if index + 1 < len(self.steps) else None
-            self.slots.affine(path, self._gain(after))
-            self.result.sites.append(path)
+            if len(read) == 1 and None not in read and self._own(path) and all(self._whole(v) for v in reads[path]):
+                found[path] = read.pop()
+        return found
 
     def _own(self, path: str) -> bool:
         """Whether a norm is over the stream's channels, and not over those of several tokens side by side."""
         return self.slots.spec(path).channels == self.stream.width
-
-    def _reads_whole(self, path: str) -> bool:
-        return all(self._whole(op.inputs[0]) for op in self.normmap.trace.norm_operations() if op.norm == path)
 
     def _whole(self, v: int) -> bool:
         """Whether a value is the stream rearranged, and not scaled, pooled or a part of it."""
@@ -451,16 +456,12 @@ class _Stream:
         carried = [op for op in consumers if all(found.analysis.base(v) == result for v in op.outputs)]
         rest = [op for op in consumers if op not in carried and any(v in live for v in op.outputs)]
         given = any(found.analysis.base(v) == result for v in self.normmap.trace.outputs)
-        return (
-            bool(rest)
-            and not given
-            and all(op.norm in found.final and self._own(op.norm) and self._whole(op.inputs[0]) for op in rest)
-        )
+        return bool(rest) and not given and all(op.norm in self._affines() for op in rest)
 
     def _norm_for(self, step: Step | None) -> NormSpec:
         """The norm n of what a step reads: as its own N_in is, or as another norm of the stream."""
         index = len(self.steps) if step is None else self.steps.index(step)
-        near = [path for path in self.stream.found.final if self._reads_whole(path)] if step is None else step.n_in
+        near = [*self._affines()] if step is None else step.n_in
         others = sorted(range(len(self.steps)), key=lambda i: abs(i - index))
         near += [path for i in others for path in (*self.steps[i].n_in, *self.steps[i].n_out, *self.steps[i].n_branch)]
         near = [path for path in near if self._own(path)]
