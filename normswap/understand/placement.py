@@ -132,15 +132,19 @@ class Streams:
                 return position
         return None
 
-    def rearranged(self, v: int) -> bool:
-        """Whether `v` holds the very values of its base in another order, neither scaled nor pooled."""
+    def rearranged(self, v: int, floor: int = 0) -> int | None:
+        """What `v` holds the very values of in another order, neither scaled nor pooled: its base, or the value that
+        operations before `floor` made. None where it is more than another order.
+        """
         while self.base(v) != v:
             op = self._producer(v)
+            if op.index < floor:
+                return v
             position = self._carried(op, v)
             if not self.prober.rearranges(op, position):
-                return False
+                return None
             v = op.inputs[position]
-        return True
+        return v
 
     def trunk(self, v: int) -> tuple[int, list[str]]:
         """Back from `v` along the stream to where it was last added to: that value, and the norms in between."""

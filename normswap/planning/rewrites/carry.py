@@ -86,7 +86,7 @@ def _check_readers(normmap: NormMap, stream: StreamInfo, steps: list[Step], norm
     for op in trace.operations[first:]:
         if not any(base(v) in values for v in op.inputs) or op.index in sums or op.norm in norms:
             continue
-        handed_on = all(base(v) in values and stream.found.analysis.rearranged(v) for v in op.outputs)
+        handed_on = all(base(v) in values and stream.found.analysis.rearranged(v) is not None for v in op.outputs)
         if not handed_on and any(v in live for v in op.outputs):
             raise NoPlace(f"{op.name} in {op.module or 'the model'} reads the stream, which gets one channel more.")
     if any(base(v) in values for v in trace.outputs):

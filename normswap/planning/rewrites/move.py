@@ -26,6 +26,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from normswap.errors import RefusedError
 from normswap.norms.spec import NormSpec
@@ -438,8 +439,18 @@ class _Stream:
 
     def _whole(self, v: int) -> bool:
         """Whether a value is the stream rearranged, and not scaled, pooled or a part of it."""
-        analysis, values = self.stream.found.analysis, self.normmap.trace.values
-        return analysis.rearranged(v) and math.prod(values[v].shape) == math.prod(values[analysis.base(v)].shape)
+        values = self.normmap.trace.values
+        whole = self.stream.found.analysis.rearranged(v, self._floor)
+        return whole is not None and math.prod(values[v].shape) == math.prod(values[whole].shape)
+
+    @cached_property
+    def _floor(self) -> int:
+        """The operation at which the module of the first step begins: what came before it is no matter."""
+        try:
+            path, _, _ = self.places.entry(self.stream.found, self.steps[0].blocks[0])
+        except NoPlace:
+            return 0
+        return next(call.start for call in self.normmap.trace.calls if call.path == path)
 
     def _gives_norm(self, step: Step) -> bool:
         """Whether a norm is added after the step."""
