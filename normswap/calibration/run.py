@@ -15,8 +15,10 @@ from normswap.calibration.costs import cost, costs_alone, within_budget
 from normswap.calibration.refit import Fit, Target, Writing, refit
 from normswap.calibration.scales import Scale, measure_scales
 from normswap.calibration.taps import Tap, find_tap
+from normswap.norms.spec import NormSpec
 from normswap.planning.plans import MovedBlock, Plan, Request
 from normswap.planning.rewrites.move import MovedStep, Scales
+from normswap.planning.rewrites.steps import ROWS
 from normswap.understand.centring import Writer
 from normswap.understand.normmap import NormMap, StreamInfo
 
@@ -26,6 +28,8 @@ Make = Callable[[Request, Scales | None], tuple[Plan, tuple[MovedStep, ...]]]
 
 #: tokens to calibrate on, and to measure the cost of a move on, where nobody says how many
 TOKENS, COST_TOKENS = 8192, 2048
+# behind a step's name: what its branch gives
+_BRANCH = " branch"
 #: of how many tokens a window of text to calibrate on is, at most
 WINDOW = 256
 
@@ -62,7 +66,7 @@ def calibrated(normmap: NormMap, request: Request, make: Make, data: Data) -> Pl
     everywhere = request.model_copy(update={"placements": tuple(p.everywhere() for p in request.placements)})
     draft, steps = make(everywhere, None)
     found = measure_scales(original, _taps(normmap, steps), data.batches, _counts(data, "measuring scales"))
-    scales = Scales(stream={name: scale.harmonic for name, scale in found.items()})
+    scales = _constants(steps, found)
     costs = costs_alone(original, everywhere, make, scales, draft, data)
 
     def fitted(asked: Request) -> tuple[Plan, nn.Module]:
@@ -104,19 +108,37 @@ def _halves(model: nn.Module) -> bool:
     return any(p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in model.parameters())
 
 
-def _taps(normmap: NormMap, steps: Sequence[MovedStep]):
-    """Per step the value whose scale it wants to know, and what each stream ends in."""
+def _constants(steps: Sequence[MovedStep], found: Mapping[str, Scale]) -> Scales:
+    """The constants of the move, each the best for what it stands for."""
+    rows = {step.name: ROWS[step.after] for step in steps}
+    raw = {name for name, row in rows.items() if not row.n_out and not row.n_in}
+    put_in = {step.name for step in steps if rows[step.name].n_in and step.adds_n_in}
+    stream = {
+        name: scale.least_squares if name in raw else scale.mean if name in put_in else scale.harmonic
+        for name, scale in found.items()
+        if not name.endswith(_BRANCH)
+    }
+    branch = {
+        step.name: found[step.name + _BRANCH].mean
+        if rows[step.name].n_branch
+        else found[step.name + _BRANCH].least_squares
+        for step in steps
+        if step.name + _BRANCH in found
+    }
+    return Scales(stream=stream, branch=branch)
+
+
+def _taps(normmap: NormMap, steps: Sequence[MovedStep]) -> dict[str, tuple[Tap, NormSpec]]:
+    """Per step the value whose scale it wants to know, the one behind it, and what its branch gives."""
     taps = {}
     for step in steps:
         base = _stream(normmap, step).found.analysis.base
-        if step.scaled is not None and (tap := find_tap(normmap.trace, step.scaled[0], base)) is not None:
-            taps[step.name] = tap, step.scaled[1]
-    for stream in normmap.streams:
-        moved = [step for step in steps if step.stream == stream.name]
-        if moved:
-            tap = find_tap(normmap.trace, stream.blocks[-1].result, stream.found.analysis.base)
-            if tap is not None:
-                taps[f"{stream.name}[end]"] = tap, moved[-1].norm
+        wanted = [(step.after_it, (step.result, step.norm)), (step.name + _BRANCH, (step.branches[0], step.norm))]
+        wanted += [(step.name, step.scaled)] if step.scaled is not None else []
+        for name, (value, norm) in wanted:
+            tap = find_tap(normmap.trace, value, base)
+            if tap is not None and (name not in taps or name == step.name):
+                taps[name] = tap, norm
     return taps
 
 

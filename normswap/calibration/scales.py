@@ -1,7 +1,8 @@
 """The scale of every token along the streams of a model, and the constants that stand for it.
 
 A moved block adds its branch to `c n(x)` in the place of `x = s n(x)`. The error before the next norm is one of the
-ratio of skip and branch, `c / s` against 1, so that c is the harmonic mean of s over tokens: `E[c / s] = 1`.
+ratio of skip and branch, `c / s` against 1, so that c is the harmonic mean of s over tokens: `E[c / s] = 1`. On a raw
+stream, where a norm is put in or taken out, the constants are those of least squares.
 """
 
 from __future__ import annotations
@@ -42,10 +43,19 @@ class Scale:
         return self.count / self.inverse
 
     @property
+    def mean(self) -> float:
+        """The t for which `t n(x)` is nearest to x: `E[s]`."""
+        return self.total / self.count
+
+    @property
+    def least_squares(self) -> float:
+        """The c for which `x / c` is nearest to n(x): `E[s^2] / E[s]`."""
+        return self.square / self.total
+
+    @property
     def spread(self) -> float:
         """The coefficient of variation."""
-        mean = self.total / self.count
-        return max(self.square / self.count - mean**2, 0.0) ** 0.5 / mean
+        return max(self.square / self.count - self.mean**2, 0.0) ** 0.5 / self.mean
 
 
 def scale_of(x: torch.Tensor, spec: NormSpec) -> torch.Tensor:

@@ -15,19 +15,23 @@ class Carried:
     """
 
     def forward(self, x):
-        h = x.to(torch.promote_types(x.dtype, torch.float32))
-        n = self.normalised(h)
-        centred = h - h.mean(-1, keepdim=True) if isinstance(self, LayerNorm) else h
-        s = torch.sqrt(centred.square().mean(-1, keepdim=True) + self.eps)
-        return torch.cat([n, s], dim=-1).to(x.dtype)
+        h = self.around(x.to(torch.promote_types(x.dtype, torch.float32)))
+        s = torch.sqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return torch.cat([h / s, s], dim=-1).to(x.dtype)
 
 
 class CarriedRMSNorm(Carried, RMSNorm):
     """RMSNorm that carries its scale."""
 
+    def around(self, x):
+        return x
+
 
 class CarriedLayerNorm(Carried, LayerNorm):
     """LayerNorm that carries its scale."""
+
+    def around(self, x):
+        return x - x.mean(-1, keepdim=True)
 
 
 class CarriedAffine(Affine):

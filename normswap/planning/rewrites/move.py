@@ -66,6 +66,8 @@ class MovedStep:
         out: in the moved model, the module that reads the step's sum and normalises it, None: none is there.
         frame: name of the parameter by which the sum is multiplied on its way to `out`, None: it is not.
         norm: how the sum is read.
+        after_it: name of the step that reads the sum, `stream[end]` behind the last.
+        adds_n_in: whether a norm is put in before the branch.
     """
 
     name: str
@@ -80,6 +82,8 @@ class MovedStep:
     out: str | None
     frame: str | None
     norm: NormSpec
+    after_it: str
+    adds_n_in: bool
 
 
 @dataclass
@@ -275,6 +279,7 @@ class _Stream:
         self._tell(step, (reads, self._norm_for(step)), out, None, self._norm_for(after))
 
     def _tell(self, step: Step, scaled, out: str | None, frame: str | None, norm: NormSpec) -> None:
+        names = [*(other.name for other in self.steps), f"{self.stream.name}[end]"]
         self.result.steps.append(
             MovedStep(
                 step.name,
@@ -289,6 +294,8 @@ class _Stream:
                 out,
                 frame,
                 norm,
+                names[self.steps.index(step) + 1],
+                step.target.n_in and not step.n_in,
             )
         )
 
