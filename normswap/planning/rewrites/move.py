@@ -175,8 +175,12 @@ class _Stream:
             return self._done()
         if self.exact and chosen and self._exactly(chosen):
             return self._done()
+        post = [step for step in self.steps if step.source.n_out and not step.n_in]
         if all(step.source.n_out for step in self.steps) and not any(s.target.scaled for s in chosen):
             return self.result  # every block closes with a norm already
+        if chosen and post and len(post) < len(self.steps):
+            odd = next(step for step in self.steps if step not in post)
+            raise NoPlace(f"{odd.name} is {_name(odd)} on a stream of post-norm blocks; expected one or the other.")
         for step, after in zip(self.steps, [*self.steps[1:], None], strict=True):
             if step.target is not None and step.target != step.source:
                 self._check(step)
@@ -230,6 +234,8 @@ class _Stream:
     def _check(self, step: Step) -> None:
         if step.target.scaled and not step.n_in and not step.source.n_out:
             raise NoPlace(f"{step.name}: its branch reads the stream without a norm, and would miss its scale.")
+        if step.blocks[0].skip != 1:
+            raise NoPlace(f"{step.name}: its skip has a factor of its own ({step.blocks[0].skip:g}); expected none.")
         for block in step.blocks:
             if not self._whole(block.operands[0]):
                 raise NoPlace(
@@ -404,19 +410,27 @@ class _Stream:
 
     def _end(self) -> None:
         """Norms that read the end of a moved stream, or a moved value on the way, become affines."""
+        for path, index in self._affines().items():
+            after = self.steps[index + 1] if index + 1 < len(self.steps) else None
+            self.slots.affine(path, self._gain(after))
+            self.result.sites.append(path)
+
+    def _affines(self) -> dict[str, int]:
+        """Norms behind the stream that read nothing but the result of one moved step, whole: the step by norm.
+
+        A norm of what is pooled, or of other values too, stays one: it does not see c.
+        """
         base = self.stream.found.analysis.base
         moved = {base(step.blocks[-1].result): i for i, step in enumerate(self.steps) if self._gives_norm(step)}
         reads: dict[str, list[int]] = defaultdict(list)
         for op in self.normmap.trace.norm_operations():
             reads[op.norm].append(op.inputs[0])
+        found = {}
         for path in self.stream.found.final:
             read = {moved.get(base(v)) for v in reads[path]}
-            if len(read) > 1 or None in read or not self._own(path) or not all(self._whole(v) for v in reads[path]):
-                continue  # a norm of what is pooled, or of other values too, stays one: it does not see c
-            index = read.pop()
-            after = self.steps[index + 1] if index + 1 < len(self.steps) else None
-            self.slots.affine(path, self._gain(after))
-            self.result.sites.append(path)
+            if len(read) == 1 and None not in read and self._own(path) and all(self._whole(v) for v in reads[path]):
+                found[path] = read.pop()
+        return found
 
     def _own(self, path: str) -> bool:
         """Whether a norm is over the stream's channels, and not over those of several tokens side by side."""
@@ -442,16 +456,12 @@ class _Stream:
         carried = [op for op in consumers if all(found.analysis.base(v) == result for v in op.outputs)]
         rest = [op for op in consumers if op not in carried and any(v in live for v in op.outputs)]
         given = any(found.analysis.base(v) == result for v in self.normmap.trace.outputs)
-        return (
-            bool(rest)
-            and not given
-            and all(op.norm in found.final and self._own(op.norm) and self._whole(op.inputs[0]) for op in rest)
-        )
+        return bool(rest) and not given and all(op.norm in self._affines() for op in rest)
 
     def _norm_for(self, step: Step | None) -> NormSpec:
         """The norm n of what a step reads: as its own N_in is, or as another norm of the stream."""
         index = len(self.steps) if step is None else self.steps.index(step)
-        near = [*self.stream.found.final] if step is None else step.n_in
+        near = [*self._affines()] if step is None else step.n_in
         others = sorted(range(len(self.steps)), key=lambda i: abs(i - index))
         near += [path for i in others for path in (*self.steps[i].n_in, *self.steps[i].n_out, *self.steps[i].n_branch)]
         near = [path for path in near if self._own(path)]
