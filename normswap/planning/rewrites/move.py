@@ -141,11 +141,12 @@ def move(
         except NoPlace as error:
             result.refused[stream.name] = str(error)
             continue
+        if found.steps:
+            result.exact = found.exact and (result.exact or not result.steps)
         result.edits += found.edits
         result.sites += found.sites
         result.steps += found.steps
         result.notes += found.notes
-        result.exact = found.exact and (result.exact or len(result.steps) == len(found.steps))
     result.edits = together(result.edits)
     return result
 
