@@ -28,7 +28,7 @@ Make = Callable[[Request, Scales | None], tuple[Plan, tuple[MovedStep, ...]]]
 
 #: tokens to calibrate on, and to measure the cost of a move on, where nobody says how many
 TOKENS, COST_TOKENS = 8192, 2048
-# behind a step's name: what its branch gives
+# behind a step's name, before a number: what that branch of it gives
 _BRANCH = " branch"
 #: of how many tokens a window of text to calibrate on is, at most
 WINDOW = 256
@@ -63,9 +63,13 @@ def calibrated(normmap: NormMap, request: Request, make: Make, data: Data) -> Pl
         RefusedError: as `make`; or no layer can be moved within the budget of `--layers auto:KL`.
     """
     original = copy.deepcopy(data.model).float() if _halves(data.model) else data.model
-    everywhere = request.model_copy(update={"placements": tuple(p.everywhere() for p in request.placements)})
+    everywhere = request.everywhere()
     draft, steps = make(everywhere, None)
-    found = measure_scales(original, _taps(normmap, steps), data.batches, _counts(data, "measuring scales"))
+    goal = original
+    if request.norm is not None:
+        # what moves is the model whose norms have changed their kind: its streams have no mean
+        goal = apply_plan(copy.deepcopy(original), make(request.model_copy(update={"placements": ()}), None)[0])
+    found = measure_scales(goal, _taps(normmap, steps), data.batches, _counts(data, "measuring scales"))
     scales = _constants(steps, found)
     costs = costs_alone(original, everywhere, make, scales, draft, data)
 
@@ -73,7 +77,7 @@ def calibrated(normmap: NormMap, request: Request, make: Make, data: Data) -> Pl
         plan, steps = make(asked, scales)
         moved = apply_plan(copy.deepcopy(original), plan)
         targets = [target for step in steps if (target := _target(normmap, step)) is not None]
-        fits, tensors = refit(original, moved, targets, data.batches, _counts(data, "refitting blocks"))
+        fits, tensors = refit(goal, moved, targets, data.batches, _counts(data, "refitting blocks"))
         told = tuple(_told(block, found, fits, costs) for block in plan.moved)
         return plan.model_copy(update={"moved": told, "calibrated_on": data.described}).with_fitted(tensors), moved
 
@@ -116,7 +120,7 @@ def _constants(steps: Sequence[MovedStep], found: Mapping[str, Scale]) -> Scales
     stream = {
         name: scale.least_squares if name in raw else scale.mean if name in put_in else scale.harmonic
         for name, scale in found.items()
-        if not name.endswith(_BRANCH)
+        if _BRANCH not in name
     }
     branch = {
         step.name: found[step.name + _BRANCH].mean
@@ -133,7 +137,8 @@ def _taps(normmap: NormMap, steps: Sequence[MovedStep]) -> dict[str, tuple[Tap, 
     taps = {}
     for step in steps:
         base = _stream(normmap, step).found.analysis.base
-        wanted = [(step.after_it, (step.result, step.norm)), (step.name + _BRANCH, (step.branches[0], step.norm))]
+        wanted = [(step.after_it, (step.result, step.norm))]
+        wanted += [(f"{step.name}{_BRANCH} {i}", (value, step.norm)) for i, value in enumerate(step.branches)]
         wanted += [(step.name, step.scaled)] if step.scaled is not None else []
         for name, (value, norm) in wanted:
             tap = find_tap(normmap.trace, value, base)

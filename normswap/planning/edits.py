@@ -286,7 +286,7 @@ class SwapNorm(ModuleEdit):
 
     def makes(self):
         return tuple(
-            Fill(tensor=f"{self.module}.{name}", value=float(p.flatten()[0]), shape=tuple(p.shape))
+            Fill(tensor=f"{self.module}.{name}", value=float(p.detach().flatten()[0]), shape=tuple(p.shape))
             for name, p in self.build().named_parameters()
         )
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -47,11 +47,11 @@ class Scales:
 
     Attributes:
         stream: c, the scale of the stream.
-        branch: t, the scale of what the step's branch gives.
+        branch: t, the scale of what a branch gives, by step name and the branch's number in the step.
     """
 
     stream: Mapping[str, float] = field(default_factory=dict)
-    branch: Mapping[str, float] = field(default_factory=dict)
+    branch: Mapping[tuple[str, int], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -271,11 +271,13 @@ class _Stream:
             spare = self._take_in(step, places[-1] if target.n_out and not source.n_out else None)
         elif target.n_in and not source.n_in:
             self._put_in(step)
-        for block, place in zip(step.blocks, places, strict=True):
+        for index, (block, place) in enumerate(zip(step.blocks, places, strict=True)):
+            t = self.scales.branch.get((step.name, index), 1.0)
             if target.n_branch and not block.n_branch:
-                self._put_branch(step, place)
+                self._put_branch(step, place, t)
             elif block.n_branch and not target.n_branch and not target.n_out:
-                self._take_branch(step, block.n_branch)
+                for path in block.n_branch:
+                    self.slots.affine(path, t)
         if target.n_out:
             if target.scaled:
                 self._scale(step, places[0])
@@ -391,16 +393,12 @@ class _Stream:
             for place in entries:
                 self.slots.change(place, "wrap", name)
 
-    def _put_branch(self, step: Step, place: Place) -> None:
+    def _put_branch(self, step: Step, place: Place, t: float) -> None:
         if place.branch is None:
             raise NoPlace(self.places.shown(place, "the branch is no expression of its own in this sum"))
         name = self.slots.new_name(place.module, "norm_branch")
-        self.slots.add(f"{place.module}.{name}", self._norm_for(step), self.scales.branch.get(step.name, 1.0))
+        self.slots.add(f"{place.module}.{name}", self._norm_for(step), t)
         self.slots.change(place, "wrap", name, place.branch)
-
-    def _take_branch(self, step: Step, paths: Iterable[str]) -> None:
-        for path in paths:
-            self.slots.affine(path, self.scales.branch.get(step.name, 1.0))
 
     def _scale(self, step: Step, place: Place) -> None:
         if place.skip is None:

@@ -97,10 +97,11 @@ def choose(steps: list[Step], placements: tuple[Placement, ...]) -> None:
         name, layers = placement.name, placement.layers
         if name not in ROWS:
             raise RefusedError(f"placement '{name}' is not offered: expected one of {', '.join(ROWS)}.")
-        if layers is not None and not parse_layers(layers) & there:
+        odd = sorted(parse_layers(layers) - there) if layers is not None else []
+        if odd:
             raise RefusedError(
-                f"--layers {layers} names no layer of this model: expected numbers from {min(there, default=0)} to "
-                f"{max(there, default=0)}."
+                f"--layers {layers}: this model has no layer {', '.join(map(str, odd[:5]))}; expected numbers from "
+                f"{min(there, default=0)} to {max(there, default=0)}."
             )
         for step in steps:
             if placement.takes(step.layer):
