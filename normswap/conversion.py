@@ -25,6 +25,7 @@ from normswap.checkpoint.publish import Staging, check_space, copy_side_files
 from normswap.checkpoint.record import RECORD
 from normswap.checkpoint.source import Source
 from normswap.errors import PlanError, RefusedError, SourceError
+from normswap.observe.run import make_eager
 from normswap.planning.planner import make_plan, plan_moves
 from normswap.planning.plans import Explicit, Plan, Request
 from normswap.planning.rewrites.move import MovedStep, Scales
@@ -74,7 +75,7 @@ def plan(
     tied: Literal["keep", "untie"] = "keep",
     partial: bool = False,
     explicit: Explicit = "shared",
-    calibrate: bool = False,
+    calibrate: bool | Sequence[Mapping[str, Any]] = False,
     text: str | Path | None = None,
     tokens: int = TOKENS,
     inputs: Mapping[str, Any] | None = None,
@@ -96,7 +97,8 @@ def plan(
         explicit: whether means that no weights control may be subtracted at run time: `never`; `shared`, where one
             subtraction serves several norms; `always`, if need be in front of each norm.
         calibrate: fit the constants and weights of a move to what the model does on text, as `convert` does; needs the
-            weights. Without it the constants are 1 and the claim is `untrained`.
+            weights. Without it the constants are 1 and the claim is `untrained`. For a live model: batches, keyword
+            arguments of `forward`, two or more; the last is for measuring what moves cost.
         text, tokens, progress: of the calibration, as for `convert`.
         inputs, revision, trust_remote_code: as for `inspect`.
 
@@ -112,12 +114,14 @@ def plan(
     if calibrate and not request.placements:
         raise RefusedError("there is nothing to calibrate where no norm moves: give a --placement.")
     if isinstance(model, nn.Module):
-        if calibrate:
+        if calibrate is True:
             raise RefusedError(
-                "a live model comes without a tokenizer to calibrate with: save it with its tokenizer, plan from the "
-                "folder, and carry that plan out on the live model."
+                "a live model comes without a tokenizer: give `calibrate` batches of keyword arguments of its forward, "
+                "the last of them to measure on."
             )
-        return _plan_for(model, request, inputs)
+        return _plan_for(model, request, inputs, _given(model, calibrate, progress) if calibrate else None)
+    if not isinstance(calibrate, bool):
+        raise RefusedError("batches to calibrate on are for a live model; a folder is calibrated on text.")
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=calibrate)
     _refuse_twice(source)
     return _plan_for(source.build(), request, inputs, _data(source, text, tokens, progress) if calibrate else None)
@@ -185,6 +189,19 @@ def _data(source: Source, text: str | Path | None, tokens: int, progress: Progre
         count = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
         described = f"{count} tokens of {described}" if count else described
         return Data(model, batches, measured, described, progress or _silent)
+
+    return read
+
+
+def _given(model: nn.Module, batches: Sequence[Mapping[str, Any]], progress: Progress | None) -> Callable[[], Data]:
+    """A live model and batches to calibrate on."""
+    if len(batches) < 2:
+        raise RefusedError(f"expected two batches or more, the last of them to measure on; found {len(batches)}.")
+
+    def read() -> Data:
+        twin = copy.deepcopy(model).eval()
+        make_eager(twin)
+        return Data(twin, batches[:-1], batches[-1:], f"{len(batches) - 1} batches", progress or _silent)
 
     return read
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import normswap
 import normswap.calibration.run as run
 from models import tiny
 from nets import VOCAB, WIDTH, Block, Net, ids, ready
@@ -18,6 +19,7 @@ from normswap.calibration.ridge import Ridge
 from normswap.calibration.scales import measure_scales
 from normswap.calibration.taps import Tap, find_tap, watch
 from normswap.conversion import _plan_for
+from normswap.errors import RefusedError
 from normswap.norms.spec import NormSpec
 from normswap.observe.inputs import example_inputs
 from normswap.planning.plans import Request
@@ -286,3 +288,25 @@ def test_a_few_thousand_tokens_move_a_trained_model(checkpoints: Path, monkeypat
     assert len(plan.moved) == (6 if family == "gpt_neox" else 12)
     assert all(block.error < block.unfitted for block in plan.moved)
     assert divergence(model, apply_plan(copy.deepcopy(model), plan), others) < fitted
+
+
+def test_a_live_model_is_calibrated_on_batches_of_ones_own():
+    model = tiny("llama")
+    generator = torch.Generator().manual_seed(0)
+    batches = [dict(input_ids=torch.randint(90, (4, 16), generator=generator)) for _ in range(4)]
+    plan = normswap.plan(model, placement="post", calibrate=batches)
+    assert plan.claim == "calibrated" and plan.calibrated_on == "3 batches"
+    assert all(block.scale != 1 and block.kl is not None for block in plan.moved)
+    with pytest.raises(RefusedError, match="two batches or more"):
+        normswap.plan(model, placement="post", calibrate=batches[:1])
+    with pytest.raises(RefusedError, match="batches of keyword arguments"):
+        normswap.plan(model, placement="post", calibrate=True)
+    errors = {}
+    for name, made in {"calibrated": plan, "untrained": normswap.plan(model, placement="post")}.items():
+        moved = copy.deepcopy(model)
+        normswap.convert_model(moved, plan=made)
+        with torch.no_grad():
+            wanted, found = (m(**batches[-1]).logits for m in (model, moved))
+        errors[name] = float((found - wanted).norm() / wanted.norm())
+    # measured: 0.20 and 0.63
+    assert errors["calibrated"] < 0.5 * errors["untrained"]

@@ -203,7 +203,7 @@ def test_kind_and_place_change_together():
 
 BAD_REQUESTS = {
     "unknown placement": (("--placement", "nowhere"), "placement 'nowhere' is not offered: expected one of pre, post"),
-    "no such layer": (("--placement", "post", "--layers", "9"), "--layers 9 names no layer of this model"),
+    "no such layer": (("--placement", "post", "--layers", "9"), "this model has no layer 9; expected numbers from 0"),
     "no numbers": (("--placement", "post", "--layers", "two"), "expects numbers and ranges such as 0-3,7"),
     "layers alone": (("--layers", "0-3"), "layers 0-3 belong to no placement"),
     "no budget": (("--placement", "post", "--layers", "auto:x"), "expected auto:KL, with a number of nats"),
