@@ -94,13 +94,12 @@ def plan_moves(
 
     changed = {*swapped, *(site.path for site in folding.sites), *moved.sites}
     converted = tuple(path for path in normmap.sites if path in changed)
-    if refused and not request.partial:
+    done = converted or moved.steps  # a post-norm block that gets a scale on its skip changes no norm
+    if refused and not (request.partial and done):
         _refuse(normmap, request, refused, converted)
-    if not converted and refused:
-        _refuse(normmap, request, refused, converted)
-    if not converted and request.placements:
+    if not done and request.placements:
         raise RefusedError(f"{normmap.architecture}: every block stands so already: nothing to move.")
-    if not converted:
+    if not done:
         raise RefusedError(f"{normmap.architecture} has no norm with a gain or bias to fold: nothing to do.")
     bare = {site.path for site in folding.sites}
     edits: list[AnyEdit] = [*ties.edits()]
