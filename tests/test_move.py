@@ -1,4 +1,4 @@
-"""Planned moves compute what the placement written by hand computes: outputs and gradients, constants that are not 1."""
+"""Planned moves compute what placements written by hand compute: outputs, gradients, constants that are not 1."""
 
 import copy
 import functools

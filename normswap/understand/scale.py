@@ -116,15 +116,20 @@ def _adds(trial: Trial, moved: list[torch.Tensor], vector: torch.Tensor, from_en
 
 
 def factor(trial: Trial, position: int) -> float:
-    """For `y = a x`, rearranged: adding a constant to x adds `a` times that constant."""
+    """|a| for `y = a x`, rearranged: adding a constant to x adds `a` times that constant."""
+    return round(abs(_signed_factor(trial, position)), 9)
+
+
+def _signed_factor(trial: Trial, position: int) -> float:
     moved = list(trial.base)
     moved[position] = moved[position] + 1
-    return round(float((trial.run(moved)[0] - trial.result[0]).abs().max()), 9)
+    added = (trial.run(moved)[0] - trial.result[0]).flatten()
+    return float(added[added.abs().argmax()])
 
 
 def rearranges(trial: Trial, position: int) -> bool:
     """Whether each value of the first output is a value of that input, times one constant: no mean, no mixture."""
-    values = (factor(trial, position) * trial.base[position]).double().flatten().sort().values
+    values = (_signed_factor(trial, position) * trial.base[position]).double().flatten().sort().values
     made = trial.result[0].flatten()
     if not values.numel() or not made.numel():
         return False

@@ -317,6 +317,8 @@ def _lines(frame: Frame) -> str:
 
 def _sides(node: ast.AST) -> tuple[ast.AST, ast.AST] | None:
     """Left and right of a sum of two, in the order in which torch gets them."""
+    if isinstance(node, ast.Call) and any(isinstance(argument, ast.Starred) for argument in node.args):
+        return None
     match node:
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             return left, right
@@ -353,9 +355,9 @@ def _passed(function: ast.FunctionDef, side: ast.AST | None, call: ast.AST) -> a
 
 def _parameter(owner: type, key: int | str) -> str:
     """The name of a parameter of `forward`, by position or keyword."""
-    if isinstance(key, str):
-        return key
-    names = [name for name in inspect.signature(owner.forward).parameters if name != "self"]
-    if key >= len(names):
-        raise NoPlace(f"{owner.__name__}.forward takes what this block reads as one of *args; expected a name.")
-    return names[key]
+    parameters = [p for name, p in inspect.signature(owner.forward).parameters.items() if name != "self"]
+    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if key not in named and (isinstance(key, str) or key >= len(positional)):
+        raise NoPlace(f"{owner.__name__}.forward takes what this block reads in *args or **kwargs; expected a name.")
+    return key if isinstance(key, str) else positional[key]
