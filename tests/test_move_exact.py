@@ -9,7 +9,11 @@ from torch import nn
 import normswap
 from models import tiny
 from normswap.apply.live import apply_plan
-from normswap.understand.normmap import find_sites
+from normswap.errors import RefusedError
+from normswap.planning.planner import plan_moves
+from normswap.planning.plans import Request
+from normswap.planning.rewrites.move import Scales
+from normswap.understand.normmap import find_sites, inspect
 from normswap.verification.precision import LiftFloat32
 
 IDS = torch.randint(3, 99, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -145,3 +149,13 @@ def test_kind_and_place_change_together(name):
     assert len(kinds) == {"gpt2": 5, "gpt_neox": 3}[name] and set(kinds) == {"rmsnorm"}
     assert {spec.kind for _, spec in find_sites(plain)} == {"layernorm"}
     assert relative(logits(both, name), logits(plain, name)) < 1e-10  # measured: 1e-15
+
+
+@pytest.mark.parametrize("first", ["deepnorm", "keel"])
+def test_a_factor_on_the_skip_is_seen_and_not_dropped(first):
+    model = tiny("gpt2").double()
+    scales = Scales(stream={f"transformer.h[{i}]": 0.7 + 0.1 * i for i in range(4)})
+    plan, _ = plan_moves(inspect(model), Request.of(first), scales=scales)
+    moved = apply_plan(model, plan)
+    with pytest.raises(RefusedError, match=r"its skip has a factor of its own \(0\.8\)"):
+        normswap.plan(moved, placement="post")

@@ -178,7 +178,9 @@ class _Stream:
         if self.exact and chosen and self._exactly(chosen):
             return self._done()
         post = [step for step in self.steps if step.source.n_out and not step.n_in]
-        if all(step.source.n_out for step in self.steps) and not any(s.target.scaled for s in chosen):
+        if all(step.source.n_out for step in self.steps) and not any(
+            s.target.scaled or s.source.scaled for s in chosen
+        ):
             return self.result  # every block closes with a norm already
         if chosen and post and len(post) < len(self.steps):
             odd = next(step for step in self.steps if step not in post)
