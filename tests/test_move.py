@@ -42,7 +42,7 @@ def numbers(normmap: NormMap) -> tuple[list[list[float]], list[list[float]], Sca
             found |= {f"{info.name}[{i}]": value for i, value in enumerate(own)}
     # the end of each stream is read by a norm alone, and no norm sees a scale
     named[0] |= {f"{info.name}[end]": 3.0 for info in normmap.streams}
-    return c, t, Scales(*named)
+    return c, t, Scales(named[0], {(name, 0): value for name, value in named[1].items()})
 
 
 def moved(name: str, target: str, scales: Scales | None = None):
