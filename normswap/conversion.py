@@ -28,7 +28,7 @@ from normswap.errors import PlanError, RefusedError, SourceError
 from normswap.observe.run import make_eager
 from normswap.planning.planner import make_plan, plan_moves
 from normswap.planning.plans import Explicit, Plan, Request
-from normswap.planning.rewrites.move import MovedStep, Scales
+from normswap.planning.rewrites.moved import MovedStep, Scales
 from normswap.report.card import write_card
 from normswap.understand.normmap import inspect
 from normswap.verification.inputs import evaluation_inputs

@@ -12,7 +12,7 @@ from normswap.apply.live import apply_plan
 from normswap.errors import RefusedError
 from normswap.planning.planner import plan_moves
 from normswap.planning.plans import Request
-from normswap.planning.rewrites.move import Scales
+from normswap.planning.rewrites.moved import Scales
 from normswap.understand.normmap import find_sites, inspect
 from normswap.verification.precision import LiftFloat32
 

@@ -11,7 +11,7 @@ from torch import nn
 from normswap.apply.live import apply_plan
 from normswap.errors import RefusedError
 from normswap.planning.plans import Placement, Plan, Request
-from normswap.planning.rewrites.move import Scales
+from normswap.planning.rewrites.moved import Scales
 from normswap.verification.metrics import TokenComparison
 from normswap.verification.outputs import main_output, outputs_of
 

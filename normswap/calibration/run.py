@@ -17,7 +17,7 @@ from normswap.calibration.scales import Scale, measure_scales
 from normswap.calibration.taps import Tap, find_tap
 from normswap.norms.spec import NormSpec
 from normswap.planning.plans import MovedBlock, Plan, Request
-from normswap.planning.rewrites.move import MovedStep, Scales
+from normswap.planning.rewrites.moved import MovedStep, Scales
 from normswap.planning.rewrites.steps import ROWS
 from normswap.understand.centring import Writer
 from normswap.understand.normmap import NormMap, StreamInfo

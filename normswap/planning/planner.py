@@ -21,7 +21,8 @@ from normswap.planning.plans import MovedBlock, Plan, Refusal, Request
 from normswap.planning.rewrites import centre as centring
 from normswap.planning.rewrites.centre import centre
 from normswap.planning.rewrites.fold import Folding, fold
-from normswap.planning.rewrites.move import Moved, MovedStep, Scales, move
+from normswap.planning.rewrites.move import move
+from normswap.planning.rewrites.moved import Moved, MovedStep, Scales
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
 
