@@ -87,7 +87,7 @@ def test_layers_have_placements_of_their_own(request_):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (("post", "3"), "--layers 3 names no layer of this model: expected numbers from 0 to 2"),
+        (("post", "3"), "--layers 3: this model has no layer 3; expected numbers from 0 to 2"),
         (("post", "0-"), "expects numbers and ranges such as 0-3,7; found '0-'"),
         (
             ("nowhere",),
