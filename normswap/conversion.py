@@ -78,6 +78,7 @@ def plan(
     calibrate: bool | Sequence[Mapping[str, Any]] = False,
     text: str | Path | None = None,
     tokens: int = TOKENS,
+    window: int = WINDOW,
     inputs: Mapping[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -99,7 +100,7 @@ def plan(
         calibrate: fit the constants and weights of a move to what the model does on text, as `convert` does; needs the
             weights. Without it the constants are 1 and the claim is `untrained`. For a live model: batches, keyword
             arguments of `forward`, two or more; the last is for measuring what moves cost.
-        text, tokens, progress: of the calibration, as for `convert`.
+        text, tokens, window, progress: of the calibration, as for `convert`.
         inputs, revision, trust_remote_code: as for `inspect`.
 
     Raises:
@@ -124,7 +125,8 @@ def plan(
         raise RefusedError("batches to calibrate on are for a live model; a folder is calibrated on text.")
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=calibrate)
     _refuse_twice(source)
-    return _plan_for(source.build(), request, inputs, _data(source, text, tokens, progress) if calibrate else None)
+    data = _data(source, text, tokens, window, progress) if calibrate else None
+    return _plan_for(source.build(), request, inputs, data)
 
 
 def _refuse_twice(source: Source) -> None:
@@ -171,7 +173,9 @@ def _plan_for(
     return calibrated(normmap, request, make, data())
 
 
-def _data(source: Source, text: str | Path | None, tokens: int, progress: Progress | None) -> Callable[[], Data]:
+def _data(
+    source: Source, text: str | Path | None, tokens: int, window: int, progress: Progress | None
+) -> Callable[[], Data]:
     """Reads what to calibrate on: the weights, and a part of the text that nothing is measured on."""
     if text is not None:
         read_text(text)  # a wrong path is found out now
@@ -181,7 +185,7 @@ def _data(source: Source, text: str | Path | None, tokens: int, progress: Progre
         # the texts that come with normswap are two, one's own is divided
         shipped = text is None and tokenizer is not None
         fitted_on, part = (calibration_text(), WHOLE) if shipped else (text, CALIBRATED)
-        batches, _, described = evaluation_inputs(model, tokenizer, fitted_on, tokens, part, WINDOW)
+        batches, _, described = evaluation_inputs(model, tokenizer, fitted_on, tokens, part, window)
         measured, _, _ = evaluation_inputs(model, tokenizer, text, COST_TOKENS, WHOLE if shipped else MEASURED)
         described = "shipped Shakespeare" if shipped else described
         if text is not None and tokenizer is not None:
@@ -249,6 +253,7 @@ def convert(
     verify: VerifyMode = "full",
     text: str | Path | None = None,
     tokens: int = TOKENS,
+    window: int = WINDOW,
     overwrite: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -268,6 +273,7 @@ def convert(
         text: a UTF-8 file to calibrate and verify on, by default the text that ships with normswap. Where norms move,
             its first quarter is for verification and the rest for calibration.
         tokens: how many to calibrate on, about.
+        window: in windows of so many; shorter ones for a model of short texts.
         overwrite: replace a model folder at `out`.
         progress: called with (what, done, total) while long work runs.
 
@@ -295,7 +301,7 @@ def convert(
     structure = source.build()
     plan_file = None
     if plan is None:
-        data = _data(source, text, tokens, progress) if asked.placements else None
+        data = _data(source, text, tokens, window, progress) if asked.placements else None
         plan = _plan_for(structure, asked, None, data)
     elif not isinstance(plan, Plan):
         plan, plan_file = Plan.load(plan), Path(plan).name
@@ -331,7 +337,9 @@ def convert(
             numbers = report.model_dump(mode="json") if text is None else report.without_text()
             _write_record(folder, record | {"report": numbers})
             counted = str(tokens) if tokens != TOKENS else None
-            options = {"--plan": plan_file, "--tokens": counted, "--dtype": dtype, "--revision": revision}
+            windows = str(window) if window != WINDOW else None
+            options = {"--plan": plan_file, "--tokens": counted, "--window": windows}
+            options |= {"--dtype": dtype, "--revision": revision}
             command = _command(source.title, Path(out).resolve().name, plan, options)
             write_card(folder, source, plan, report, command)
     return Conversion(Path(out), plan, written, report, tuple(skipped))

@@ -38,7 +38,8 @@ def embed(model: torch.nn.Module, tokenizer, sentences: list[str]) -> torch.Tens
 @click.command()
 @click.argument("model", type=click.Path(exists=True, file_okay=False))
 @click.option("--tokens", default=8192, show_default=True, help="To calibrate on.")
-def main(model: str, tokens: int) -> None:
+@click.option("--window", default=32, show_default=True, help="In windows of so many: sentences are short.")
+def main(model: str, tokens: int, window: int) -> None:
     quiet()
     torch.set_grad_enabled(False)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -46,7 +47,7 @@ def main(model: str, tokens: int) -> None:
     sentences = [speech for speech in speeches if len(speech) > 30][:SENTENCES]
     wanted = embed(AutoModel.from_pretrained(model).eval(), tokenizer, sentences)
     click.echo(f"{len(sentences)} sentences\n\n| placement | claim | mean cosine | worst |\n|---|---|---|---|")
-    for placement, options in (("pre-normalized-skip", {}), ("pre", {"tokens": tokens})):
+    for placement, options in (("pre-normalized-skip", {}), ("pre", {"tokens": tokens, "window": window})):
         with tempfile.TemporaryDirectory() as folder:
             done = normswap.convert(model, Path(folder) / "out", placement=placement, verify="fast", **options)
             found = embed(normswap.load(done.folder).eval(), tokenizer, sentences)

@@ -101,12 +101,21 @@ request_options = _together(
 #: `calibration.run.TOKENS`, which takes torch to import
 TOKENS = 8192
 
-tokens_option = click.option(
-    "--tokens",
-    type=click.IntRange(min=2),
-    default=TOKENS,
-    show_default=True,
-    help="How many tokens to calibrate on, where norms move. More are better, and take longer.",
+tokens_option = _together(
+    click.option(
+        "--tokens",
+        type=click.IntRange(min=2),
+        default=TOKENS,
+        show_default=True,
+        help="How many tokens to calibrate on, where norms move. More are better, and take longer.",
+    ),
+    click.option(
+        "--window",
+        type=click.IntRange(min=8),
+        default=256,
+        show_default=True,
+        help="In windows of how many tokens; shorter ones for a model of short texts.",
+    ),
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")

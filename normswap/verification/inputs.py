@@ -44,8 +44,7 @@ def evaluation_inputs(
         text: a UTF-8 file, None: the text that comes with normswap.
         tokens: how many in all, about; of text alone.
         part: of the text, from where to where.
-        window: windows of so many tokens and of parts of it, in equal shares, at even distances, so that short
-            texts are met too; None: as long as may be, from the beginning.
+        window: windows of so many tokens at most, at even distances; None: as long as may be, from the beginning.
     """
     example = example_inputs(model)
     vocabulary = of_text(model.config, "vocab_size")
@@ -62,14 +61,10 @@ def evaluation_inputs(
     if tokens < 2:
         raise VerificationError(f"tokens must be at least 2, found {tokens}: a token is needed to predict the next.")
     length = _longest(model, example, min(_positions(model.config), tokens, window or tokens))
-    lengths = [length] if window is None else [n for n in (length, length // 4, length // 8, length // 16) if n > 7]
-    ids: list[torch.Tensor] = []
-    for n in lengths or [length]:
-        count = max(1, tokens // (n * len(lengths or [length])))
-        found = batches_of_text(tokenizer, text, vocabulary, n, count, part, spread=window is not None)
-        ids += found.ids
-    parts = [part for rows in ids for part in (rows.split(1) if takes_one_row(model) else [rows])]
-    return [_on(rows, example) for rows in parts], (sum(len(rows) for rows in ids), length), found.source
+    count = max(1, tokens // length)
+    found = batches_of_text(tokenizer, text, vocabulary, length, count, part, spread=window is not None)
+    parts = [part for ids in found.ids for part in (ids.split(1) if takes_one_row(model) else [ids])]
+    return [_on(ids, example) for ids in parts], (sum(len(ids) for ids in found.ids), length), found.source
 
 
 def redrawn(example: Inputs, config: PretrainedConfig | None, seed: int) -> dict[str, object]:

@@ -12,7 +12,8 @@ from normswap.errors import SourceError
 
 # Logits of one batch are held for two models in float64; this many values take 256 MiB each.
 _MAX_LOGITS = 2**25
-_MAX_BATCH = 8
+# Rows of a batch, or more where they are short.
+_MAX_BATCH, _MAX_TOKENS = 8, 2048
 _SEED = 0
 
 
@@ -122,5 +123,6 @@ def _special_tokens(tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _split(rows: torch.Tensor, vocab_size: int) -> list[torch.Tensor]:
-    batch = min(_MAX_BATCH, max(1, _MAX_LOGITS // (rows.shape[1] * vocab_size)))
+    batch = max(_MAX_BATCH, _MAX_TOKENS // rows.shape[1])
+    batch = min(batch, max(1, _MAX_LOGITS // (rows.shape[1] * vocab_size)))
     return list(rows.split(batch))
