@@ -32,7 +32,7 @@ def carry(normmap: NormMap, places: Places, slots: Slots, stream: StreamInfo, st
     if any(_unlike(slots, path, norms[0]) for path in norms) or spec.axes != (-1,):
         raise NoPlace(f"{stream.name}: expected norms of one kind and eps over the last axis.")
     kind = f"carried-{spec.kind}"
-    module, method, argument = places.entry(stream.found, steps[0].blocks[0])
+    module, method, argument, _ = places.entry(stream.found, steps[0].blocks[0])
     name = slots.new_name(module, "norm_first")
     slots.enter(module, method, argument, name)
     slots.add_plain(f"{module}.{name}", spec, kind)

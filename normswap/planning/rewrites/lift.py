@@ -84,7 +84,7 @@ def normalise_skip(places: Places, slots: Slots, stream: StreamInfo, steps: list
             raise NoPlace(f"{step.name} is {step.blocks[-1].placement}: expected post-norm.")
         path, spec = step.n_out[0], slots.spec(step.n_out[0])
         slots.change(places.call(path), "unwrap", path.rpartition(".")[2])
-        module, method, argument = places.entry(stream.found, after.blocks[0])
+        module, method, argument, _ = places.entry(stream.found, after.blocks[0])
         name = slots.new_name(module, "norm_first")
         slots.enter(module, method, argument, name)
         slots.edits.append(_like(f"{module}.{name}", spec))

@@ -123,8 +123,8 @@ class Places:
         self._check_owner(frame, ops[0])
         return self._at(frame)
 
-    def entry(self, stream: Stream, block: Block) -> tuple[str, Method, str]:
-        """The innermost module that takes in what the block reads and adds to: its path, `forward`, and the argument.
+    def entry(self, stream: Stream, block: Block) -> tuple[str, Method, str, int]:
+        """The innermost module that takes in what the block reads and adds to: its path, `forward`, argument and value.
 
         Raises:
             NoPlace: the value comes into being where it is used, in no module of its own.
@@ -143,7 +143,8 @@ class Places:
             if issubclass(self.normmap.classes[call.path], PreTrainedModel) and not call.parent:
                 continue
             method = self._method(call.path, "forward")
-            return call.path, method, _parameter(self.normmap.classes[call.path], taken[0])
+            value = dict(call.arguments)[taken[0]]
+            return call.path, method, _parameter(self.normmap.classes[call.path], taken[0]), value
         raise NoPlace(self._shown(self.trace.operations[block.add], "no module takes in what this block reads"))
 
     def start(self, stream: Stream, block: Block) -> Place:

@@ -44,6 +44,9 @@ class StreamMove:
             return self._done()
         if self.exact and chosen and self._exactly(chosen):
             return self._done()
+        for before, step in zip(self.steps, self.steps[1:], strict=False):
+            if chosen and step.blocks[0].previous != before.blocks[-1].result:
+                raise NoPlace(f"{step.name} reads {before.name} and adds to what was before it: no chain of blocks.")
         post = [step for step in self.steps if step.source.n_out and not step.n_in]
         if all(step.source.n_out for step in self.steps) and not any(
             s.target.scaled or s.source.scaled for s in chosen
@@ -202,7 +205,10 @@ class StreamMove:
     def _enter(self, step: Step) -> None:
         """The norm in front of the first moved step: `argument = self.norm_first(argument)` where its layer begins."""
         try:
-            module, method, argument = self.places.entry(self.stream.found, step.blocks[0])
+            module, method, argument, value = self.places.entry(self.stream.found, step.blocks[0])
+            norm, shape = self._norm_for(step), self.normmap.trace.values[value].shape
+            if shape[norm.axes[0]] != self.stream.width:
+                raise NoPlace(f"{module} takes the stream with its channels in another axis ({tuple(shape)}).")
             name = self.slots.new_name(module, "norm_first")
             self.slots.enter(module, method, argument, name)
         except NoPlace:
@@ -315,7 +321,7 @@ class StreamMove:
     def _floor(self) -> int:
         """The operation at which the module of the first step begins: what came before it is no matter."""
         try:
-            path, _, _ = self.places.entry(self.stream.found, self.steps[0].blocks[0])
+            path, _, _, _ = self.places.entry(self.stream.found, self.steps[0].blocks[0])
         except NoPlace:
             return 0
         return next(call.start for call in self.normmap.trace.calls if call.path == path)
