@@ -284,7 +284,7 @@ def test_a_few_thousand_tokens_move_a_trained_model(checkpoints: Path, monkeypat
     batches = [dict(input_ids=part) for part in rows[:16].split(8)]
     others = [dict(input_ids=part) for part in rows[40:44].split(8)]
     data = run.Data(model, batches, others, "a little text", lambda *_: None)
-    plan = _plan_for(model, Request.of("post", None), None, data)
+    plan = _plan_for(model, Request.of("post", None), None, lambda: data)
     assert len(plan.moved) == (6 if family == "gpt_neox" else 12)
     assert all(block.error < block.unfitted for block in plan.moved)
     assert divergence(model, apply_plan(copy.deepcopy(model), plan), others) < fitted
