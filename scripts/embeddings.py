@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/embeddings.py ./all-MiniLM-L6-v2
 
-The model is a BERT (post-norm). It is converted to pre-norm, calibrated on the shipped text, and to the exact form
-whose skip is normalised. Sentences are the speeches of the shipped text that is kept for measuring, without the names;
-their embeddings are means over tokens.
+The model is a BERT (post-norm). It is converted to pre-norm, calibrated on speeches of the text for calibration, and
+to the exact form whose skip is normalised. It is measured on speeches of the other shipped text, of 48 tokens at most;
+embeddings are means over tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from transformers import AutoModel, AutoTokenizer
 
 import normswap
 from normswap.cli.options import quiet
-from normswap.verification.text import read
+from normswap.verification.text import calibration_text, read
 
-SENTENCES = 200
+SENTENCES, LENGTH = 200, 48
 
 
 @torch.no_grad()
@@ -35,24 +35,39 @@ def embed(model: torch.nn.Module, tokenizer, sentences: list[str]) -> torch.Tens
     return torch.nn.functional.normalize(torch.cat(found), dim=-1)
 
 
+def speeches(text: str, count: int) -> list[str]:
+    """Speeches from all over a text, without the speakers' names."""
+    found = [" ".join(speech.splitlines()[1:]) for speech in text.split("\n\n")]
+    found = [speech for speech in found if len(speech) > 30]
+    return found[:: max(1, len(found) // count)][:count]
+
+
 @click.command()
 @click.argument("model", type=click.Path(exists=True, file_okay=False))
-@click.option("--tokens", default=8192, show_default=True, help="To calibrate on.")
-@click.option("--window", default=32, show_default=True, help="In windows of so many: sentences are short.")
-def main(model: str, tokens: int, window: int) -> None:
+@click.option("--count", default=480, show_default=True, help="Sentences to calibrate on.")
+def main(model: str, count: int) -> None:
     quiet()
     torch.set_grad_enabled(False)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    speeches = [" ".join(speech.splitlines()[1:]) for speech in read(None)[0].split("\n\n")]
-    sentences = [speech for speech in speeches if len(speech) > 30][:SENTENCES]
-    wanted = embed(AutoModel.from_pretrained(model).eval(), tokenizer, sentences)
+    tokenizer, original = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+    tokenizer.model_max_length = LENGTH
+    sentences = speeches(read(None)[0], SENTENCES)
+    fitted_on = speeches(calibration_text().read_text("utf-8"), count)
+    batches = [
+        dict(tokenizer(fitted_on[i : i + 32], padding=True, truncation=True, return_tensors="pt"))
+        for i in range(0, len(fitted_on), 32)
+    ]
+    wanted = embed(original, tokenizer, sentences)
+    plans = {
+        "pre-normalized-skip": normswap.plan(original, placement="pre-normalized-skip"),
+        "pre": normswap.plan(original, placement="pre", calibrate=batches),
+    }
     click.echo(f"{len(sentences)} sentences\n\n| placement | claim | mean cosine | worst |\n|---|---|---|---|")
-    for placement, options in (("pre-normalized-skip", {}), ("pre", {"tokens": tokens, "window": window})):
+    for placement, plan in plans.items():
         with tempfile.TemporaryDirectory() as folder:
-            done = normswap.convert(model, Path(folder) / "out", placement=placement, verify="fast", **options)
+            done = normswap.convert(model, Path(folder) / "out", plan=plan, verify="fast")
             found = embed(normswap.load(done.folder).eval(), tokenizer, sentences)
         cosines = (wanted * found).sum(-1)
-        click.echo(f"| {placement} | {done.plan.claim} | {cosines.mean():.6f} | {cosines.min():.6f} |")
+        click.echo(f"| {placement} | {plan.claim} | {cosines.mean():.6f} | {cosines.min():.6f} |")
 
 
 if __name__ == "__main__":

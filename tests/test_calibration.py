@@ -310,3 +310,24 @@ def test_a_live_model_is_calibrated_on_batches_of_ones_own():
         errors[name] = float((found - wanted).norm() / wanted.norm())
     # measured: 0.20 and 0.63
     assert errors["calibrated"] < 0.5 * errors["untrained"]
+
+
+def test_post_norm_to_pre_norm_takes_the_harmonic_mean_of_what_each_norm_divides_by():
+    model = tiny("bert")
+    generator = torch.Generator().manual_seed(0)
+    batches = [dict(input_ids=torch.randint(90, (4, 16), generator=generator)) for _ in range(3)]
+    plan = normswap.plan(model, placement="pre", calibrate=batches)
+    norms = [f"bert.encoder.layer.{i}.{name}.LayerNorm" for i in range(2) for name in ("attention.output", "output")]
+    scales = {name: [] for name in norms}
+    for name in norms:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, name=name: scales[name].append((args[0].var(-1, correction=0) + m.eps).sqrt().flatten())
+        )
+    with torch.no_grad():
+        for batch in batches[:-1]:
+            model(**batch)
+    wanted = [1.0] + [float(1 / (1 / torch.cat(scales[name])).mean()) for name in norms[:-1]]
+    found = [block.scale for block in plan.moved]
+    assert len(found) == 4
+    # measured: 6e-8
+    assert found == pytest.approx(wanted, rel=1e-5)

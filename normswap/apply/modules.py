@@ -64,8 +64,11 @@ class ModuleEdits:
         elif isinstance(edit, GrowBias):
             _check_grows(module, edit)
         elif isinstance(edit, SetScale):
-            if not isinstance(getattr(module, edit.name, 0.0), float):
-                raise PlanError(f"{edit.module}.{edit.name} was to be set to a number, but is something else already.")
+            if hasattr(module, edit.name):
+                raise PlanError(
+                    f"{edit.module}.{edit.name} was to be set to a number, but {type(module).__name__} has it already: "
+                    "its norms have moved before. Start from the model that it was made from."
+                )
         elif not isinstance(edit, CentreOutput | CentreInput | Rewrite):
             raise PlanError(f"the edit {edit.edit!r} of {edit.module} is not known here; update normswap.")
 

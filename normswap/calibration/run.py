@@ -116,7 +116,7 @@ def _constants(steps: Sequence[MovedStep], found: Mapping[str, Scale]) -> Scales
     """The constants of the move, each the best for what it stands for."""
     rows = {step.name: ROWS[step.after] for step in steps}
     raw = {name for name, row in rows.items() if not row.n_out and not row.n_in}
-    put_in = {step.name for step in steps if rows[step.name].n_in and step.adds_n_in}
+    put_in = {step.name for step in steps if rows[step.name].n_in and step.adds_n_in and step.out is None}
     stream = {
         name: scale.least_squares if name in raw else scale.mean if name in put_in else scale.harmonic
         for name, scale in found.items()

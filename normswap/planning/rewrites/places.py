@@ -294,7 +294,7 @@ class Places:
         if frame is None:
             return f"{op.name} in {op.module or 'the model'}: {why}."
         lines = _lines(frame)
-        where = f"{frame.span.file}:{frame.span.line}"
+        where = f"{frame.span.file.rpartition('site-packages/')[2]}:{frame.span.line}"
         return f"{op.name} in {op.module or 'the model'} ({where}): {why}.\n{lines}"
 
 
