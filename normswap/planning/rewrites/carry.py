@@ -35,16 +35,16 @@ def carry(normmap: NormMap, places: Places, slots: Slots, stream: StreamInfo, st
     module, method, argument, _ = places.entry(stream.found, steps[0].blocks[0])
     name = slots.new_name(module, "norm_first")
     slots.enter(module, method, argument, name)
-    slots.add_plain(f"{module}.{name}", spec, kind)
+    slots.add_norm(f"{module}.{name}", spec, kind, None, False)
     for step in steps:
         first, last = places.sum(step.blocks[0]), places.sum(step.blocks[-1])
         if first.skip is None:
             raise NoPlace(places.shown(first, "the skip is no expression of its own in this sum"))
         skip, out = slots.new_name(first.module, "recovered"), slots.new_name(last.module, "norm_out")
         slots.change(first, "wrap", skip, first.skip)
-        slots.add_plain(f"{first.module}.{skip}", spec, "recovered")
+        slots.add_norm(f"{first.module}.{skip}", spec, "recovered", None, False)
         slots.change(last, "wrap", out)
-        slots.add_plain(f"{last.module}.{out}", spec, kind)
+        slots.add_norm(f"{last.module}.{out}", spec, kind, None, False)
     for path in norms:
         slots.swap(path, "carried-affine")
     return norms

@@ -20,7 +20,7 @@ a layer opens the next one.
 from __future__ import annotations
 
 from normswap.norms.spec import NormSpec
-from normswap.planning.edits import AddNorm, Copy, Fill, Gain, Running, Unscale
+from normswap.planning.edits import Copy, Fill, Gain, Running, Unscale
 from normswap.planning.rewrites.places import NoPlace, Place, Places
 from normswap.planning.rewrites.slots import Slots
 from normswap.planning.rewrites.steps import Step
@@ -87,7 +87,7 @@ def normalise_skip(places: Places, slots: Slots, stream: StreamInfo, steps: list
         module, method, argument, _ = places.entry(stream.found, after.blocks[0])
         name = slots.new_name(module, "norm_first")
         slots.enter(module, method, argument, name)
-        slots.edits.append(_like(f"{module}.{name}", spec))
+        slots.add_norm(f"{module}.{name}", spec, spec.kind, spec.gain, spec.bias is not None)
         slots.edits += [
             Copy(tensor=f"{module}.{name}.{own}", source=f"{path}.{theirs}")
             for own, theirs in (("weight", spec.weight), ("bias", spec.bias))
@@ -100,35 +100,11 @@ def normalise_skip(places: Places, slots: Slots, stream: StreamInfo, steps: list
     return moved
 
 
-def _like(path: str, spec: NormSpec) -> AddNorm:
-    return AddNorm(
-        module=path,
-        kind=spec.kind,
-        width=spec.width,
-        eps=spec.eps,
-        gain=spec.gain,
-        bias=spec.bias is not None,
-        casting=spec.casting,
-        axis=spec.axes[0],
-    )
-
-
 def _scale(slots: Slots, place: Place, spec: NormSpec, wanted: str, gains: list[Gain], factor: float) -> str:
     """The expression times D. Returns the name of D."""
     name = slots.new_name(place.module, wanted)
     path = f"{place.module}.{name}"
-    slots.edits.append(
-        AddNorm(
-            module=path,
-            kind="affine",
-            width=spec.width,
-            eps=0.0,
-            gain="w",
-            bias=False,
-            casting=spec.casting,
-            axis=spec.axes[0],
-        )
-    )
+    slots.add_norm(path, spec, "affine", "w", False)
     slots.edits.append(Running(tensor=f"{path}.weight", gains=tuple(gains), factor=factor))
     slots.change(place, "wrap", name)
     return f"{path}.weight"
@@ -159,7 +135,7 @@ def _put_in(
             if gains:
                 scale = _scale(slots, place, spec, "scale_in", gains, factor)
             slots.change(place, "wrap", name)
-        slots.edits.append(_like(path, spec))
+        slots.add_norm(path, spec, spec.kind, spec.gain, spec.bias is not None)
         slots.edits.append(Copy(tensor=f"{path}.weight", source=f"{source}.{spec.weight}"))
         if spec.bias is not None:
             slots.edits.append(Copy(tensor=f"{path}.bias", source=f"{source}.{spec.bias}"))

@@ -30,7 +30,7 @@ class MovedStep:
     Attributes:
         name, stream, layer: of the step.
         before, after: its placement.
-        reads, result: values of the trace: what the step reads and what its sum gives.
+        result: the value of the trace that its sum gives.
         branches: values that its branches add.
         scaled: the value whose scale the constant c of the step stands for, and the norm that says what scale is.
         out: in the moved model, the module that reads the step's sum and normalises it, None: none is there.
@@ -45,7 +45,6 @@ class MovedStep:
     layer: int | None
     before: str
     after: str
-    reads: int
     result: int
     branches: tuple[int, ...]
     scaled: tuple[int, NormSpec] | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from normswap.norms.spec import NormSpec
+from normswap.norms.spec import GainForm, NormSpec
 from normswap.planning.edits import AddNorm, AnyEdit, Change, Drop, Fill, Rewrite, Scale, SwapNorm
 from normswap.planning.idle import Idle
 from normswap.planning.rewrites.fold import fold
@@ -61,38 +61,25 @@ class Slots:
         alike = norm.model_copy(update={"gain": own.gain, "weight": own.weight, "bias": own.bias})
         return own.model_copy(update={"kind": self.kind(path)}) == alike and (own.weight is not None or gain == 1.0)
 
-    def add_plain(self, path: str, norm: NormSpec, kind: str) -> None:
-        """A norm of `kind` as `norm` is, without a gain and a bias of its own."""
+    def add_norm(self, path: str, norm: NormSpec, kind: str, gain: GainForm | None, bias: bool) -> None:
+        """A norm of `kind` where there was none, else as `norm` is; its parameters begin neutral."""
         self.edits.append(
             AddNorm(
                 module=path,
                 kind=kind,
                 width=norm.width,
                 eps=norm.eps,
-                gain=None,
-                bias=False,
+                gain=gain,
+                bias=bias,
                 casting=norm.casting,
                 axis=norm.axes[0],
             )
         )
 
     def add(self, path: str, norm: NormSpec, gain: float) -> None:
-        form, bias = "w", norm.bias is not None
-        self.edits.append(
-            AddNorm(
-                module=path,
-                kind=norm.kind,
-                width=norm.width,
-                eps=norm.eps,
-                gain=form,
-                bias=bias,
-                casting=norm.casting,
-                axis=norm.axes[0],
-            )
-        )
+        """A norm as `norm` is, with the gain c throughout."""
+        self.add_norm(path, norm, norm.kind, "w", norm.bias is not None)
         self.edits.append(Fill(tensor=f"{path}.weight", value=gain, shape=(norm.width,)))
-        if bias:
-            self.edits.append(Fill(tensor=f"{path}.bias", value=0.0, shape=(norm.width,)))
 
     def refill(self, path: str, gain: float) -> None:
         """A norm whose gain and bias were folded away gets the gain c."""

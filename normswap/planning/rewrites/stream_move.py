@@ -169,7 +169,6 @@ class StreamMove:
                 step.layer,
                 _name(step),
                 step.placement,
-                step.blocks[0].operands[0],
                 step.blocks[-1].result,
                 tuple(block.operands[1] for block in step.blocks),
                 scaled,
