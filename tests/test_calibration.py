@@ -331,3 +331,20 @@ def test_post_norm_to_pre_norm_takes_the_harmonic_mean_of_what_each_norm_divides
     assert len(found) == 4
     # measured: 6e-8
     assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_new_norm_on_a_branch_gets_the_scale_of_what_the_branch_gives():
+    model = tiny("llama")
+    generator = torch.Generator().manual_seed(0)
+    batches = [dict(input_ids=torch.randint(90, (4, 16), generator=generator)) for _ in range(3)]
+    plan = normswap.plan(model, placement="sandwich", calibrate=batches)
+    given: list[torch.Tensor] = []
+    model.model.layers[1].mlp.register_forward_hook(lambda m, args, y: given.append(y))
+    with torch.no_grad():
+        for batch in batches[:-1]:
+            model(**batch)
+    eps = model.model.layers[1].input_layernorm.variance_epsilon
+    wanted = float((torch.cat(given).square().mean(-1) + eps).sqrt().mean())
+    found = [edit.value for edit in plan.edits if getattr(edit, "tensor", "") == "model.layers.1.norm_branch_2.weight"]
+    # measured: 3e-8
+    assert found == [pytest.approx(wanted, rel=1e-5)]

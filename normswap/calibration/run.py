@@ -122,13 +122,12 @@ def _constants(steps: Sequence[MovedStep], found: Mapping[str, Scale]) -> Scales
         for name, scale in found.items()
         if _BRANCH not in name
     }
-    branch = {
-        step.name: found[step.name + _BRANCH].mean
-        if rows[step.name].n_branch
-        else found[step.name + _BRANCH].least_squares
-        for step in steps
-        if step.name + _BRANCH in found
-    }
+    branch = {}
+    for step in steps:
+        for index in range(len(step.branches)):
+            given = found.get(f"{step.name}{_BRANCH} {index}")
+            if given is not None:
+                branch[step.name, index] = given.mean if rows[step.name].n_branch else given.least_squares
     return Scales(stream=stream, branch=branch)
 
 
