@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     )
     from normswap.loading import load
     from normswap.norms.spec import NormSpec
-    from normswap.planning.plans import Plan, Request
+    from normswap.planning.plans import Plan
+    from normswap.planning.request import Request
     from normswap.understand.normmap import NormMap, inspect
     from normswap.verification.run import Report, verify
 
@@ -43,7 +44,8 @@ _HOME = {
     "loading": ("load",),
     "understand.normmap": ("NormMap", "inspect"),
     "norms.spec": ("NormSpec",),
-    "planning.plans": ("Plan", "Request"),
+    "planning.plans": ("Plan",),
+    "planning.request": ("Request",),
     "verification.run": ("Report", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

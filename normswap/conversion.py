@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import nn
@@ -18,28 +18,20 @@ from normswap.apply.layout import WriteSummary
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
 from normswap.apply.stream import preview, write_tensors
-from normswap.calibration.run import COST_TOKENS, TOKENS, WINDOW, Data, calibrated
+from normswap.calibration.data import TOKENS, WINDOW, Progress, given_data, silent, text_data
 from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.keymap import KeyMap
 from normswap.checkpoint.publish import Staging, check_space, copy_side_files
 from normswap.checkpoint.record import RECORD
 from normswap.checkpoint.source import Source
+from normswap.drafting import draft
 from normswap.errors import PlanError, RefusedError, SourceError
-from normswap.observe.run import make_eager
-from normswap.planning.planner import make_plan, plan_moves
-from normswap.planning.plans import Explicit, Plan, Request
-from normswap.planning.rewrites.moved import MovedStep, Scales
+from normswap.planning.plans import Plan
+from normswap.planning.request import Request, Words
 from normswap.report.card import write_card
-from normswap.understand.normmap import inspect
-from normswap.verification.inputs import evaluation_inputs
 from normswap.verification.proof import Proof, prove, prove_live
-from normswap.verification.run import open_model, tokenizer_of
-from normswap.verification.text import CALIBRATED, MEASURED, WHOLE, calibration_text
 from normswap.verification.text import read as read_text
-from normswap.verification.untying import why_tied
 
-#: called with (what is being done, how much of it is done, how much there is)
-Progress = Callable[[str, int, int], None]
 VerifyMode = Literal["full", "fast", "none"]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -67,14 +59,6 @@ class Conversion:
 def plan(
     model: str | Path | nn.Module,
     *,
-    norm: str | None = None,
-    fold: bool = False,
-    placement: str | Sequence[str] | None = None,
-    layers: str | Sequence[str] | None = None,
-    exact: bool = False,
-    tied: Literal["keep", "untie"] = "keep",
-    partial: bool = False,
-    explicit: Explicit = "shared",
     calibrate: bool | Sequence[Mapping[str, Any]] = False,
     text: str | Path | None = None,
     tokens: int = TOKENS,
@@ -83,50 +67,52 @@ def plan(
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    **words: Unpack[Words],
 ) -> Plan:
     """The plan that `convert` or `convert_model` would carry out.
 
     Args:
         model: a folder, a Hub id, or a live model.
-        norm: the kind of norm to convert to, `rmsnorm`; None leaves kinds as they are.
-        fold: move gains and biases into the linear maps that read them.
-        placement: where norms are to stand, `post`, `deepnorm`, ... (`planning.rewrites.steps.ROWS`); None leaves them.
-        layers: which layers get it, `0-3,7`; None: all. Several placements have their layers by position.
-        exact: move only where the same function can be kept, with a gate or a carried scale where that takes one.
-        tied: `keep` tied embeddings, centring the embedding's output where its weights cannot be; `untie` stores both.
-        partial: convert the sites that can be converted and leave the rest.
-        explicit: whether means that no weights control may be subtracted at run time: `never`; `shared`, where one
-            subtraction serves several norms; `always`, if need be in front of each norm.
         calibrate: fit the constants and weights of a move to what the model does on text, as `convert` does; needs the
             weights. Without it the constants are 1 and the claim is `untrained`. For a live model: batches, keyword
             arguments of `forward`, two or more; the last is for measuring what moves cost.
         text, tokens, window, progress: of the calibration, as for `convert`.
         inputs, revision, trust_remote_code: as for `inspect`.
+        **words: what to do, `planning.request.Words`: norm, sites, role, fold, placement, layers, exact, tied, partial,
+            explicit.
 
     Raises:
         RefusedError: the request cannot be met (everywhere, unless `partial`).
         SourceError, ObserveError: as for `inspect`.
     """
-    request = Request.of(
-        placement, layers, norm=norm, fold=fold, exact=exact, tied=tied, partial=partial, explicit=explicit
-    )
+    request = Request.of(**words)
     if not calibrate and (text is not None or tokens != TOKENS):
         raise RefusedError("a text and a number of tokens are for calibration: add --calibrate.")
-    if calibrate and not request.placements:
-        raise RefusedError("there is nothing to calibrate where no norm moves: give a --placement.")
     if isinstance(model, nn.Module):
         if calibrate is True:
             raise RefusedError(
                 "a live model comes without a tokenizer: give `calibrate` batches of keyword arguments of its forward, "
                 "the last of them to measure on."
             )
-        return _plan_for(model, request, inputs, _given(model, calibrate, progress) if calibrate else None)
+        made = draft(model, request, inputs, given_data(model, calibrate, progress) if calibrate else None)
+        return _calibrated(made) if calibrate else made
     if not isinstance(calibrate, bool):
         raise RefusedError("batches to calibrate on are for a live model; a folder is calibrated on text.")
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=calibrate)
     _refuse_twice(source)
-    data = _data(source, text, tokens, window, progress) if calibrate else None
-    return _plan_for(source.build(), request, inputs, data)
+    data = text_data(source, text, tokens, window, progress) if calibrate else None
+    made = draft(source.build(), request, inputs, data)
+    return _calibrated(made) if calibrate else made
+
+
+def _calibrated(made: Plan) -> Plan:
+    """The plan, which data were given for. Raises RefusedError where it has no use for them."""
+    if made.claim == "exact" and not made.request.placements:
+        raise RefusedError(
+            f"there is nothing to calibrate: {made.request.words()} computes the same function. Leave --calibrate and "
+            f"--tokens out."
+        )
+    return made
 
 
 def _refuse_twice(source: Source) -> None:
@@ -135,83 +121,6 @@ def _refuse_twice(source: Source) -> None:
             f"{source.name} was {source.record.history()}; it is not converted twice. Convert the checkpoint it "
             f"was made from, asking for everything at once."
         )
-
-
-def _plan_for(
-    model: nn.Module,
-    request: Request,
-    inputs: Mapping[str, Any] | None,
-    data: Callable[[], Data] | None = None,
-) -> Plan:
-    """The plan for a model; calibrated on what `data` gives, where norms move and no constant is exact."""
-    prefix = getattr(model, "base_model_prefix", "")
-    prefix = prefix if prefix and hasattr(model, prefix) else ""
-    model_type = getattr(getattr(model, "config", None), "model_type", "")
-    normmap = inspect(model, inputs=inputs)
-    everywhere = request.everywhere()
-    made = make_plan(normmap, everywhere, model_type, prefix)
-    stays_tied = why_tied(model, made, inputs)
-    if stays_tied:
-        made = make_plan(normmap, everywhere, model_type, prefix, stays_tied)
-    if request.chooses_layers and (data is None or made.claim == "exact"):
-        raise RefusedError(
-            f"{request.words()}: layers are chosen by what moving them costs on text, "
-            + ("which is nothing: the move is exact." if made.claim == "exact" else "so it takes a calibration.")
-            + " Name the layers, or leave --layers out."
-        )
-    if request.exact and made.claim != "exact":
-        raise RefusedError(
-            f"{normmap.architecture}: no form of {request.words()} computes the same function. Leave out --exact to "
-            f"have it calibrated."
-        )
-    if data is None or made.claim == "exact":
-        return made
-
-    def make(asked: Request, scales: Scales | None) -> tuple[Plan, tuple[MovedStep, ...]]:
-        return plan_moves(normmap, asked, model_type, prefix, stays_tied, scales)
-
-    return calibrated(normmap, request, make, data())
-
-
-def _data(
-    source: Source, text: str | Path | None, tokens: int, window: int, progress: Progress | None
-) -> Callable[[], Data]:
-    """Reads what to calibrate on: the weights, and a part of the text that nothing is measured on."""
-    if text is not None:
-        read_text(text)  # a wrong path is found out now
-
-    def read() -> Data:
-        model, tokenizer = open_model(source), tokenizer_of(source)
-        # the texts that come with normswap are two, one's own is divided
-        shipped = text is None and tokenizer is not None
-        fitted_on, part = (calibration_text(), WHOLE) if shipped else (text, CALIBRATED)
-        batches, _, described = evaluation_inputs(model, tokenizer, fitted_on, tokens, part, window)
-        measured, _, _ = evaluation_inputs(model, tokenizer, text, COST_TOKENS, WHOLE if shipped else MEASURED)
-        described = "shipped Shakespeare" if shipped else described
-        if text is not None and tokenizer is not None:
-            described = Path(text).name  # of the user's folders nothing is published
-        count = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
-        described = f"{count} tokens of {described}" if count else described
-        return Data(model, batches, measured, described, progress or _silent)
-
-    return read
-
-
-def _given(model: nn.Module, batches: Sequence[Mapping[str, Any]], progress: Progress | None) -> Callable[[], Data]:
-    """A live model and batches to calibrate on."""
-    if len(batches) < 2:
-        raise RefusedError(f"expected two batches or more, the last of them to measure on; found {len(batches)}.")
-
-    def read() -> Data:
-        twin = copy.deepcopy(model).eval()
-        make_eager(twin)
-        return Data(twin, batches[:-1], batches[-1:], f"{len(batches) - 1} batches", progress or _silent)
-
-    return read
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Reports to nobody."""
 
 
 def preview_on_disk(
@@ -240,14 +149,6 @@ def convert(
     model: str | Path,
     out: str | Path,
     *,
-    norm: str | None = None,
-    fold: bool = False,
-    placement: str | Sequence[str] | None = None,
-    layers: str | Sequence[str] | None = None,
-    exact: bool = False,
-    tied: Literal["keep", "untie"] = "keep",
-    partial: bool = False,
-    explicit: Explicit = "shared",
     plan: Plan | str | Path | None = None,
     dtype: str | None = None,
     verify: VerifyMode = "full",
@@ -258,6 +159,7 @@ def convert(
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    **words: Unpack[Words],
 ) -> Conversion:
     """Convert the checkpoint `model` into the folder `out`.
 
@@ -266,7 +168,6 @@ def convert(
     Args:
         model: a folder, or a Hub id.
         out: the folder to make; its parents are made too.
-        norm, fold, placement, layers, exact, tied, partial, explicit: what to do, see `plan`; not together with `plan`.
         plan: a plan made before, or the file it was saved in.
         dtype: `float32`, `bfloat16`, ... for all floating tensors of the result; None keeps each one's own.
         verify: `full`, `fast` (fewer tokens, no comparison in the stored precision) or `none`.
@@ -276,6 +177,7 @@ def convert(
         window: in windows of so many; shorter ones for a model of short texts.
         overwrite: replace a model folder at `out`.
         progress: called with (what, done, total) while long work runs.
+        **words: what to do, as for `plan`; not together with a plan made before.
 
     Raises:
         RefusedError, SourceError, ObserveError: before anything is written.
@@ -283,14 +185,10 @@ def convert(
         VerificationError: the result measures otherwise than claimed; nothing is published.
         DestinationError: `out` cannot be written.
     """
-    asked = Request.of(
-        placement, layers, norm=norm, fold=fold, exact=exact, tied=tied, partial=partial, explicit=explicit
-    )
+    asked = Request.of(**words)
     if plan is not None and (asked != Request() or tokens != TOKENS):
         raise PlanError("a saved plan already says what to do: give no norm, fold, placement, tokens, ... with it.")
-    if plan is None and tokens != TOKENS and not asked.placements:
-        raise RefusedError("a number of tokens is for calibration, and no norm moves: give a --placement with it.")
-    progress = progress or _silent
+    progress = progress or silent
     stored_dtype = _dtype(dtype)
     if text is not None and verify != "none":
         read_text(text)  # a wrong path is found out now, not after hours of writing
@@ -301,8 +199,8 @@ def convert(
     structure = source.build()
     plan_file = None
     if plan is None:
-        data = _data(source, text, tokens, window, progress) if asked.placements else None
-        plan = _plan_for(structure, asked, None, data)
+        plan = draft(structure, asked, None, text_data(source, text, tokens, window, progress))
+        plan = _calibrated(plan) if tokens != TOKENS else plan
     elif not isinstance(plan, Plan):
         plan, plan_file = Plan.load(plan), Path(plan).name
     if plan.architecture != source.model_class.__name__:
@@ -348,17 +246,10 @@ def convert(
 def convert_model(
     model: nn.Module,
     *,
-    norm: str | None = None,
-    fold: bool = False,
-    placement: str | Sequence[str] | None = None,
-    layers: str | Sequence[str] | None = None,
-    exact: bool = False,
-    tied: Literal["keep", "untie"] = "keep",
-    partial: bool = False,
-    explicit: Explicit = "shared",
     plan: Plan | None = None,
     inputs: Mapping[str, Any] | None = None,
     verify: bool = True,
+    **words: Unpack[Words],
 ) -> Plan:
     """Convert a live model in place.
 
@@ -366,9 +257,10 @@ def convert_model(
 
     Args:
         model: any module; one of transformers needs no `inputs`.
-        norm, ..., explicit: what to do, see `plan` the function; or `plan`, one made before.
+        plan: one made before.
         inputs: keyword arguments of `forward` for one small batch.
         verify: measure a converted float64 copy against the original first (costs that copy's memory).
+        **words: what to do, as for `plan` the function; not together with a plan made before.
 
     Returns:
         The plan that was carried out.
@@ -378,11 +270,9 @@ def convert_model(
         VerificationError: the copy measures otherwise than claimed; the model is unchanged.
     """
     if plan is None:
-        plan = _plan_for(
+        plan = draft(
             model,
-            Request.of(
-                placement, layers, norm=norm, fold=fold, exact=exact, tied=tied, partial=partial, explicit=explicit
-            ),
+            Request.of(**words),
             inputs,
         )
     if verify:

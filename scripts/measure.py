@@ -25,7 +25,7 @@ import transformers
 from transformers.utils import logging
 
 import normswap
-from normswap.calibration.run import TOKENS
+from normswap.calibration.data import TOKENS
 
 CHECKPOINTS = Path(__file__).parent.parent / "tests" / "checkpoints"
 CONVERSIONS = [

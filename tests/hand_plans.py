@@ -17,7 +17,8 @@ from models import TINY, randomise
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
 from normswap.planning.edits import Centre, CentreOutput, Drop, FoldBias, FoldGain, GrowBias, SwapNorm, Untie
-from normswap.planning.plans import Plan, Request
+from normswap.planning.plans import Plan
+from normswap.planning.request import Request
 
 LLAMA_LIKE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 SIZES = {
@@ -56,7 +57,7 @@ def plan_of(model: nn.Module, edits, **changes) -> Plan:
     fields = dict(
         architecture=type(model).__name__,
         model_type=model.config.model_type,
-        request=Request(norm="rmsnorm"),
+        request=Request.of(norm="rmsnorm"),
         claim="exact",
         reasons=("every writer of the stream is centred, so each norm meets a stream of zero mean",),
         converted=tuple(edit.module for edit in edits if isinstance(edit, SwapNorm)),

@@ -40,7 +40,7 @@ def norm(path: str, kind: str, edit: type = AddNorm, gain: str | None = "w", bia
 
 
 def none(path: str, *parameters: str):
-    return [norm(path, "none", SwapNorm, None), *(Drop(tensor=f"{path}.{name}") for name in parameters)]
+    return [norm(path, "identity", SwapNorm, None), *(Drop(tensor=f"{path}.{name}") for name in parameters)]
 
 
 # -- Llama: a norm at the entry, norms after sums with a scaled skip, an affine at the end -----------------------------

@@ -10,19 +10,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import normswap
-import normswap.calibration.run as run
+import normswap.calibration.moves as moves
 from models import tiny
 from nets import VOCAB, WIDTH, Block, Net, ids, ready
 from normswap.apply.live import apply_plan
+from normswap.calibration.data import Data
 from normswap.calibration.refit import Target, Writing, refit
 from normswap.calibration.ridge import Ridge
 from normswap.calibration.scales import measure_scales
 from normswap.calibration.taps import Tap, find_tap, watch
-from normswap.conversion import _plan_for
+from normswap.drafting import draft
 from normswap.errors import RefusedError
 from normswap.norms.spec import NormSpec
 from normswap.observe.inputs import example_inputs
-from normswap.planning.plans import Request
+from normswap.planning.request import Request
 from normswap.understand.normmap import NormMap
 from normswap.verification.text import batches as text_batches
 
@@ -277,14 +278,14 @@ def divergence(model, other, batches):
 # KL on text that was not calibrated on; measured: 0.0015, 0.034, 0.0015
 @pytest.mark.parametrize("family, fitted", [("gpt2", 0.0018), ("llama", 0.037), ("gpt_neox", 0.0018)])
 def test_a_few_thousand_tokens_move_a_trained_model(checkpoints: Path, monkeypatch, family, fitted):
-    monkeypatch.setattr(run, "costs_alone", lambda *_: {})  # of single layers; they take longer than all of the rest
+    monkeypatch.setattr(moves, "costs_alone", lambda *_: {})  # of single layers; they take longer than all of the rest
     folder = checkpoints / f"{family}-shakespeare"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = torch.cat(text_batches(AutoTokenizer.from_pretrained(folder), None, 1024, 256, 99).ids)
     batches = [dict(input_ids=part) for part in rows[:16].split(8)]
     others = [dict(input_ids=part) for part in rows[40:44].split(8)]
-    data = run.Data(model, batches, others, "a little text", lambda *_: None)
-    plan = _plan_for(model, Request.of("post", None), None, lambda: data)
+    data = Data(model, batches, others, "a little text", lambda *_: None)
+    plan = draft(model, Request.of(placement="post"), None, lambda: data)
     assert len(plan.moved) == (6 if family == "gpt_neox" else 12)
     assert all(block.error < block.unfitted for block in plan.moved)
     assert divergence(model, apply_plan(copy.deepcopy(model), plan), others) < fitted

@@ -330,7 +330,7 @@ BAD_PLANS = {
     "wrong type": (lambda p: with_edit(p, axis="first"), r"edits.0.centre.axis: Input should be a valid integer"),
     "unknown edit": (lambda p: with_edit(p, edit="teleport"), "edits.0"),
     "unknown claim": (lambda p: p | {"claim": "certain"}, "claim"),
-    "another format": (lambda p: p | {"format": 2}, "format"),
+    "another format": (lambda p: p | {"format": 1}, "format"),
     "nothing": (lambda p: {}, "architecture: Field required"),
     "a tensor that is not there": (lambda p: with_edit(p, tensor="no.such.tensor"), "no.such.tensor"),
     "an axis that is not there": (lambda p: with_edit(p, axis=5), "transformer.wpe.weight"),

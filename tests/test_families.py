@@ -11,7 +11,7 @@ import normswap
 from models import tiny
 from normswap.apply.live import apply_plan
 from normswap.errors import NormswapError, RefusedError
-from normswap.norms.rms_norm import RMSNorm
+from normswap.norms.kinds.rms_norm import RMSNorm
 from normswap.planning.plans import Plan
 from normswap.understand.normmap import find_sites
 from normswap.verification.precision import LiftFloat32

@@ -12,7 +12,7 @@ from hand_plans import PARTS, folded_gpt2_plan, logits, plan_of, rms_edits, rms_
 from models import WIDTH, tiny
 from normswap.apply.live import apply_plan, apply_structure
 from normswap.errors import PlanError, RefusedError
-from normswap.norms.rms_norm import RMSNorm
+from normswap.norms.kinds.rms_norm import RMSNorm
 from normswap.planning.edits import Centre, Drop, Fill, FoldBias, FoldGain, GrowBias, SetConfig, Untie
 
 CASES = [

@@ -16,7 +16,7 @@ from models import tiny
 from normswap.apply.folding import expand, fold
 from normswap.apply.modelling import load_generated, write_modelling
 from normswap.errors import PlanError, SourceError
-from normswap.norms.rms_norm import RMSNorm
+from normswap.norms.kinds.rms_norm import RMSNorm
 from normswap.planning.edits import CentreInput, CentreOutput, GrowBias, SetConfig
 
 FILE = "modeling_normswap.py"

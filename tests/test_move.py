@@ -9,7 +9,7 @@ import torch
 from normswap.apply.live import apply_plan
 from normswap.errors import RefusedError
 from normswap.planning.planner import plan_moves
-from normswap.planning.plans import Request
+from normswap.planning.request import Request
 from normswap.planning.rewrites.moved import Scales
 from normswap.understand.normmap import NormMap
 from normswap.verification.precision import LiftFloat32
@@ -48,7 +48,7 @@ def numbers(normmap: NormMap) -> tuple[list[list[float]], list[list[float]], Sca
 def moved(name: str, target: str, scales: Scales | None = None):
     """A copy of the model, its norms moved, and the plan."""
     model, _, normmap = observed(name)
-    plan, steps = plan_moves(normmap, Request.of(target), scales=scales)
+    plan, steps = plan_moves(normmap, Request.of(placement=target), scales=scales)
     assert len(steps) == len(plan.moved) > 0
     assert all(step.before != step.after == target for step in steps)
     return apply_plan(copy.deepcopy(model), plan), plan

@@ -11,7 +11,7 @@ from models import tiny
 from normswap.apply.live import apply_plan
 from normswap.errors import PlanError, RefusedError
 from normswap.planning.planner import plan_moves
-from normswap.planning.plans import Request
+from normswap.planning.request import Request
 from normswap.planning.rewrites.moved import Scales
 from normswap.understand.normmap import find_sites, inspect
 from normswap.verification.precision import LiftFloat32
@@ -155,7 +155,7 @@ def test_kind_and_place_change_together(name):
 def test_a_factor_on_the_skip_is_seen_and_not_dropped(first):
     model = tiny("gpt2").double()
     scales = Scales(stream={f"transformer.h[{i}]": 0.7 + 0.1 * i for i in range(4)})
-    plan, _ = plan_moves(inspect(model), Request.of(first), scales=scales)
+    plan, _ = plan_moves(inspect(model), Request.of(placement=first), scales=scales)
     moved = apply_plan(model, plan)
     with pytest.raises(RefusedError, match=r"its skip has a factor of its own \(0\.8\)"):
         normswap.plan(moved, placement="post")
@@ -164,7 +164,7 @@ def test_a_factor_on_the_skip_is_seen_and_not_dropped(first):
 def test_a_model_with_scales_on_its_skips_is_not_moved_again():
     model = tiny("gpt2").double()
     constants = Scales({f"transformer.h[{i}]": 0.7 + 0.1 * i for i in range(4)})
-    plan, _ = plan_moves(inspect(model), Request.of("deepnorm"), "", "", None, constants)
+    plan, _ = plan_moves(inspect(model), Request.of(placement="deepnorm"), "", "", None, constants)
     apply_plan(model, plan)
     with torch.no_grad():
         before = logits(model, "gpt2")

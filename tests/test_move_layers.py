@@ -10,7 +10,7 @@ from models import tiny
 from normswap.apply.live import apply_plan
 from normswap.errors import RefusedError
 from normswap.planning.planner import plan_moves
-from normswap.planning.plans import Request
+from normswap.planning.request import Request
 from normswap.understand.normmap import NormMap
 from normswap.verification.precision import LiftFloat32
 from placement_families import FAMILIES, Stack
@@ -59,7 +59,7 @@ def three_layers():
 def test_layers_have_placements_of_their_own(request_):
     model, inputs, normmap = three_layers()
     (c,), (t,), scales = numbers(normmap)
-    plan, steps = plan_moves(normmap, Request.of(*request_), scales=scales)
+    plan, steps = plan_moves(normmap, Request.of(**dict(zip(("placement", "layers"), request_, strict=False))), scales=scales)
     result = apply_plan(copy.deepcopy(model), plan)
     kinds = LAYERS[request_].split()
     assert [(step.layer, step.after) for step in steps] == [
@@ -100,5 +100,5 @@ def test_layers_have_placements_of_their_own(request_):
 def test_layers_and_placements_that_are_not_there(asked, message):
     normmap = three_layers()[2]
     with pytest.raises(RefusedError) as caught:
-        plan_moves(normmap, Request.of(*asked))
+        plan_moves(normmap, Request.of(**dict(zip(("placement", "layers"), asked, strict=False))))
     assert message in str(caught.value)

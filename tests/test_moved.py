@@ -134,7 +134,7 @@ def test_a_rewritten_model_goes_by_its_stock_name_and_can_be_rewritten_again():
     expected = logits(model)
     call = "self.entry_norm(inputs_embeds + position_embeds.to(inputs_embeds.device))"
     again = rewrite(model.transformer, "transformer", "forward", ("wrap", "nothing", call, 0))
-    apply_plan(model, plan_of(model, [again, norm("transformer.nothing", "none", gain=None)]))
+    apply_plan(model, plan_of(model, [again, norm("transformer.nothing", "identity", gain=None)]))
     source = inspect.getsource(type(model.transformer).forward)
     assert re.search(r"self\.nothing\(.*\s*self\.entry_norm\(", source)
     assert torch.equal(logits(model), expected)

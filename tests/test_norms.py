@@ -8,14 +8,14 @@ import torch
 from torch.nn import functional as F
 
 from normswap.norms.formula import formula
-from normswap.norms.kinds import KINDS
+from normswap.norms.kinds import MODULES
 from normswap.norms.spec import Casting, NormSpec
 
 WIDTH = 6
 
 
 def made(kind, **arguments):
-    norm = KINDS[kind](width=WIDTH, **{"eps": 1e-3, "gain": "w", "bias": True, "casting": "float32", **arguments})
+    norm = MODULES[kind](width=WIDTH, **{"eps": 1e-3, "gain": "w", "bias": True, "casting": "float32", **arguments})
     torch.manual_seed(0)
     for parameter in norm.parameters():
         parameter.data.normal_()
@@ -30,7 +30,7 @@ def test_against_torch_in_float64():
     expected = F.rms_norm(x, (WIDTH,), rms.weight, 1e-3) + rms.bias
     assert (rms(x) - expected).abs().max() < 1e-14  # measured: 9e-16
     assert torch.equal(affine(x), x * affine.weight + affine.bias)
-    assert made("none", gain=None, bias=False)(x) is x
+    assert made("identity", gain=None, bias=False)(x) is x
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])

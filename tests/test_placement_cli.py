@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 import normswap
 from models import tiny
-from normswap.calibration.run import TOKENS
+from normswap.calibration.data import TOKENS
 from normswap.cli import main, options
 from normswap.errors import VerificationError
 from normswap.planning.edits import Rewrite

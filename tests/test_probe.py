@@ -19,8 +19,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from normswap.norms.centred import centre_output
+from normswap.norms.kinds.rms_norm import RMSNorm
 from normswap.norms.probe import formula, probe
-from normswap.norms.rms_norm import RMSNorm
 
 WIDTH = 24
 TOKENS = (3, 5, WIDTH)

@@ -27,7 +27,8 @@ from normswap.checkpoint.keymap import KeyMap
 from normswap.checkpoint.publish import Staging
 from normswap.errors import DestinationError, PlanError
 from normswap.planning.edits import Centre, Drop, Fill, FoldBias, FoldGain, GrowBias, SetConfig, Untie
-from normswap.planning.plans import Plan, Request
+from normswap.planning.plans import Plan
+from normswap.planning.request import Request
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 PROJECTION = "transformer.h.0.attn.c_proj.weight"

@@ -14,7 +14,7 @@ import normswap
 from nets import WIDTH, Block, Net, check_exact, check_refused, ids, kinds, ready, relative
 from normswap.apply.live import apply_plan
 from normswap.errors import RefusedError
-from normswap.norms.rms_norm import RMSNorm
+from normswap.norms.kinds.rms_norm import RMSNorm
 from normswap.observe.run import observe
 from normswap.understand.normmap import find_sites
 from normswap.understand.transfer import Prober

@@ -26,7 +26,7 @@ import normswap
 from models import randomise, tiny
 from normswap.apply.live import apply_plan
 from normswap.errors import ObserveError, SourceError, VerificationError
-from normswap.norms.rms_norm import RMSNorm
+from normswap.norms.kinds.rms_norm import RMSNorm
 from normswap.norms.spec import NormSpec
 from normswap.report.comparison import comparison_table, verdict
 from normswap.understand.normmap import find_sites

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,6 +21,8 @@ from normswap.errors import PlanError
 from normswap.planning.edits import FITTED, TensorEdit, Untie
 from normswap.planning.plans import Plan
 
+#: of tensors that calibration fitted, by name
+Shapes = Mapping[str, tuple[int, ...]]
 What = Literal["copied", "cast", "edited", "added", "removed"]
 
 # What can be edited or cast. Integers are codes, and 8-bit floats are quantised values that wait for a scale.
@@ -128,11 +130,12 @@ def lay_out(source: Checkpoint, keymap: KeyMap, plan: Plan, dtype: torch.dtype |
     for name in (name for name in made if name not in keymap.shapes):
         changes[(name,)] = (made[name], *changes.get((name,), ()))
 
+    fitted = plan.fitted_shapes()
     jobs: list[Job] = []
     after: dict[str, TensorChange] = {}
     for group in keymap.groups:
         touched = {name: edits[name] for name in group.targets if name in edits}
-        for entry in _entries(source, keymap, group, touched, dtype):
+        for entry in _entries(source, keymap, group, touched, dtype, fitted):
             after[entry.key] = entry
         if keys := tuple(key for key in group.sources if after[key].what == "edited"):
             jobs.append(Job(group, touched, keys))
@@ -140,7 +143,7 @@ def lay_out(source: Checkpoint, keymap: KeyMap, plan: Plan, dtype: torch.dtype |
     shards = {shard.name: [after[info.key] for info in shard.tensors] for shard in source.shards}
     for names, change in changes.items():
         if not any(name in keymap.group_of for name in names):
-            job, entry = _new(source, keymap, change, dtype, made.keys())
+            job, entry = _new(source, keymap, change, dtype, made.keys(), fitted)
             jobs.append(job)
             shards[entry.shard].append(entry)
     tensors = {entry.key: entry for entries in shards.values() for entry in entries}
@@ -191,6 +194,7 @@ def _entries(
     group: Group,
     edits: dict[str, tuple[TensorEdit, ...]],
     dtype: torch.dtype | None,
+    fitted: Shapes,
 ) -> list[TensorChange]:
     """What becomes of each of a group's stored tensors."""
     infos = [source.tensors[key] for key in group.sources]
@@ -203,7 +207,7 @@ def _entries(
             f"{', '.join(edits)}: expected one of float64, float32, float16 or bfloat16 to edit, found {found} in "
             f"{infos[0].shard}. Dequantise the checkpoint first."
         )
-    shapes = {name: _shape_after(name, keymap, edits.get(name, ())) for name in group.targets}
+    shapes = {name: _shape_after(name, keymap, edits.get(name, ()), fitted) for name in group.targets}
     if group.converter is None:
         shape = shapes[group.targets[0]]
         if shape is None:
@@ -226,7 +230,12 @@ def _entries(
 
 
 def _new(
-    source: Checkpoint, keymap: KeyMap, edits: tuple[TensorEdit, ...], dtype: torch.dtype | None, made: Set[str]
+    source: Checkpoint,
+    keymap: KeyMap,
+    edits: tuple[TensorEdit, ...],
+    dtype: torch.dtype | None,
+    made: Set[str],
+    fitted: Shapes,
 ) -> tuple[Job, TensorChange]:
     """A tensor that the source does not hold.
 
@@ -238,7 +247,7 @@ def _new(
             f"{name}: {edits[0].edit} expects this tensor in {source.folder}, found none. The plan is of another "
             "checkpoint: make it again."
         )
-    shape = _shape_after(name, keymap, edits, exists=False)
+    shape = _shape_after(name, keymap, edits, fitted, exists=False)
     if shape is None:
         raise PlanError(f"{name}: expected its edits to make it, found that they leave nothing: {edits!r}.")
     info = _beside(source, keymap, edits)
@@ -267,13 +276,13 @@ def _beside(source: Checkpoint, keymap: KeyMap, edits: tuple[TensorEdit, ...]) -
 
 
 def _shape_after(
-    name: str, keymap: KeyMap, edits: tuple[TensorEdit, ...], exists: bool = True
+    name: str, keymap: KeyMap, edits: tuple[TensorEdit, ...], fitted: Shapes, exists: bool = True
 ) -> tuple[int, ...] | None:
     """The shape that edits leave, by running them without data; None when they remove the tensor."""
 
     def read(other: str) -> torch.Tensor:
         if other.startswith(FITTED):
-            return _meta(keymap.shapes[other.removeprefix(FITTED)])
+            return _meta(fitted[other.removeprefix(FITTED)])
         if keymap.stored_group(other) is None:
             raise PlanError(f"{name}: the plan makes it from {other}, which the checkpoint does not hold.")
         return _meta(keymap.shapes[other])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from normswap.apply.modules import ModuleEdits
 from normswap.errors import PlanError
-from normswap.planning.edits import TensorEdit, Untie
+from normswap.planning.edits import FITTED, TensorEdit, Untie
 from normswap.planning.plans import Plan
 
 Tensors = dict[str, torch.Tensor]
@@ -140,7 +140,7 @@ def _check_names(edits: dict[str, list[TensorEdit]], before: Tensors, after: Ten
             raise PlanError(f"{steps[0].edit} of {name}: the model has no such tensor. Make a plan for this model.")
         for step in steps:
             for other in step.reads():
-                if other not in before:
+                if other not in before and not other.startswith(FITTED):
                     raise PlanError(f"{step.edit} of {name} reads {other}, which the model does not have.")
         if name in after and (other := owner.setdefault(id(after[name]), name)) != name:
             raise PlanError(f"{name} and {other} are one tied tensor, and the plan edits both; untie them first.")

@@ -21,13 +21,13 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from normswap.apply import rebuild
 from normswap.apply.tables import CLASSES, EVERY, WIDTH, Tables, copied, literal
 from normswap.errors import PlanError
-from normswap.norms.kinds import KINDS
+from normswap.norms.kinds import MODULES
 from normswap.planning.plans import Plan
 from normswap.source.classes import Rewritten
 
 PREFIX = "Normswap"
 # names that a file may define itself
-_OWN = {*vars(rebuild), *(cls.__name__ for cls in KINDS.values()), "CentredInput", "CentredOutput", "Converted"}
+_OWN = {*vars(rebuild), *(cls.__name__ for cls in MODULES.values()), "CentredInput", "CentredOutput", "Converted"}
 _AS_THEY_ARE = "# fmt: off\n# ruff: noqa\n# The lines of these classes are laid out as in transformers."
 
 

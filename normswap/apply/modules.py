@@ -103,7 +103,7 @@ def _added(model: nn.Module, parent: str, edit: AddNorm) -> nn.Module:
 def _swapped(old: nn.Module, edit: SwapNorm, dropped: set[str]) -> nn.Module:
     """What `edit` makes of `old`: parameters that stay are the same objects, others start neutral."""
     theirs = dict(old.named_parameters())
-    like = next(iter(theirs.values()), None)
+    like = next((t for t in (*theirs.values(), *old.buffers()) if t.is_floating_point()), None)
     new = _new(edit, like.device if like is not None else torch.device("cpu"))
     if like is not None:
         new.to(like.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from normswap.norms.centred import centre_input, centre_output
-from normswap.norms.kinds import KINDS
+from normswap.norms.kinds import MODULES
 
 
 def find(model, pattern):
@@ -20,7 +20,7 @@ def find(model, pattern):
 
 def new_norm(kind, **arguments):
     """A norm with neutral parameters."""
-    return KINDS[kind](**arguments)
+    return MODULES[kind](**arguments)
 
 
 def swap_norms(model, norms):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from normswap.apply import rebuild
 from normswap.apply.folding import fold
 from normswap.norms.centred import CentredInput, CentredOutput, centre_input, centre_output
-from normswap.norms.kinds import KINDS
+from normswap.norms.kinds import MODULES
 from normswap.planning.edits import (
     AddNorm,
     CentreInput,
@@ -134,12 +134,12 @@ def copied(tables: Iterable[Tables]) -> list[str]:
     """The source of what `tables` need to be put in place, in the order in which it can stand."""
     tables = list(tables)
     kinds = [kind for kind in EVERY if any(kind in t.entries for t in tables)]
-    used = [name for name in KINDS if any(name in t.norms for t in tables)]
-    classes = dict.fromkeys(base for name in used for base in reversed(KINDS[name].__mro__) if _is_ours(base))
+    used = [name for name in MODULES if any(name in t.norms for t in tables)]
+    classes = dict.fromkeys(base for name in used for base in reversed(MODULES[name].__mro__) if _is_ours(base))
     parts = [inspect.getsource(cls) for cls in classes]
     if used:
-        rows = ", ".join(f"{literal(name)}: {_named(KINDS[name])}" for name in used)
-        parts.append(f"KINDS = {{{rows}}}")
+        rows = ", ".join(f"{literal(name)}: {_named(MODULES[name])}" for name in used)
+        parts.append(f"MODULES = {{{rows}}}")
     functions = [item for kind in kinds for item in kind.needs] + ([rebuild.find] if kinds else [])
     functions += [rebuild.new_norm] if used else []
     functions += [kind.place for kind in kinds]

@@ -10,13 +10,15 @@ from torch import nn
 
 from normswap.apply.live import apply_plan
 from normswap.errors import RefusedError
-from normswap.planning.plans import Placement, Plan, Request
+from normswap.planning.plans import Plan
+from normswap.planning.request import Placement, Request
 from normswap.planning.rewrites.moved import Scales
 from normswap.verification.metrics import TokenComparison
 from normswap.verification.outputs import main_output, outputs_of
 
 if TYPE_CHECKING:
-    from normswap.calibration.run import Data, Make
+    from normswap.calibration.data import Data
+    from normswap.calibration.moves import Make
 
 
 def cost(original: nn.Module, moved: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:

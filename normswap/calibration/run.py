@@ -1,185 +1,35 @@
-"""From a request to a calibrated plan: measure the scales, plan with them, refit what writes the moved blocks."""
+"""From a request to a calibrated plan: norms that move first, then norms that are fitted."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from normswap.apply.live import apply_plan
-from normswap.calibration.costs import cost, costs_alone, within_budget
-from normswap.calibration.refit import Fit, Target, Writing, refit
-from normswap.calibration.scales import Scale, measure_scales
-from normswap.calibration.taps import Tap, find_tap
-from normswap.norms.spec import NormSpec
-from normswap.planning.plans import MovedBlock, Plan, Request
-from normswap.planning.rewrites.moved import MovedStep, Scales
-from normswap.planning.rewrites.steps import ROWS
-from normswap.understand.centring import Writer
-from normswap.understand.normmap import NormMap, StreamInfo
-
-Batches = Sequence[Mapping[str, Any]]
-#: makes the plan for a request with given constants; returns it with what calibration needs to know of its steps
-Make = Callable[[Request, Scales | None], tuple[Plan, tuple[MovedStep, ...]]]
-
-#: tokens to calibrate on, and to measure the cost of a move on, where nobody says how many
-TOKENS, COST_TOKENS = 8192, 2048
-# behind a step's name, before a number: what that branch of it gives
-_BRANCH = " branch"
-#: of how many tokens a window of text to calibrate on is, at most
-WINDOW = 256
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a plan is calibrated on.
-
-    Attributes:
-        model: the original, with its weights, in eval mode; it is not changed.
-        batches: keyword arguments of `forward` to fit on.
-        measured: others, to measure the cost of moves on.
-        described: what the batches are, in words.
-        progress: called with (what, done, total).
-    """
-
-    model: nn.Module
-    batches: Batches
-    measured: Batches
-    described: str
-    progress: Callable[[str, int, int], None]
+from normswap.calibration.data import Data
+from normswap.calibration.moves import Make, calibrated_moves
+from normswap.calibration.norms import fit_norms
+from normswap.planning.plans import Plan
+from normswap.planning.request import Request
+from normswap.understand.normmap import NormMap
 
 
 def calibrated(normmap: NormMap, request: Request, make: Make, data: Data) -> Plan:
-    """The plan that `make` gives, its constants and writers fitted to what the model does on data.
+    """The plan that `make` gives, with what it leaves open fitted to what the model does on data.
 
-    The same model and batches give the same plan, bit for bit, on one machine. Costs two more copies of the model and,
-    per block, the features of its writers over all tokens.
+    The same model and batches give the same plan, bit for bit, on one machine. Costs two more copies of the model and
+    what the fits of one block or norm need.
 
     Raises:
         RefusedError: as `make`; or no layer can be moved within the budget of `--layers auto:KL`.
     """
-    original = copy.deepcopy(data.model).float() if _halves(data.model) else data.model
-    everywhere = request.everywhere()
-    draft, steps = make(everywhere, None)
-    goal = original
-    if request.norm is not None:
-        # what moves is the model whose norms have changed their kind: its streams have no mean
-        goal = apply_plan(copy.deepcopy(original), make(request.model_copy(update={"placements": ()}), None)[0])
-    found = measure_scales(goal, _taps(normmap, steps), data.batches, _counts(data, "measuring scales"))
-    scales = _constants(steps, found)
-    costs = costs_alone(original, everywhere, make, scales, draft, data)
-
-    def fitted(asked: Request) -> tuple[Plan, nn.Module]:
-        plan, steps = make(asked, scales)
-        moved = apply_plan(copy.deepcopy(original), plan)
-        targets = [target for step in steps if (target := _target(normmap, step)) is not None]
-        fits, tensors = refit(goal, moved, targets, data.batches, _counts(data, "refitting blocks"))
-        told = tuple(_told(block, found, fits, costs) for block in plan.moved)
-        return plan.model_copy(update={"moved": told, "calibrated_on": data.described}).with_fitted(tensors), moved
-
-    if any(placement.budget is not None for placement in request.placements):
-        return within_budget(request, costs, lambda asked: _judged(original, fitted(asked), data))
-    return fitted(request)[0]
-
-
-def _judged(original: nn.Module, result: tuple[Plan, nn.Module], data: Data) -> tuple[Plan, float]:
-    plan, moved = result
-    return plan, cost(original, moved, data.measured)
-
-
-def _told(block: MovedBlock, found: Mapping[str, Scale], fits: Mapping[str, Fit], costs: Mapping[int | None, float]):
-    """The block with what was measured of it."""
-    scale, fit = found.get(block.name), fits.get(block.name)
-    return block.model_copy(
-        update={
-            "spread": scale and scale.spread,
-            "unfitted": fit and fit.before,
-            "error": fit and fit.after,
-            "kl": costs.get(block.layer),
-        }
-    )
-
-
-def _counts(data: Data, what: str) -> Callable[[int, int], None]:
-    return lambda done, total: data.progress(what, done, total)
+    if _halves(data.model):
+        data = replace(data, model=copy.deepcopy(data.model).float())
+    plan = calibrated_moves(normmap, request, make, data) if request.placements else make(request, None)[0]
+    return fit_norms(normmap, plan, data)
 
 
 def _halves(model: nn.Module) -> bool:
     return any(p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in model.parameters())
-
-
-def _constants(steps: Sequence[MovedStep], found: Mapping[str, Scale]) -> Scales:
-    """The constants of the move, each the best for what it stands for."""
-    rows = {step.name: ROWS[step.after] for step in steps}
-    raw = {name for name, row in rows.items() if not row.n_out and not row.n_in}
-    put_in = {step.name for step in steps if rows[step.name].n_in and step.adds_n_in and step.out is None}
-    stream = {
-        name: scale.least_squares if name in raw else scale.mean if name in put_in else scale.harmonic
-        for name, scale in found.items()
-        if _BRANCH not in name
-    }
-    branch = {}
-    for step in steps:
-        for index in range(len(step.branches)):
-            given = found.get(f"{step.name}{_BRANCH} {index}")
-            if given is not None:
-                branch[step.name, index] = given.mean if rows[step.name].n_branch else given.least_squares
-    return Scales(stream=stream, branch=branch)
-
-
-def _taps(normmap: NormMap, steps: Sequence[MovedStep]) -> dict[str, tuple[Tap, NormSpec]]:
-    """Per step the value whose scale it wants to know, the one behind it, and what its branch gives."""
-    taps = {}
-    for step in steps:
-        base = _stream(normmap, step).found.analysis.base
-        wanted = [(step.after_it, (step.result, step.norm))]
-        wanted += [(f"{step.name}{_BRANCH} {i}", (value, step.norm)) for i, value in enumerate(step.branches)]
-        wanted += [(step.name, step.scaled)] if step.scaled is not None else []
-        for name, (value, norm) in wanted:
-            tap = find_tap(normmap.trace, value, base)
-            if tap is not None and (name not in taps or name == step.name):
-                taps[name] = tap, norm
-    return taps
-
-
-def _target(normmap: NormMap, step: MovedStep) -> Target | None:
-    """What is to be refitted for a step: None where nothing normalises its sum along the last axis."""
-    stream = _stream(normmap, step)
-    original = find_tap(normmap.trace, step.result, stream.found.analysis.base)
-    if step.out is None or original is None or step.norm.axes != (-1,):
-        return None
-    writers = _writers(normmap, stream, step)
-    # a frame stands where a normalised stream became raw; behind its last sum there is no branch to be scaled
-    carried = step.frame is not None and step.result != stream.blocks[-1].result
-    return Target(step.name, writers, Tap(step.out, "input"), step.frame, original, step.norm, carried)
-
-
-def _writers(normmap: NormMap, stream: StreamInfo, step: MovedStep) -> tuple[Writing, ...]:
-    """The linear maps that end the step's branches; none where something else has a part in them."""
-    centring = normmap.centrings[stream.width]
-    found: dict[str, dict[int, Writer]] = {}
-    for value in step.branches:
-        dim = len(normmap.trace.values[value].shape) - 1
-        for term in centring.leaves(centring.terms.get((value, dim))) or {None}:
-            if not isinstance(term, Writer) or term.kind != "parameter" or term.groups != 1 or term.scales:
-                return ()
-            alone = len(normmap.names(term.name)) == 1 and normmap.users(term.name) == {term.module}
-            ndim = len(normmap.parameters[term.name])
-            if not alone or ndim > 2 or ndim in found.get(term.module, {}):
-                return ()
-            found.setdefault(term.module, {})[ndim] = term
-    order = {call.path: call.start for call in normmap.trace.calls}
-    if any(2 not in parts for parts in found.values()):
-        return ()
-    return tuple(
-        Writing(path, parts[2].name, parts[1].name if 1 in parts else None, parts[2].axis)
-        for path, parts in sorted(found.items(), key=lambda item: order.get(item[0], 0))
-    )
-
-
-def _stream(normmap: NormMap, step: MovedStep) -> StreamInfo:
-    return next(stream for stream in normmap.streams if stream.name == step.stream)

@@ -14,6 +14,7 @@ from normswap.errors import NormswapError, RefusedError
 COMMANDS = {
     "inspect": "Show what the norms of a model are, and where.",
     "plan": "Show what a conversion would do, without doing it.",
+    "norms": "List the kinds of norm that can be asked for.",
     "convert": "Convert a checkpoint, verify the result and publish it.",
     "verify": "Measure how far two checkpoints are apart.",
 }

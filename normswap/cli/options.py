@@ -64,7 +64,20 @@ source_options = _together(
 )
 
 request_options = _together(
-    click.option("--norm", metavar="KIND", help="Norm to convert to: rmsnorm."),
+    click.option("--norm", multiple=True, metavar="KIND", help="Norm to convert to: `normswap norms` lists them."),
+    click.option(
+        "--sites",
+        multiple=True,
+        metavar="GLOB",
+        help="Which norms, by path: '*.ln_1', '*.h.0.*,*.h.1.*'. With several kinds, one for each; '*' is all.",
+    ),
+    click.option(
+        "--role",
+        multiple=True,
+        metavar="ROLE",
+        help="Which norms, by what they do: stream, branch, qk, embedding, final, head. With several kinds, one for "
+        "each; any is all.",
+    ),
     click.option("--fold", is_flag=True, help="Move gains and biases into the linear maps that read them."),
     click.option(
         "--placement",
@@ -107,7 +120,7 @@ tokens_option = _together(
         type=click.IntRange(min=2),
         default=TOKENS,
         show_default=True,
-        help="How many tokens to calibrate on, where norms move. More are better, and take longer.",
+        help="How many tokens to calibrate on, where it takes data. More are better, and take longer.",
     ),
     click.option(
         "--window",

@@ -63,6 +63,12 @@ class NormSpec(BaseModel):
     gate: Gate | None = None
 
     @property
+    def tensors(self) -> dict[str, str]:
+        """The names of its tensors inside the module, by what they do."""
+        named = {"gain": self.weight, "bias": self.bias}
+        return {does: name for does, name in named.items() if name is not None}
+
+    @property
     def channels(self) -> int:
         """How many values gain and bias have: all that are normalised side by side."""
         return self.width * self.groups

@@ -14,8 +14,9 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import nn
 
-from normswap.norms.kinds import KINDS
-from normswap.norms.spec import Casting, GainForm
+from normswap.norms.kind import Direct, Fitted
+from normswap.norms.kinds import KINDS, MODULES
+from normswap.norms.spec import Casting, GainForm, NormSpec
 
 Read = Callable[[str], torch.Tensor]
 #: before a tensor's name: the one that calibration fitted, and not the model's
@@ -263,7 +264,7 @@ class SwapNorm(ModuleEdit):
     """The norm at `module` becomes one of another kind; parameters that stay keep their names.
 
     Attributes:
-        kind: `affine` is a gain and a bias without normalising, `none` hands its input on.
+        kind: of `norms.kinds`; `affine` is a gain and a bias without normalising, `identity` hands its input on.
         width: size of the normalised axis.
         axis: the normalised axis, counted from the end.
         shape: of gain and bias; None: `(width,)`.
@@ -280,15 +281,49 @@ class SwapNorm(ModuleEdit):
     shape: tuple[int, ...] | None = None
 
     def build(self) -> nn.Module:
-        """The norm with neutral parameters, each of which is one number throughout."""
+        """The norm with neutral parameters and buffers, each of which is one number throughout."""
         arguments = self.model_dump(include={"width", "eps", "gain", "bias", "casting", "axis", "shape"})
-        return KINDS[self.kind](**arguments)
+        return MODULES[self.kind](**arguments)
 
     def makes(self):
         return tuple(
-            Fill(tensor=f"{self.module}.{name}", value=float(p.detach().flatten()[0]), shape=tuple(p.shape))
-            for name, p in self.build().named_parameters()
+            Fill(tensor=f"{self.module}.{name}", value=float(t.flatten()[0]), shape=tuple(t.shape))
+            for name, t in self.build().state_dict().items()
         )
+
+
+class Initialise(TensorEdit):
+    """The tensor of a norm becomes what its kind takes from the norm that it replaces (`norms.kind`).
+
+    Attributes:
+        module: path of both norms.
+        kind: the kind that was asked for.
+        replaced: what stood there.
+    """
+
+    edit: Literal["initialise"] = "initialise"
+    module: str
+    kind: NormKind
+    replaced: NormSpec
+
+    @property
+    def route(self) -> Direct | Fitted:
+        return KINDS[self.kind].routes[self.replaced.kind]
+
+    def reads(self):
+        return tuple(f"{self.module}.{name}" for name in self.replaced.tensors.values())
+
+    def own(self, read: Read) -> dict[str, torch.Tensor]:
+        """The replaced norm's tensors by what they do."""
+        tensors = {does: read(f"{self.module}.{name}") for does, name in self.replaced.tensors.items()}
+        if self.replaced.gain == "1 + w":
+            tensors["gain"] = 1 + tensors["gain"]
+        return tensors
+
+    def apply(self, value, read):
+        route = self.route
+        make = route.values if isinstance(route, Direct) else route.start
+        return make(self.replaced, self.own(read))[self.tensor.rpartition(".")[2]]
 
 
 class AddNorm(SwapNorm):
@@ -387,6 +422,7 @@ AnyEdit = Annotated[
     | Running
     | Unscale
     | Refit
+    | Initialise
     | SwapNorm
     | AddNorm
     | SetScale

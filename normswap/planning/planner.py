@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from normswap.errors import RefusedError
 from normswap.paths import blurred, folded
+from normswap.planning.choice import Chosen, choose_norms
 from normswap.planning.edits import (
     AnyEdit,
     Centre,
@@ -17,16 +18,16 @@ from normswap.planning.edits import (
     TensorEdit,
 )
 from normswap.planning.idle import Idle
-from normswap.planning.plans import MovedBlock, Plan, Refusal, Request
+from normswap.planning.plans import Claim, MovedBlock, Plan, Refusal
+from normswap.planning.request import Request
 from normswap.planning.rewrites import centre as centring
 from normswap.planning.rewrites.centre import centre
+from normswap.planning.rewrites.exchange import Exchanged, exchange
 from normswap.planning.rewrites.fold import Folding, fold
 from normswap.planning.rewrites.move import move
 from normswap.planning.rewrites.moved import Moved, MovedStep, Scales
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
-
-TARGETS = (centring.TARGET,)
 
 
 def make_plan(
@@ -68,11 +69,16 @@ def plan_moves(
             f"{normmap.architecture}: {normmap.trace.strays[0]} uses a tensor that no observed call made (a kernel "
             f"called past torch's own functions, perhaps), so what reaches it is not known. Switch to plain torch code."
         )
-    if request.norm is None and not request.fold and not request.placements:
+    if not request.norms and not request.fold and not request.placements:
         raise RefusedError("nothing is asked for: give a target norm (--norm rmsnorm), --fold, or --placement.")
-    if request.norm is not None and request.norm not in TARGETS:
-        raise RefusedError(f"norm '{request.norm}' is not offered: expected one of {', '.join(TARGETS)}.")
-    swaps, wanted = _sites_to_swap(normmap, request), _sites_to_fold(normmap, request)
+    chosen = choose_norms(normmap, request)
+    swaps, wanted = chosen.by_rewrite(normmap.sites, "centre"), _sites_to_fold(normmap, request, chosen)
+    exchanged = exchange(normmap, chosen.by_themselves(normmap.sites), chosen)
+    if exchanged.sites and request.placements:
+        raise RefusedError(
+            f"{request.words()}: norms that move can become rmsnorm on their way, and no other kind. Move them first, "
+            f"or leave --placement out."
+        )
     idle = Idle(normmap)
     unseen, unread = idle.refuse_centring(swaps), idle.refuse_folding(wanted)
     for untied in (False, True):
@@ -82,18 +88,13 @@ def plan_moves(
         folding = fold(normmap, [site for site in wanted if site.path not in unread], ties, swapped)
         if request.tied == "keep" or stays_tied or not ties.wanted:
             break  # nothing is gained by untying
-    refused = {
-        module: f"its {kind} is called as a function; only norms that are modules can be exchanged"
-        for module, kind in normmap.loose.items()
-        if request.norm is not None and kind == centring.SOURCE
-    }
-    refused |= unread | folding.refused | unseen | centred.refused
+    refused = chosen.refused | exchanged.refused | unread | folding.refused | unseen | centred.refused
     moved = (
         move(normmap, request.placements, scales or Scales(), swapped, request.exact) if request.placements else Moved()
     )
     refused |= moved.refused
 
-    changed = {*swapped, *(site.path for site in folding.sites), *moved.sites}
+    changed = {*swapped, *(site.path for site in (*folding.sites, *exchanged.sites)), *moved.sites}
     converted = tuple(path for path in normmap.sites if path in changed)
     done = converted or moved.steps  # a post-norm block that gets a scale on its skip changes no norm
     if refused and not (request.partial and done):
@@ -106,17 +107,18 @@ def plan_moves(
     edits: list[AnyEdit] = [*ties.edits()]
     # gains and biases move on original values; what writes to a stream is centred last
     edits += [edit for edit in (*folding.edits, *moved.edits) if isinstance(edit, TensorEdit)]
-    edits += [edit for edit in centred.edits if isinstance(edit, TensorEdit)]
+    edits += [edit for edit in (*centred.edits, *exchanged.edits) if isinstance(edit, TensorEdit)]
     edits += _treat_grown(folding.edits, centred.edits)
     placed = {edit.module for edit in moved.edits if isinstance(edit, SwapNorm)}
     edits += [_swap(normmap, site, bare) for site in centred.sites if site.path not in placed]
-    edits += [edit for edit in (*folding.edits, *centred.edits, *moved.edits) if isinstance(edit, ModuleEdit)]
+    made = (*folding.edits, *centred.edits, *exchanged.edits, *moved.edits)
+    edits += [edit for edit in made if isinstance(edit, ModuleEdit)]
     plan = Plan(
         architecture=normmap.architecture,
         model_type=model_type,
         request=request,
-        claim="exact" if not moved.steps or moved.exact else "untrained" if scales is None else "calibrated",
-        reasons=(*_reasons(centred, folding, edits), *moved.reasons(request)),
+        claim=_claim(moved, exchanged, scales),
+        reasons=(*_reasons(centred, folding, edits), *exchanged.reasons(chosen), *moved.reasons(request)),
         converted=converted,
         refused=tuple(Refusal(site=path, reason=why) for path, why in refused.items()),
         base_output_unchanged=_base_unchanged(base_prefix, folding.outside),
@@ -135,25 +137,18 @@ def plan_moves(
     return plan, tuple(moved.steps)
 
 
-def _sites_to_swap(normmap: NormMap, request: Request) -> list[Site]:
-    if request.norm is None:
-        return []
-    sites = [site for site in normmap.sites.values() if site.spec.kind == centring.SOURCE]
-    if not sites:
-        kinds = sorted({site.spec.kind for site in normmap.sites.values()})
-        have = f"its {len(normmap.sites)} norms are {' and '.join(kinds)}" if kinds else "no norm was found in it"
-        raise RefusedError(
-            f"{normmap.architecture} has no {centring.SOURCE} to turn into {request.norm}: {have}. "
-            f"Nothing to convert; `normswap inspect` shows the norms, and --fold alone makes them weightless."
-        )
-    return sites
+def _claim(moved: Moved, exchanged: Exchanged, scales: Scales | None) -> Claim:
+    if exchanged.fitted:
+        return "untrained"
+    return "exact" if not moved.steps or moved.exact else "untrained" if scales is None else "calibrated"
 
 
-def _sites_to_fold(normmap: NormMap, request: Request) -> list[Site]:
-    if not request.fold:
-        return []
-    # where norms move, their gains go with them
-    return [] if request.placements else [s for s in normmap.sites.values() if s.spec.kind in ("layernorm", "rmsnorm")]
+def _sites_to_fold(normmap: NormMap, request: Request, chosen: Chosen) -> list[Site]:
+    if not request.fold or request.placements:
+        return []  # where norms move, their gains go with them
+    alone = {site.path for site in chosen.by_themselves(normmap.sites)}
+    sites = [site for path, site in normmap.sites.items() if path not in alone]
+    return [site for site in sites if site.spec.kind in ("layernorm", "rmsnorm")]
 
 
 def _treat_grown(folded: list[AnyEdit], centred: list[AnyEdit]) -> list[AnyEdit]:
@@ -193,7 +188,7 @@ def _refuse(normmap: NormMap, request: Request, refused: dict[str, str], convert
         else "No site of this model can be converted so."
     )
     post = [stream.name for stream in normmap.streams if any("post" in block.placement for block in stream.blocks)]
-    if post and request.norm is not None:
+    if post and any(choice.kind == centring.TARGET for choice in request.norms):
         way_out += (
             f"\nThe blocks of {', '.join(post)} are post-norm: linear maps read the stream itself, so its mean cannot "
             f"be taken out. Keep LayerNorm there; --fold alone needs no centring."

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from normswap.errors import DestinationError, PlanError, RefusedError
+from normswap.errors import DestinationError, PlanError
+from normswap.norms.kinds import OFFERED
 from normswap.planning.edits import (
     FITTED,
     AddNorm,
@@ -24,102 +25,9 @@ from normswap.planning.edits import (
     SwapNorm,
     TensorEdit,
 )
+from normswap.planning.request import Request
 
-#: where means may be subtracted at run time
-Explicit = Literal["never", "shared", "always"]
 Claim = Literal["exact", "calibrated", "untrained"]
-
-
-def parse_layers(text: str) -> set[int]:
-    """Layer numbers from `0-3,7`. Raises RefusedError where that is not what it is."""
-    found: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise RefusedError(f"--layers expects numbers and ranges such as 0-3,7; found '{text}'.")
-        found |= set(range(int(first), int(last or first) + 1))
-    return found
-
-
-class Placement(BaseModel):
-    """A placement, and the layers that get it: `0-3,7`, or None for all."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    layers: str | None = None
-
-    @property
-    def budget(self) -> float | None:
-        """Of `auto:KL`, the KL in nats per token that the move may cost. Raises RefusedError for anything else."""
-        if self.layers is None or not self.layers.startswith("auto"):
-            return None
-        try:
-            budget = float(self.layers.removeprefix("auto:"))
-        except ValueError:
-            budget = 0.0
-        if not budget > 0:
-            raise RefusedError(f"--layers {self.layers}: expected auto:KL, with a number of nats such as auto:0.01.")
-        return budget
-
-    def everywhere(self) -> Placement:
-        """The same for all layers, where they are yet to be chosen."""
-        return self if self.budget is None else self.model_copy(update={"layers": None})
-
-    def takes(self, layer: int | None) -> bool:
-        """Whether a layer is among those that get it. Raises RefusedError where `layers` is no list of numbers."""
-        return self.layers is None or layer in parse_layers(self.layers)
-
-    def words(self) -> str:
-        return f"--placement {self.name}" + (f" --layers {self.layers}" if self.layers else "")
-
-
-class Request(BaseModel):
-    """What was asked for, in the words of the command line."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    norm: str | None = None
-    fold: bool = False
-    placements: tuple[Placement, ...] = ()
-    exact: bool = False
-    tied: Literal["keep", "untie"] = "keep"
-    partial: bool = False
-    explicit: Explicit = "shared"
-
-    @classmethod
-    def of(
-        cls, placement: str | Sequence[str] | None = None, layers: str | Sequence[str] | None = None, **options: Any
-    ) -> Request:
-        """A request with placements and layers by position: the first layers are the first placement's.
-
-        Raises RefusedError for layers without a placement.
-        """
-        names, numbers = ([given] if isinstance(given, str) else [*(given or ())] for given in (placement, layers))
-        if len(numbers) > len(names):
-            raise RefusedError(
-                f"layers {numbers[len(names)]} belong to no placement: give one --placement for each --layers."
-            )
-        numbers += [None] * (len(names) - len(numbers))
-        placements = tuple(Placement(name=n, layers=which) for n, which in zip(names, numbers, strict=True))
-        return cls(placements=placements, **options)
-
-    @property
-    def chooses_layers(self) -> bool:
-        """Whether layers are to be chosen by what moving them costs."""
-        return any(placement.budget is not None for placement in self.placements)
-
-    def everywhere(self) -> Request:
-        """The same for all layers, where they are yet to be chosen."""
-        return self.model_copy(update={"placements": tuple(p.everywhere() for p in self.placements)})
-
-    def words(self) -> str:
-        """The request as options of the command line."""
-        options = [f"--norm {self.norm}" if self.norm else "", "--fold" if self.fold else ""]
-        options += [*(placement.words() for placement in self.placements), "--exact" if self.exact else ""]
-        options += ["--tied untie" if self.tied == "untie" else "", "--partial" if self.partial else ""]
-        options.append("" if self.explicit == "shared" else f"--explicit {self.explicit}")
-        return " ".join(filter(None, options))
 
 
 class Refusal(BaseModel):
@@ -180,7 +88,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     architecture: str
     model_type: str
     request: Request
@@ -200,6 +108,10 @@ class Plan(BaseModel):
         plan = self.model_copy(update={"edits": edits})
         plan._fitted = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         return plan
+
+    def fitted_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the fitted tensors, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self._fitted.items()}
 
     def reading(self, read: Read) -> Read:
         """`read`, with the fitted tensors."""
@@ -231,7 +143,8 @@ class Plan(BaseModel):
         """Paths of the norms that stand in another place afterwards: those that leave one, and those that enter."""
         found = {edit.module for edit in self.edits if isinstance(edit, AddNorm)}
         # what a norm becomes other than the kind asked for, it becomes because it moves
-        found |= {edit.module for edit in self.edits if isinstance(edit, SwapNorm) and edit.kind != self.request.norm}
+        asked = {OFFERED[c.kind].builds(replaced) for c in self.request.norms for replaced in OFFERED[c.kind].routes}
+        found |= {edit.module for edit in self.edits if isinstance(edit, SwapNorm) and edit.kind not in asked}
         rewrites = [edit for edit in self.edits if isinstance(edit, Rewrite)]
         return found | {f"{edit.module}.{change.name}" for edit in rewrites for change in edit.changes}
 

@@ -85,7 +85,8 @@ def _loader(architecture: str) -> str:
 
 
 def _with(plan: Plan) -> str:
-    kind = {"rmsnorm": "RMSNorm", None: "norms"}.get(plan.request.norm, plan.request.norm)
+    kinds = [{"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}.get(c.kind, c.kind) for c in plan.request.norms]
+    kind = " and ".join(dict.fromkeys(kinds)) or "norms"
     places = " and ".join(dict.fromkeys(placement.name for placement in plan.request.placements))
     return f" with {'weightless ' if plan.request.fold else ''}{f'{places} ' if places else ''}{kind}"
 

@@ -170,9 +170,10 @@ def _check_exact(report: Report) -> None:
 def _check_kinds(sites: Sequence[SiteSpec], plan: Plan) -> None:
     """Every norm that the plan converts or adds is among `sites`, those of the result, as the kind it is to be."""
     kept = {refusal.site for refusal in plan.refused}
-    asked = [path for path in plan.converted if path not in kept] if plan.request.norm else []
+    everywhere = [choice.kind for choice in plan.request.norms if choice.everywhere and len(plan.request.norms) == 1]
+    asked = [path for path in plan.converted if path not in kept] if everywhere else []
     swaps = [edit for edit in plan.edits if isinstance(edit, SwapNorm)]
-    wanted = dict.fromkeys(asked, plan.request.norm) | {edit.module: edit.kind for edit in swaps}
+    wanted = dict.fromkeys(asked, *everywhere) | {edit.module: edit.kind for edit in swaps}
     # a norm whose output or input is centred as well behaves as another kind or none; its edit has to do
     centred = {edit.module for edit in plan.edits if isinstance(edit, CentreOutput | CentreInput)}
     found = {path: spec.kind for path, spec in sites} | {e.module: e.kind for e in swaps if e.module in centred}

@@ -18,7 +18,8 @@ from torch import nn
 import normswap
 from normswap.errors import NormswapError, ObserveError, RefusedError, VerificationError
 from normswap.planning.planner import make_plan
-from normswap.planning.plans import Plan, Request
+from normswap.planning.plans import Plan
+from normswap.planning.request import Request
 from normswap.understand.normmap import NormMap
 from normswap.verification.inputs import redrawn
 from normswap.verification.models import compare_models
@@ -120,7 +121,7 @@ def examine_model(model: nn.Module, inputs: Mapping[str, Any], seconds: dict[str
         for way in tied:
             start = time.perf_counter()
             asked = words if way == "keep" else f"{words} --tied untie"
-            found, plan = _convert(model, normmap, batches, Request(**request, tied=way, partial=True))
+            found, plan = _convert(model, normmap, batches, Request.of(**request, tied=way, partial=True))
             if before is not None and plan is not None and plan.edits == before.edits:
                 continue  # nothing is tied that matters: the same plan, measured already
             found["refused"] = {site: [why, pattern(why, names)] for site, why in found.get("refused", {}).items()}

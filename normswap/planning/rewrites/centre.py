@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from normswap.planning.edits import AnyEdit, Centre, CentreInput, CentreOutput, Fill, FoldGain
-from normswap.planning.plans import Request
+from normswap.planning.request import Request
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.centring import Term, Uncentred, Writer
 from normswap.understand.normmap import NormMap, Site

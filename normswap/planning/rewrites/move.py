@@ -23,7 +23,7 @@ On streams that stay raw, N_branch enters as `t n(F)`, with t the scale of F, or
 from __future__ import annotations
 
 from normswap.errors import RefusedError
-from normswap.planning.plans import Placement
+from normswap.planning.request import Placement
 from normswap.planning.rewrites.moved import Moved, Scales
 from normswap.planning.rewrites.places import NoPlace, Places
 from normswap.planning.rewrites.slots import together

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from normswap.norms.spec import NormSpec
 from normswap.planning.edits import AnyEdit
-from normswap.planning.plans import Request
+from normswap.planning.request import Request
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Slots:
 
     def remove(self, path: str) -> None:
         """The norm hands on its input; its parameters are gone, folded elsewhere."""
-        self.swap(path, "none")
+        self.swap(path, "identity")
         spec = self.spec(path)
         for name in filter(None, (spec.weight, spec.bias)):
             self.edits.append(Drop(tensor=f"{path}.{name}"))
@@ -119,7 +119,7 @@ class Slots:
         """The norm becomes `(g / c) x + b`."""
         spec = self.spec(path)
         if spec.weight is None and spec.bias is None and c == 1.0:
-            self.swap(path, "none")
+            self.swap(path, "identity")
             return
         self.swap(path, "affine")
         if c != 1.0 and spec.weight is not None:
@@ -139,8 +139,8 @@ class Slots:
                 kind=kind,
                 width=spec.width,
                 eps=spec.eps,
-                gain=None if kind == "none" else spec.gain or "w" if kind == "affine" else spec.gain,
-                bias=kind != "none" and spec.bias is not None,
+                gain=None if kind == "identity" else spec.gain or "w" if kind == "affine" else spec.gain,
+                bias=kind != "identity" and spec.bias is not None,
                 casting=spec.casting,
                 axis=spec.axes[0],
                 shape=None if shape == (spec.width,) else shape,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from normswap.errors import RefusedError
-from normswap.planning.plans import Placement, parse_layers
+from normswap.planning.request import Placement, parse_layers
 from normswap.understand.normmap import NormMap, StreamInfo
 from normswap.understand.placement import Block
 

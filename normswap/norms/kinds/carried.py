@@ -1,11 +1,12 @@
-"""A normalised stream that carries its scale in one more lane. This file is copied into the output: torch alone."""
+"""A normalised stream that carries its scale in one more lane. Its classes are copied into the output: torch alone."""
 
 import torch
 from torch import nn
 
-from normswap.norms.affine import Affine
-from normswap.norms.layer_norm import LayerNorm
-from normswap.norms.rms_norm import RMSNorm
+from normswap.norms.kind import Kind
+from normswap.norms.kinds.affine import Affine
+from normswap.norms.kinds.layer_norm import LayerNorm
+from normswap.norms.kinds.rms_norm import RMSNorm
 
 
 class Carried:
@@ -49,3 +50,11 @@ class Recovered(nn.Module):
 
     def forward(self, x):
         return x[..., :-1] * x[..., -1:]
+
+
+KINDS = (
+    Kind("carried-rmsnorm", CarriedRMSNorm),
+    Kind("carried-layernorm", CarriedLayerNorm),
+    Kind("carried-affine", CarriedAffine),
+    Kind("recovered", Recovered),
+)

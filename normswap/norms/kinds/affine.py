@@ -1,7 +1,9 @@
-"""Gain and bias, alone or behind a norm. This file is copied into the output, so it imports torch alone."""
+"""Gain and bias, alone or behind a norm. Its classes are copied into the output: they use torch alone."""
 
 import torch
 from torch import nn
+
+from normswap.norms.kind import Kind
 
 
 class Affine(nn.Module):
@@ -49,3 +51,9 @@ class Affine(nn.Module):
 
     def extra_repr(self):
         return f"{self.width}, eps={self.eps:g}, gain={self.gain}, bias={self.bias is not None}, axis={self.axis}"
+
+
+KINDS = (
+    Kind("affine", Affine),
+    Kind("identity", nn.Identity),
+)

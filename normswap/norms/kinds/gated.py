@@ -1,10 +1,11 @@
-"""A norm behind a gate that starts as the identity. This file is copied into the output: torch alone."""
+"""A norm behind a gate that starts as the identity. Its classes are copied into the output: torch alone."""
 
 import torch
 from torch import nn
 
-from normswap.norms.layer_norm import LayerNorm
-from normswap.norms.rms_norm import RMSNorm
+from normswap.norms.kind import Kind
+from normswap.norms.kinds.layer_norm import LayerNorm
+from normswap.norms.kinds.rms_norm import RMSNorm
 
 
 class Gated:
@@ -24,3 +25,9 @@ class GatedRMSNorm(Gated, RMSNorm):
 
 class GatedLayerNorm(Gated, LayerNorm):
     """LayerNorm behind a gate."""
+
+
+KINDS = (
+    Kind("gated-rmsnorm", GatedRMSNorm),
+    Kind("gated-layernorm", GatedLayerNorm),
+)

@@ -1,8 +1,9 @@
-"""LayerNorm as it goes into converted models. This file is copied into the output, so it imports torch alone."""
+"""LayerNorm as it goes into converted models. Its classes are copied into the output: they use torch alone."""
 
 import torch
 
-from normswap.norms.affine import Affine
+from normswap.norms.kind import Kind
+from normswap.norms.kinds.affine import Affine
 
 
 class LayerNorm(Affine):
@@ -11,3 +12,6 @@ class LayerNorm(Affine):
     def normalised(self, x):
         x = x - x.mean(self.axis, keepdim=True)
         return x * torch.rsqrt(x.square().mean(self.axis, keepdim=True) + self.eps)
+
+
+KINDS = (Kind("layernorm", LayerNorm),)

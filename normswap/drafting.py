@@ -1,0 +1,54 @@
+"""From a model and a request to its plan, calibrated where the request takes data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from normswap.calibration.data import Data
+from normswap.calibration.run import calibrated
+from normswap.errors import RefusedError
+from normswap.planning.planner import make_plan, plan_moves
+from normswap.planning.plans import Plan
+from normswap.planning.request import Request
+from normswap.planning.rewrites.moved import MovedStep, Scales
+from normswap.understand.normmap import inspect
+from normswap.verification.untying import why_tied
+
+
+def draft(
+    model: nn.Module,
+    request: Request,
+    inputs: Mapping[str, Any] | None,
+    data: Callable[[], Data] | None = None,
+) -> Plan:
+    """The plan for a model; calibrated on what `data` gives, where norms move and no constant is exact."""
+    prefix = getattr(model, "base_model_prefix", "")
+    prefix = prefix if prefix and hasattr(model, prefix) else ""
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    normmap = inspect(model, inputs=inputs)
+    everywhere = request.everywhere()
+    made = make_plan(normmap, everywhere, model_type, prefix)
+    stays_tied = why_tied(model, made, inputs)
+    if stays_tied:
+        made = make_plan(normmap, everywhere, model_type, prefix, stays_tied)
+    if request.chooses_layers and (data is None or made.claim == "exact"):
+        raise RefusedError(
+            f"{request.words()}: layers are chosen by what moving them costs on text, "
+            + ("which is nothing: the move is exact." if made.claim == "exact" else "so it takes a calibration.")
+            + " Name the layers, or leave --layers out."
+        )
+    if request.exact and made.claim != "exact":
+        raise RefusedError(
+            f"{normmap.architecture}: no form of {request.words()} computes the same function. Leave out --exact to "
+            f"have it calibrated."
+        )
+    if data is None or made.claim == "exact":
+        return made
+
+    def make(asked: Request, scales: Scales | None) -> tuple[Plan, tuple[MovedStep, ...]]:
+        return plan_moves(normmap, asked, model_type, prefix, stays_tied, scales)
+
+    return calibrated(normmap, request, make, data())

@@ -1,0 +1,95 @@
+"""What a file of `norms.kinds` says of its kind: the module that computes it, and how it is made of another kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from normswap.norms.spec import NormSpec
+
+#: a norm's tensors by what they do: `gain` (as it is applied: of the form `1 + w`, one plus the weight), `bias`, and of
+#: norms with running statistics `mean` and `variance`; what a norm does not have is missing
+Tensors = Mapping[str, torch.Tensor]
+Values = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What one norm does to data.
+
+    Attributes:
+        x: what goes into it in the model as converted so far, `(rows, width)`.
+        y: what the original norm gave for the same tokens, `(rows, width)`.
+        spec: the original norm.
+        tensors: its own.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    spec: NormSpec
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Exactly, by changing all that writes to the stream and reads it: `name` of a rewrite in `planning.rewrites`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Exactly, from the norm's own tensors.
+
+    Attributes:
+        values: called with the norm's spec and its tensors; gives those of the new module, by name. What it leaves out
+            is neutral.
+        into: kind of module that is built, where it is not the kind itself.
+    """
+
+    values: Callable[[NormSpec, Tensors], Values]
+    into: str | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """From data.
+
+    Attributes:
+        fit: gives the new module's tensors, by name.
+        start: what it has before anything is fitted, as `Direct.values`.
+        into: as for `Direct`.
+    """
+
+    fit: Callable[[Samples], Values]
+    start: Callable[[NormSpec, Tensors], Values]
+    into: str | None = None
+
+
+Route = Rewrite | Direct | Fitted
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of norm.
+
+    Attributes:
+        name: the word of `--norm`.
+        module: built with the arguments of `norms.kinds.affine.Affine`. Its source alone goes into a converted
+            checkpoint, so it uses torch alone.
+        about: a line for those who choose.
+        routes: by kind of the norm that is replaced, how this one is made of it. Without any, the kind is one that
+            other rewrites put in, and cannot be asked for.
+    """
+
+    name: str
+    module: type[nn.Module]
+    about: str = ""
+    routes: Mapping[str, Route] = field(default_factory=dict)
+
+    def builds(self, replaced: str) -> str:
+        """The kind of module that stands where a norm of the kind `replaced` was."""
+        return getattr(self.routes[replaced], "into", None) or self.name
