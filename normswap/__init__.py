@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from normswap.planning.plans import Plan
     from normswap.planning.request import Request
     from normswap.understand.normmap import NormMap, inspect
+    from normswap.undoing import Undone, undo
     from normswap.verification.run import Report, verify
 
 _HOME = {
@@ -46,6 +47,7 @@ _HOME = {
     "norms.spec": ("NormSpec",),
     "planning.plans": ("Plan",),
     "planning.request": ("Request",),
+    "undoing": ("Undone", "undo"),
     "verification.run": ("Report", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

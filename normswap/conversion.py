@@ -8,18 +8,20 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from normswap.apply.keeper import Keeper
 from normswap.apply.layout import WriteSummary
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
 from normswap.apply.stream import preview, write_tensors
 from normswap.calibration.data import TOKENS, WINDOW, Progress, given_data, silent, text_data
 from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.kept import save_kept
 from normswap.checkpoint.keymap import KeyMap
 from normswap.checkpoint.publish import Staging, check_space, copy_side_files
 from normswap.checkpoint.record import RECORD
@@ -29,10 +31,8 @@ from normswap.errors import PlanError, RefusedError, SourceError
 from normswap.planning.plans import Plan
 from normswap.planning.request import Request, Words
 from normswap.report.card import write_card
-from normswap.verification.proof import Proof, prove, prove_live
+from normswap.verification.proof import Proof, VerifyMode, prove, prove_live
 from normswap.verification.text import read as read_text
-
-VerifyMode = Literal["full", "fast", "none"]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -214,8 +214,15 @@ def convert(
             raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
             config = _configure(raw, source, structure, plan, folder, dtype)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            keeper = Keeper() if plan.claim == "exact" else None
             written = write_tensors(
-                checkpoint, keymap, plan, folder, stored_dtype, lambda done, total: progress("writing", done, total)
+                checkpoint,
+                keymap,
+                plan,
+                folder,
+                stored_dtype,
+                lambda done, total: progress("writing", done, total),
+                keeper,
             )
             record = {
                 "normswap": _version(),
@@ -228,6 +235,7 @@ def convert(
                 "source_config": raw,
                 "plan": plan.model_dump(mode="json"),
                 "files": written.hashes,
+                "undo": _keep(keeper, plan, folder),
             }
             _write_record(folder, record)
             report = prove(source, plan, folder, verify, text, progress)
@@ -317,6 +325,15 @@ def _command(source: str, out: str, plan: Plan, options: dict[str, str | None]) 
     words += [] if options["--plan"] else plan.request.words().split()
     words += [word for name, value in options.items() if value for word in (name, value)]
     return shlex.join(words)
+
+
+def _keep(keeper: Keeper | None, plan: Plan, folder: Path) -> dict[str, object]:
+    """Keep what undoing will need; what the record says of it."""
+    if keeper is None:
+        return {"impossible": f"the result is {plan.claim}: it is not the function that the source computes"}
+    if keeper.why_not is not None:
+        return {"impossible": keeper.why_not}
+    return save_kept(folder, keeper.tensors())
 
 
 def _write_record(folder: Path, record: dict) -> None:

@@ -242,7 +242,7 @@ def _new(
     It is stored in the dtype of the tensor that it is put beside.
     """
     name = edits[0].tensor
-    if not (isinstance(edits[0], Untie) or name in made):
+    if not (edits[0].creates or name in made):
         raise PlanError(
             f"{name}: {edits[0].edit} expects this tensor in {source.folder}, found none. The plan is of another "
             "checkpoint: make it again."

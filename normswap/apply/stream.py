@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from normswap.apply.keeper import Keeper
 from normswap.apply.layout import Layout, TensorChange, WriteSummary, lay_out
 from normswap.apply.values import Values
 from normswap.checkpoint.files import INDEX, Checkpoint, Shard
@@ -44,6 +45,7 @@ def write_tensors(
     destination: Path,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    keeper: Keeper | None = None,
 ) -> WriteSummary:
     """Write the shards and the index of the edited checkpoint into the existing folder `destination`.
 
@@ -54,13 +56,14 @@ def write_tensors(
         destination: a folder without weights.
         dtype: stored dtype of all real tensors; None keeps each one's own. Integers, booleans and 8-bit floats stay.
         progress: called with (bytes written, bytes in all) after each tensor.
+        keeper: collects what undoing the plan will need.
 
     Raises:
         PlanError: the plan does not fit the checkpoint (before anything is written), or a value does not fit `dtype`.
         DestinationError: a file exists, cannot be written, or does not read back as planned.
     """
     layout = lay_out(source, keymap, plan, dtype)
-    values = Values(source, keymap, plan)
+    values = Values(source, keymap, plan, keeper)
     for names in layout.copies:
         values.check_copies(names)
     written = _Progress(layout.summary.bytes_after, progress)
@@ -79,6 +82,8 @@ def write_tensors(
                 f"{path}: cannot be written: {error.strerror}. Free the name or the space."
             ) from error
         _check_written(path, layout.shards[shard.name])
+    if keeper is not None:
+        values.keep_removed(layout)
     if source.index is not None:
         _write_index(destination / INDEX, source.index, layout)
     return replace(layout.summary, hashes=hashes)

@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from normswap.apply.layout import Job
+from normswap.apply.keeper import Keeper
+from normswap.apply.layout import Job, Layout
 from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.keymap import SAVE_MERGED, Group, KeyMap, Tensors
 from normswap.errors import PlanError
@@ -22,10 +23,14 @@ AT_ONCE = 2**24
 
 
 class Values:
-    """Reads `source` through `keymap`, and what calibration fitted from `plan`; keeps no tensor."""
+    """Reads `source` through `keymap`, and what calibration fitted from `plan`; keeps no tensor.
 
-    def __init__(self, source: Checkpoint, keymap: KeyMap, plan: Plan):
-        self._source = source
+    Args:
+        keeper: is told each edit before it is made.
+    """
+
+    def __init__(self, source: Checkpoint, keymap: KeyMap, plan: Plan, keeper: Keeper | None = None):
+        self._source, self._plan, self._keeper = source, plan, keeper
         self._keymap = keymap
         self._read_for_edits = plan.reading(self.original)
 
@@ -45,9 +50,22 @@ class Values:
         made = self._keymap.to_model(job.group, sources)
         self._check_reversible(job.group, sources, made)
         del sources
+        if self._keeper is not None:
+            self._keeper.begin({edit.tensor for edits in job.edits.values() for edit in edits})
         for name in job.group.targets:
             made[name] = self._apply(name, made.pop(name), job.edits.get(name, ()), dtype)
         return self._keymap.to_source(job.group, made)
+
+    def keep_removed(self, layout: Layout) -> None:
+        """Tell the keeper of the tensors that are removed, which nothing computes."""
+        edits = self._plan.tensor_edits()
+        for entry in layout.summary.tensors.values():
+            for name in entry.names if entry.what == "removed" else ():
+                self._keeper.begin([name])
+                value = self.original(name)
+                for number, edit in enumerate(edits.get(name, ())):
+                    self._keeper.note(edit, number, value, self._read_for_edits)
+                    value = edit.apply(value, self._read_for_edits)
 
     def cast(self, key: str, dtype: torch.dtype) -> torch.Tensor:
         """A stored tensor in another dtype. Raises PlanError when a value does not fit it."""
@@ -82,8 +100,11 @@ class Values:
     def _compute(
         self, name: str, value: torch.Tensor | None, edits: tuple[TensorEdit, ...], dtype: torch.dtype
     ) -> torch.Tensor:
-        for edit in edits:
-            value = edit.apply(None if value is None else value.to(torch.float64), self._read_for_edits)
+        for number, edit in enumerate(edits):
+            value = None if value is None else value.to(torch.float64)
+            if self._keeper is not None:
+                self._keeper.note(edit, number, value, self._read_for_edits)
+            value = edit.apply(value, self._read_for_edits)
         rounded = value.to(dtype)
         if not rounded.isfinite().all() and value.isfinite().all():
             raise PlanError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ class Record:
         plan: what was done.
         source_config: the source's `config.json`.
         version: of normswap, as text.
+        raw: all of it.
     """
 
     folder: Path
     plan: Plan
     source_config: dict[str, Any]
     version: str
+    raw: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Record:
@@ -53,7 +55,7 @@ class Record:
             raise SourceError(f"{path} is damaged: {why}. Convert the source again.") from error
         if not isinstance(source_config, dict) or "model_type" not in source_config:
             raise SourceError(f"{path} is damaged: source_config is no model configuration. Convert the source again.")
-        return cls(folder, plan, source_config, version)
+        return cls(folder, plan, source_config, version, raw)
 
     def stock(self) -> tuple[type[PreTrainedModel], PretrainedConfig]:
         """The class and configuration of the source, as transformers has them; nothing of the folder's code runs."""

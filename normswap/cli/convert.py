@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from normswap.cli.options import (
     err,
@@ -41,10 +42,12 @@ from normswap.cli.options import (
     help="UTF-8 text to verify on. Where norms move, it calibrates on three quarters of it and verifies on the rest.",
 )
 @tokens_option
+@click.option("--undo", is_flag=True, help="MODEL is what normswap made: turn it back into its source's own class.")
 @click.option("--overwrite", is_flag=True, help="Replace a model folder at OUT, once the new one is complete.")
 @source_options
 @json_option
-def command(model, destination, plan_file, as_json, **options) -> None:
+@click.pass_context
+def command(context, model, destination, plan_file, undo, as_json, **options) -> None:
     """Convert the checkpoint MODEL into the folder OUT: plan, apply, verify, publish.
 
     OUT appears whole, after verification, or not at all. MODEL is never written to.
@@ -55,8 +58,12 @@ def command(model, destination, plan_file, as_json, **options) -> None:
     normswap convert ./my-gpt2 ./my-gpt2-post --placement post --text corpus.txt --tokens 32768
     normswap convert ./my-gpt2 ./mix-ln --placement post --layers 0-3
     normswap convert ./my-gpt2 ./careful --placement post --layers auto:0.002
+    normswap convert ./my-gpt2-rms ./my-gpt2-again --undo
     """
     quiet()
+    if undo:
+        _undo(context, model, destination, as_json)
+        return
     import normswap
     from normswap.report.plan import disk_facts, plan_view
     from normswap.report.proof import proof_view
@@ -85,4 +92,40 @@ def command(model, destination, plan_file, as_json, **options) -> None:
         err().print(f"left behind (other formats hold the unconverted weights): {', '.join(done.skipped)}")
     if options["verify"] == "none":
         err().print("NOT VERIFIED: the result was published without being measured (--verify none).", style="bold red")
+    err().print(f"published {done.folder}", style="bold")
+
+
+#: options that go with --undo; what to undo, the folder says
+_UNDO_TAKES = ("model", "destination", "undo", "verify", "text", "overwrite", "as_json")
+
+
+def _undo(context: click.Context, model: str, destination: Path, as_json: bool) -> None:
+    import normswap
+    from normswap.report.plan import disk_facts
+    from normswap.report.proof import proof_view
+
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if odd := [name for name in given if name not in _UNDO_TAKES]:
+        raise click.UsageError(f"--undo takes no --{odd[0].replace('_', '-')}: what is to be undone, {model} says.")
+    options = {name: context.params[name] for name in ("verify", "text", "overwrite")}
+    with progress_bars(enabled=not as_json) as progress:
+        done = normswap.undo(model, destination, progress=progress, **options)
+    if as_json:
+        result = {
+            "folder": str(done.folder),
+            "undone": done.undone.model_dump(mode="json"),
+            "disk": disk_facts(done.written),
+            "report": done.report.model_dump(mode="json"),
+            "same_files": done.same_files,
+        }
+        click.echo(json.dumps(result, indent=2))
+    else:
+        out().print(proof_view(done.report))
+    words = done.undone.request.words()
+    how = (
+        "its weights are the source's byte for byte"
+        if done.same_files
+        else "its weights are the source's but for rounding"
+    )
+    err().print(f"undone: {words}; {how}, where nothing was trained since")
     err().print(f"published {done.folder}", style="bold")

@@ -8,7 +8,7 @@ changes the structure only and moves no values. Tensors and modules are named as
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -30,6 +30,8 @@ class Edit(BaseModel):
 class TensorEdit(Edit):
     """A change of one tensor. `apply` gets and returns float64."""
 
+    #: whether it makes a tensor that there was not, of nothing but what it reads
+    creates: ClassVar[bool] = False
     tensor: str
 
     def reads(self) -> tuple[str, ...]:
@@ -68,6 +70,7 @@ class Centre(TensorEdit):
 class Untie(TensorEdit):
     """`tensor`, until now an alias of `source`, becomes a parameter of its own with the same values."""
 
+    creates: ClassVar[bool] = True
     edit: Literal["untie"] = "untie"
     source: str
 
@@ -98,10 +101,13 @@ class FoldGain(TensorEdit):
     def keeps_rows_apart(self):
         return self.axis > 0
 
-    def apply(self, value, read):
+    def gain(self, read: Read) -> torch.Tensor:
+        """The scale, one value per channel."""
         weight = read(self.weight)
-        gain = 1 + weight if self.form == "1 + w" else weight
-        return value * _along(gain, self.runs, self.axis, value.ndim)
+        return 1 + weight if self.form == "1 + w" else weight
+
+    def apply(self, value, read):
+        return value * _along(self.gain(read), self.runs, self.axis, value.ndim)
 
 
 class FoldBias(TensorEdit):
@@ -121,13 +127,17 @@ class FoldBias(TensorEdit):
     def reads(self):
         return (self.reader, self.bias)
 
-    def apply(self, value, read):
+    def carried(self, read: Read) -> torch.Tensor:
+        """`W b`."""
         reader, sums = read(self.reader), self.sums or (self.axis,)
         if kernel := [axis for axis in sums if axis != self.axis]:
             reader = reader.sum(kernel, keepdim=True)
         bias = read(self.bias).flatten().repeat(self.runs)
         carried = torch.tensordot(reader, bias, dims=([self.axis], [0]))
-        carried = carried.reshape([n for axis, n in enumerate(reader.shape) if axis not in sums])
+        return carried.reshape([n for axis, n in enumerate(reader.shape) if axis not in sums])
+
+    def apply(self, value, read):
+        carried = self.carried(read)
         return carried if value is None else value + carried
 
 
@@ -249,6 +259,32 @@ class Refit(TensorEdit):
 
     def apply(self, value, read):
         return read(FITTED + self.tensor)
+
+
+class Restore(TensorEdit):
+    """An earlier edit taken back (`planning.undo`) with k, which was kept beside the weights for that.
+
+    `add`: `T + k`, one value per run of `axis`; `divide`: `T / k`, one value per channel of `axis`; `subtract`:
+    `T - k`; `replace`: k itself.
+    """
+
+    creates: ClassVar[bool] = True
+    edit: Literal["restore"] = "restore"
+    how: Literal["add", "divide", "subtract", "replace"]
+    kept: str
+    axis: int = 0
+    runs: int = 1
+
+    def apply(self, value, read):
+        k = read(FITTED + self.kept)
+        if self.how == "replace":
+            return k
+        if self.how == "subtract":
+            return value - k
+        if self.how == "divide":
+            return value / _along(k, self.runs, self.axis, value.ndim)
+        split = value.unflatten(self.axis, (self.runs, -1))
+        return (split + k.unsqueeze(self.axis + 1)).flatten(self.axis, self.axis + 1)
 
 
 def _known(kind: str) -> str:
@@ -423,6 +459,7 @@ AnyEdit = Annotated[
     | Unscale
     | Refit
     | Initialise
+    | Restore
     | SwapNorm
     | AddNorm
     | SetScale

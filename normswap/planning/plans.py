@@ -105,8 +105,12 @@ class Plan(BaseModel):
     def with_fitted(self, tensors: Mapping[str, torch.Tensor]) -> Plan:
         """The same plan with tensors fitted by calibration, by parameter name; each replaces what it is after."""
         edits = (*self.edits, *(Refit(tensor=name) for name in tensors))
-        plan = self.model_copy(update={"edits": edits})
-        plan._fitted = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        return self.model_copy(update={"edits": edits}).keeping(tensors)
+
+    def keeping(self, tensors: Mapping[str, torch.Tensor]) -> Plan:
+        """The same plan with tensors that its edits read by name."""
+        plan = self.model_copy()
+        plan._fitted = {**self._fitted, **{name: tensor.detach().cpu() for name, tensor in tensors.items()}}
         return plan
 
     def fitted_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ import transformers
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
+from normswap.checkpoint.kept import KEPT
 from normswap.checkpoint.publish import README
 from normswap.checkpoint.source import Source
 from normswap.planning.plans import Plan
@@ -63,6 +64,12 @@ def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command:
             "",
         ]
     lines += ["## Made by", "", "```", command, "```", ""]
+    if plan.claim == "exact" and (folder / KEPT).exists():
+        lines += [
+            "`normswap convert path/to/this/folder path/to/another --undo` gives the source's own class back, with the "
+            f"weights as they are now; `{KEPT}` holds what that takes.",
+            "",
+        ]
     text = f"---\n{_metadata(source)}\n---\n\n" + "\n".join(lines)
     (folder / README).write_text(text, encoding="utf-8")
 
