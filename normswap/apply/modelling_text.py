@@ -27,7 +27,14 @@ from normswap.source.classes import Rewritten
 
 PREFIX = "Normswap"
 # names that a file may define itself
-_OWN = {*vars(rebuild), *(cls.__name__ for cls in MODULES.values()), "CentredInput", "CentredOutput", "Converted"}
+_OWN = {
+    *vars(rebuild),
+    *(cls.__name__ for cls in MODULES.values()),
+    "CentredInput",
+    "CentredOutput",
+    "NormedOutput",
+    "Converted",
+}
 _AS_THEY_ARE = "# fmt: off\n# ruff: noqa\n# The lines of these classes are laid out as in transformers."
 
 

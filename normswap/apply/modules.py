@@ -10,12 +10,14 @@ from torch import nn
 from normswap.apply.rebuild import keep_whole
 from normswap.errors import PlanError
 from normswap.norms.centred import centre_input, centre_output, rebased
+from normswap.norms.normed import norm_output
 from normswap.planning.edits import (
     AddNorm,
     CentreInput,
     CentreOutput,
     GrowBias,
     ModuleEdit,
+    NormOutput,
     Rewrite,
     SetScale,
     SwapNorm,
@@ -69,7 +71,7 @@ class ModuleEdits:
                     f"{edit.module}.{edit.name} was to be set to a number, but {type(module).__name__} has it already: "
                     "its norms have moved before. Start from the model that it was made from."
                 )
-        elif not isinstance(edit, CentreOutput | CentreInput | Rewrite):
+        elif not isinstance(edit, CentreOutput | CentreInput | NormOutput | Rewrite):
             raise PlanError(f"the edit {edit.edit!r} of {edit.module} is not known here; update normswap.")
 
     def _do(self, edit: ModuleEdit) -> None:
@@ -84,6 +86,8 @@ class ModuleEdits:
             centre_input(self.model.get_submodule(edit.module), edit.axis)
         elif isinstance(edit, SetScale):
             setattr(self.model.get_submodule(edit.module), edit.name, edit.value)
+        elif isinstance(edit, NormOutput):
+            norm_output(self.model.get_submodule(edit.module), {name: run for name, *run in edit.runs})
         elif isinstance(edit, GrowBias):
             module = self.model.get_submodule(edit.module)
             like = _like(self.model, edit.module)

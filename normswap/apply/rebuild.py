@@ -7,6 +7,7 @@ from torch import nn
 
 from normswap.norms.centred import centre_input, centre_output
 from normswap.norms.kinds import MODULES
+from normswap.norms.normed import norm_output
 
 
 def find(model, pattern):
@@ -66,6 +67,13 @@ def centre_inputs(model, axes):
     for pattern, axis in axes.items():
         for path in find(model, pattern):
             centre_input(model.get_submodule(path), axis)
+
+
+def norm_outputs(model, runs):
+    """Put norms on runs of what each module that `runs` names gives."""
+    for pattern, its in runs.items():
+        for path in find(model, pattern):
+            norm_output(model.get_submodule(path), its)
 
 
 def grow_biases(model, sizes):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from normswap.apply import rebuild
 from normswap.apply.folding import fold
 from normswap.norms.centred import CentredInput, CentredOutput, centre_input, centre_output
 from normswap.norms.kinds import MODULES
+from normswap.norms.normed import NormedOutput, norm_output
 from normswap.planning.edits import (
     AddNorm,
     CentreInput,
     CentreOutput,
     GrowBias,
     ModuleEdit,
+    NormOutput,
     Rewrite,
     SetScale,
     SwapNorm,
@@ -52,9 +54,15 @@ INPUTS = Kind(
     rebuild.centre_inputs,
     (CentredInput, centre_input),
 )
+RUNS = Kind(
+    "NORMED_OUTPUTS",
+    "Modules with norms on runs of their output: path in {}; by norm where runs begin, and their width.",
+    rebuild.norm_outputs,
+    (NormedOutput, norm_output),
+)
 BIASES = Kind("BIASES", "Modules that get a bias: path in {} and size.", rebuild.grow_biases)
 # in the order in which they are put in place: a class is exchanged before a centred form of it is made
-EVERY = (CLASSES, NORMS, ADDED, SCALES, OUTPUTS, INPUTS, BIASES)
+EVERY = (CLASSES, NORMS, ADDED, SCALES, OUTPUTS, INPUTS, RUNS, BIASES)
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,8 @@ class Tables:
                     found[OUTPUTS][edit.module] = str(edit.axis)
                 case CentreInput():
                     found[INPUTS][edit.module] = str(edit.axis)
+                case NormOutput():
+                    found[RUNS][edit.module] = _call({name: (_range(s), width) for name, s, width in edit.runs})
                 case GrowBias():
                     found[BIASES][edit.module] = str(edit.size)
         for path, numbers in scales.items():
@@ -167,6 +177,13 @@ def _call(arguments: Mapping[str, object]) -> str:
 
 def literal(value: object) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def _range(numbers: tuple[int, ...]) -> Sequence[int]:
+    """The same numbers as a range, if they are evenly spaced."""
+    first, step = numbers[0], numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    even = range(first, first + step * len(numbers), step)
+    return even if tuple(even) == numbers else numbers
 
 
 def _entry(pattern: str, value: str) -> str:

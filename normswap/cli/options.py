@@ -92,6 +92,11 @@ request_options = _together(
         help="Which layers the placement is for: 0-3,7; or auto:KL, the most that stay under that KL (nats per token). "
         "With several placements, one for each.",
     ),
+    click.option(
+        "--qk-norm",
+        metavar="KIND",
+        help="Put norms on the heads of queries and keys, rmsnorm or layernorm, behind a gate that is the identity.",
+    ),
     click.option("--exact", is_flag=True, help="Move norms only in forms that compute the same function."),
     click.option(
         "--tied",

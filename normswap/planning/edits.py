@@ -428,6 +428,17 @@ class CentreInput(ModuleEdit):
     axis: int = -1
 
 
+class NormOutput(ModuleEdit):
+    """Runs of the module's output go through norms that it holds (`norms.normed`): heads of queries and keys.
+
+    Attributes:
+        runs: per norm its name, where on the last axis its runs begin, and how long they are.
+    """
+
+    edit: Literal["norm_output"] = "norm_output"
+    runs: tuple[tuple[str, tuple[int, ...], int], ...]
+
+
 class GrowBias(ModuleEdit):
     """A module built without a bias gets one, of shape `(size,)`."""
 
@@ -466,6 +477,7 @@ AnyEdit = Annotated[
     | Rewrite
     | CentreOutput
     | CentreInput
+    | NormOutput
     | GrowBias
     | SetConfig,
     Field(discriminator="edit"),

@@ -26,6 +26,7 @@ from normswap.planning.rewrites.exchange import Exchanged, exchange
 from normswap.planning.rewrites.fold import Folding, fold
 from normswap.planning.rewrites.move import move
 from normswap.planning.rewrites.moved import Moved, MovedStep, Scales
+from normswap.planning.rewrites.qk_norm import Inserted, insert_qk_norms
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
 
@@ -69,8 +70,10 @@ def plan_moves(
             f"{normmap.architecture}: {normmap.trace.strays[0]} uses a tensor that no observed call made (a kernel "
             f"called past torch's own functions, perhaps), so what reaches it is not known. Switch to plain torch code."
         )
-    if not request.norms and not request.fold and not request.placements:
-        raise RefusedError("nothing is asked for: give a target norm (--norm rmsnorm), --fold, or --placement.")
+    if not request.norms and not request.fold and not request.placements and request.qk_norm is None:
+        raise RefusedError(
+            "nothing is asked for: give a target norm (--norm rmsnorm), --fold, --placement, or --qk-norm."
+        )
     chosen = choose_norms(normmap, request)
     swaps, wanted = chosen.by_rewrite(normmap.sites, "centre"), _sites_to_fold(normmap, request, chosen)
     exchanged = exchange(normmap, chosen.by_themselves(normmap.sites), chosen)
@@ -92,11 +95,12 @@ def plan_moves(
     moved = (
         move(normmap, request.placements, scales or Scales(), swapped, request.exact) if request.placements else Moved()
     )
-    refused |= moved.refused
+    inserted = insert_qk_norms(normmap, request.qk_norm) if request.qk_norm else Inserted()
+    refused |= moved.refused | inserted.refused
 
     changed = {*swapped, *(site.path for site in (*folding.sites, *exchanged.sites)), *moved.sites}
     converted = tuple(path for path in normmap.sites if path in changed)
-    done = converted or moved.steps  # a post-norm block that gets a scale on its skip changes no norm
+    done = converted or moved.steps or inserted.norms  # a post-norm block that gets a scale on its skip changes no norm
     if refused and not (request.partial and done):
         _refuse(normmap, request, refused, converted)
     if not done and request.placements:
@@ -111,14 +115,19 @@ def plan_moves(
     edits += _treat_grown(folding.edits, centred.edits)
     placed = {edit.module for edit in moved.edits if isinstance(edit, SwapNorm)}
     edits += [_swap(normmap, site, bare) for site in centred.sites if site.path not in placed]
-    made = (*folding.edits, *centred.edits, *exchanged.edits, *moved.edits)
+    made = (*folding.edits, *centred.edits, *exchanged.edits, *moved.edits, *inserted.edits)
     edits += [edit for edit in made if isinstance(edit, ModuleEdit)]
     plan = Plan(
         architecture=normmap.architecture,
         model_type=model_type,
         request=request,
         claim=_claim(moved, exchanged, scales),
-        reasons=(*_reasons(centred, folding, edits), *exchanged.reasons(chosen), *moved.reasons(request)),
+        reasons=(
+            *_reasons(centred, folding, edits),
+            *exchanged.reasons(chosen),
+            *moved.reasons(request),
+            *inserted.reasons(),
+        ),
         converted=converted,
         refused=tuple(Refusal(site=path, reason=why) for path, why in refused.items()),
         base_output_unchanged=_base_unchanged(base_prefix, folding.outside),

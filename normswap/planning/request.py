@@ -97,6 +97,8 @@ class Words(TypedDict, total=False):
         fold: move gains and biases into the linear maps that read them.
         placement: where norms are to stand, `post`, `deepnorm`, ... (`planning.rewrites.steps.ROWS`); None leaves them.
         layers: which layers get it, `0-3,7`; None: all. Several placements have their layers by position.
+        qk_norm: put a norm of this kind, `rmsnorm` or `layernorm`, on the heads of queries and keys, behind a gate that
+            starts as the identity.
         exact: only forms that compute the same function, with a gate or a carried scale where that takes one.
         tied: `keep` tied embeddings, centring the embedding's output where its weights cannot be; `untie` stores both.
         partial: convert the sites that can be converted and leave the rest.
@@ -110,6 +112,7 @@ class Words(TypedDict, total=False):
     fold: bool
     placement: str | Sequence[str] | None
     layers: str | Sequence[str] | None
+    qk_norm: str | None
     exact: bool
     tied: Literal["keep", "untie"]
     partial: bool
@@ -124,6 +127,7 @@ class Request(BaseModel):
     norms: tuple[NormChoice, ...] = ()
     fold: bool = False
     placements: tuple[Placement, ...] = ()
+    qk_norm: str | None = None
     exact: bool = False
     tied: Literal["keep", "untie"] = "keep"
     partial: bool = False
@@ -157,6 +161,7 @@ class Request(BaseModel):
         if len(norms) > 1:  # by position, each says where
             norms = [c.model_copy(update={"sites": c.sites or "*", "role": c.role or "any"}) for c in norms]
         options = [*(choice.words() for choice in norms), "--fold" if self.fold else ""]
+        options.append(f"--qk-norm {self.qk_norm}" if self.qk_norm else "")
         options += [*(placement.words() for placement in self.placements), "--exact" if self.exact else ""]
         options += ["--tied untie" if self.tied == "untie" else "", "--partial" if self.partial else ""]
         options.append("" if self.explicit == "shared" else f"--explicit {self.explicit}")

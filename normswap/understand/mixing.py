@@ -37,6 +37,11 @@ class Meetings:
         met = [i for i, v in enumerate(op.inputs) if self.is_activation(v)]
         return len(met) > 1 and sum(i in self.prober.spreading(op, spreading) for i in met) > 1
 
+    def passes(self, op: Operation) -> bool:
+        """Whether activations go through `op` value by value, as through a sum with a table, and are not mixed."""
+        through = [i for i, v in enumerate(op.inputs) if self.is_activation(v)]
+        return bool(through) and not set(through) & self.prober.spreading(op, spreading)
+
     def is_activation(self, v: int) -> bool:
         value = self.trace.values[v]
         return value.kind == "computed" and value.is_float and v not in self.weights
@@ -50,7 +55,7 @@ class Meetings:
         while todo:
             v = todo.pop()
             for op in self.consumers.get(v, []):
-                if op.index in seen or any(self._is_matrix(u) for u in op.inputs):
+                if op.index in seen or any(self.is_matrix(u) for u in op.inputs):
                     continue
                 if self.meet(op) and self.trace.values[op.outputs[0]].shape != self.trace.values[v].shape:
                     return True
@@ -58,7 +63,7 @@ class Meetings:
                 todo.extend(op.outputs)
         return False
 
-    def _is_matrix(self, v: int) -> bool:
+    def is_matrix(self, v: int) -> bool:
         return v in self.weights and sum(n > 1 for n in self.trace.values[v].shape) > 1
 
 
