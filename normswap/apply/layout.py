@@ -18,7 +18,7 @@ from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.header import TensorInfo, nbytes_of
 from normswap.checkpoint.keymap import SAVE_MERGED, Group, KeyMap, shared_start
 from normswap.errors import PlanError
-from normswap.planning.edits import FITTED, TensorEdit, Untie
+from normswap.planning.edits import FITTED, Drop, TensorEdit, Untie
 from normswap.planning.plans import Plan
 
 #: of tensors that calibration fitted, by name
@@ -201,6 +201,8 @@ def _entries(
     entries = [_entry(info, group.targets, dtype) for info in infos]
     if not edits:
         return entries
+    if group.converter is None and all(isinstance(edit, Drop) for edit in edits[group.targets[0]]):
+        return [_removed(entries[0], infos[0])]  # whatever its dtype: a count of batches
     if len({info.dtype for info in infos}) > 1 or infos[0].dtype not in REAL:
         found = ", ".join(sorted({str(info.dtype) for info in infos}))
         raise PlanError(
@@ -211,7 +213,7 @@ def _entries(
     if group.converter is None:
         shape = shapes[group.targets[0]]
         if shape is None:
-            return [replace(entries[0], what="removed", shape=infos[0].shape, dtype=infos[0].dtype, bytes_after=0)]
+            return [_removed(entries[0], infos[0])]
         return [_edited(entries[0], shape)]
     for name, shape in shapes.items():
         if shape != keymap.shapes[name]:
@@ -314,6 +316,10 @@ def _entry(info: TensorInfo, names: tuple[str, ...], dtype: torch.dtype | None) 
 
 def _edited(entry: TensorChange, shape: tuple[int, ...]) -> TensorChange:
     return replace(entry, what="edited", shape=shape, bytes_after=nbytes_of(entry.dtype, shape))
+
+
+def _removed(entry: TensorChange, info: TensorInfo) -> TensorChange:
+    return replace(entry, what="removed", shape=info.shape, dtype=info.dtype, bytes_after=0)
 
 
 def _aligned(entries: list[TensorChange]) -> list[TensorChange]:

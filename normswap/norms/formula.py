@@ -37,9 +37,10 @@ def formula(
     return h.to(x.dtype)
 
 
-def running_formula(x: torch.Tensor, spec: NormSpec, tensors: Mapping[str, torch.Tensor], mean: str, var: str):
-    """A batchnorm's `spec` applied to `x`, with the running statistics of these names."""
-    h = (x - placed(tensors[mean], x.ndim, spec)) * torch.rsqrt(placed(tensors[var], x.ndim, spec) + spec.eps)
+def running_formula(x: torch.Tensor, spec: NormSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A batchnorm's `spec` applied to `x`, with its running statistics among `tensors`."""
+    variance = placed(tensors[spec.variance], x.ndim, spec)
+    h = (x - placed(tensors[spec.mean], x.ndim, spec)) * torch.rsqrt(variance + spec.eps)
     if spec.weight is not None:
         weight = placed(tensors[spec.weight], x.ndim, spec)
         h = h * (1 + weight if spec.gain == "1 + w" else weight)

@@ -42,6 +42,7 @@ class NormSpec(BaseModel):
         groups: how many runs of `width` are normalised side by side. Gain and bias lie along all of them.
         gain: `w` multiplies by the parameter, `1 + w` by one plus it, None: no gain.
         weight, bias: names of the parameters (of frozen norms: buffers) inside the module, None where there is none.
+        mean, variance: of a batchnorm, the names of its running statistics inside the module.
         eps: the value added under the root, as measured.
         casting: in which precision the module computes on half-precision input:
             `input` throughout in the input's dtype; `float32` with one rounding at the end;
@@ -58,6 +59,8 @@ class NormSpec(BaseModel):
     gain: GainForm | None = None
     weight: str | None = None
     bias: str | None = None
+    mean: str | None = None
+    variance: str | None = None
     eps: float = 0.0
     casting: Casting = "input"
     gate: Gate | None = None

@@ -52,6 +52,32 @@ def _along(vector: torch.Tensor, runs: int, axis: int, ndim: int) -> torch.Tenso
     return vector.flatten().repeat(runs).reshape([-1 if i == axis else 1 for i in range(ndim)])
 
 
+class Frozen(BaseModel):
+    """A batch norm as it runs, by the names of its tensors: `a x + c`, a = g / sqrt(variance + eps), c = b - a mean."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: str
+    variance: str
+    eps: float
+    gain: str | None = None
+    form: GainForm = "w"
+    bias: str | None = None
+
+    def reads(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.mean, self.variance, self.gain, self.bias) if name is not None)
+
+    def scale(self, read: Read) -> torch.Tensor:
+        a = torch.rsqrt(read(self.variance) + self.eps)
+        if self.gain is None:
+            return a
+        return a * (1 + read(self.gain)) if self.form == "1 + w" else a * read(self.gain)
+
+    def shift(self, read: Read) -> torch.Tensor:
+        c = -self.scale(read) * read(self.mean)
+        return c if self.bias is None else c + read(self.bias)
+
+
 class Centre(TensorEdit):
     """`T <- T - mean(T)` along `axis`, taken in `groups` equal runs (heads side by side in one axis)."""
 
@@ -84,25 +110,28 @@ class Untie(TensorEdit):
 class FoldGain(TensorEdit):
     """A scale per channel moved into its neighbour: `W <- W diag(g)` along the `axis` that meets it.
 
-    The gain of a norm moves into what reads it, the scale of a branch into what writes it.
+    The gain of a norm moves into what reads it, the scale of a branch into what writes it. Of a batch norm, which is an
+    affine map as it runs, g is the whole scale.
 
     The axis may meet several vectors side by side (patches that are merged): then it holds `runs` runs of channels.
     """
 
     edit: Literal["fold_gain"] = "fold_gain"
     axis: int
-    weight: str
+    weight: str | Frozen
     form: GainForm
     runs: int = 1
 
     def reads(self):
-        return (self.weight,)
+        return self.weight.reads() if isinstance(self.weight, Frozen) else (self.weight,)
 
     def keeps_rows_apart(self):
         return self.axis > 0
 
     def gain(self, read: Read) -> torch.Tensor:
         """The scale, one value per channel."""
+        if isinstance(self.weight, Frozen):
+            return self.weight.scale(read)
         weight = read(self.weight)
         return 1 + weight if self.form == "1 + w" else weight
 
@@ -114,31 +143,45 @@ class FoldBias(TensorEdit):
     """A norm's bias moved into a reader's: `c <- c + W b`, with `W` as it was before any gain was folded.
 
     `W b` is W times b along `axis`, summed over the axes `sums`: by default that one, for a convolution its kernel too.
-    `runs` as for the gain.
+    `runs` as for the gain. Of a batch norm b is all that it adds.
     """
 
     edit: Literal["fold_bias"] = "fold_bias"
     reader: str
     axis: int
-    bias: str
+    bias: str | Frozen
     sums: tuple[int, ...] | None = None
     runs: int = 1
 
     def reads(self):
-        return (self.reader, self.bias)
+        return (self.reader, *(self.bias.reads() if isinstance(self.bias, Frozen) else (self.bias,)))
 
     def carried(self, read: Read) -> torch.Tensor:
         """`W b`."""
         reader, sums = read(self.reader), self.sums or (self.axis,)
         if kernel := [axis for axis in sums if axis != self.axis]:
             reader = reader.sum(kernel, keepdim=True)
-        bias = read(self.bias).flatten().repeat(self.runs)
-        carried = torch.tensordot(reader, bias, dims=([self.axis], [0]))
+        bias = self.bias.shift(read) if isinstance(self.bias, Frozen) else read(self.bias)
+        carried = torch.tensordot(reader, bias.flatten().repeat(self.runs), dims=([self.axis], [0]))
         return carried.reshape([n for axis, n in enumerate(reader.shape) if axis not in sums])
 
     def apply(self, value, read):
         carried = self.carried(read)
         return carried if value is None else value + carried
+
+
+class TakeAffine(TensorEdit):
+    """A bias in front of a batch norm does what that did: `b <- a b + c`."""
+
+    edit: Literal["take_affine"] = "take_affine"
+    norm: Frozen
+
+    def reads(self):
+        return self.norm.reads()
+
+    def apply(self, value, read):
+        scale, shift = (t.reshape(value.shape) for t in (self.norm.scale(read), self.norm.shift(read)))
+        return scale * value + shift
 
 
 class Drop(TensorEdit):
@@ -462,6 +505,7 @@ AnyEdit = Annotated[
     | Untie
     | FoldGain
     | FoldBias
+    | TakeAffine
     | Drop
     | Fill
     | Scale

@@ -20,6 +20,7 @@ from normswap.planning.edits import (
 from normswap.planning.idle import Idle
 from normswap.planning.plans import Claim, MovedBlock, Plan, Refusal
 from normswap.planning.request import Request
+from normswap.planning.rewrites import batchnorm
 from normswap.planning.rewrites import centre as centring
 from normswap.planning.rewrites.centre import centre
 from normswap.planning.rewrites.exchange import Exchanged, exchange
@@ -29,6 +30,9 @@ from normswap.planning.rewrites.moved import Moved, MovedStep, Scales
 from normswap.planning.rewrites.qk_norm import Inserted, insert_qk_norms
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
+
+#: kinds of norm whose parameters fold into their neighbours
+FOLDED = ("layernorm", "rmsnorm", batchnorm.KIND)
 
 
 def make_plan(
@@ -88,17 +92,20 @@ def plan_moves(
         ties = Ties(normmap, untied, stays_tied)
         centred = centre(normmap, [site for site in swaps if site.path not in unseen], ties, request)
         swapped = {site.path for site in centred.sites}
-        folding = fold(normmap, [site for site in wanted if site.path not in unread], ties, swapped)
+        folds = [site for site in wanted if site.path not in unread]
+        folding = fold(normmap, [site for site in folds if site.spec.kind != batchnorm.KIND], ties, swapped)
+        running = batchnorm.fold_running(normmap, [site for site in folds if site.spec.kind == batchnorm.KIND], ties)
         if request.tied == "keep" or stays_tied or not ties.wanted:
             break  # nothing is gained by untying
-    refused = chosen.refused | exchanged.refused | unread | folding.refused | unseen | centred.refused
+    refused = chosen.refused | exchanged.refused | unread | folding.refused | running.refused | unseen | centred.refused
     moved = (
         move(normmap, request.placements, scales or Scales(), swapped, request.exact) if request.placements else Moved()
     )
     inserted = insert_qk_norms(normmap, request.qk_norm) if request.qk_norm else Inserted()
     refused |= moved.refused | inserted.refused
 
-    changed = {*swapped, *(site.path for site in (*folding.sites, *exchanged.sites)), *moved.sites}
+    by_module = (*folding.sites, *running.sites, *exchanged.sites)
+    changed = {*swapped, *(site.path for site in by_module), *moved.sites}
     converted = tuple(path for path in normmap.sites if path in changed)
     done = converted or moved.steps or inserted.norms  # a post-norm block that gets a scale on its skip changes no norm
     if refused and not (request.partial and done):
@@ -110,27 +117,27 @@ def plan_moves(
     bare = {site.path for site in folding.sites}
     edits: list[AnyEdit] = [*ties.edits()]
     # gains and biases move on original values; what writes to a stream is centred last
-    edits += [edit for edit in (*folding.edits, *moved.edits) if isinstance(edit, TensorEdit)]
+    edits += [e for e in (*folding.edits, *running.edits, *moved.edits) if isinstance(e, TensorEdit)]
     edits += [edit for edit in (*centred.edits, *exchanged.edits) if isinstance(edit, TensorEdit)]
     edits += _treat_grown(folding.edits, centred.edits)
     placed = {edit.module for edit in moved.edits if isinstance(edit, SwapNorm)}
     edits += [_swap(normmap, site, bare) for site in centred.sites if site.path not in placed]
-    made = (*folding.edits, *centred.edits, *exchanged.edits, *moved.edits, *inserted.edits)
-    edits += [edit for edit in made if isinstance(edit, ModuleEdit)]
+    made = (*folding.edits, *running.edits, *centred.edits, *exchanged.edits, *moved.edits, *inserted.edits)
+    edits += dict.fromkeys(edit for edit in made if isinstance(edit, ModuleEdit))
     plan = Plan(
         architecture=normmap.architecture,
         model_type=model_type,
         request=request,
         claim=_claim(moved, exchanged, scales),
         reasons=(
-            *_reasons(centred, folding, edits),
+            *_reasons(centred, folding, running, edits),
             *exchanged.reasons(chosen),
             *moved.reasons(request),
             *inserted.reasons(),
         ),
         converted=converted,
         refused=tuple(Refusal(site=path, reason=why) for path, why in refused.items()),
-        base_output_unchanged=_base_unchanged(base_prefix, folding.outside),
+        base_output_unchanged=_base_unchanged(base_prefix, [*folding.across, *running.across]),
         edits=tuple(edits),
         moved=tuple(
             MovedBlock(
@@ -157,7 +164,7 @@ def _sites_to_fold(normmap: NormMap, request: Request, chosen: Chosen) -> list[S
         return []  # where norms move, their gains go with them
     alone = {site.path for site in chosen.by_themselves(normmap.sites)}
     sites = [site for path, site in normmap.sites.items() if path not in alone]
-    return [site for site in sites if site.spec.kind in ("layernorm", "rmsnorm")]
+    return [site for site in sites if site.spec.kind in FOLDED]
 
 
 def _treat_grown(folded: list[AnyEdit], centred: list[AnyEdit]) -> list[AnyEdit]:
@@ -215,7 +222,7 @@ def _listed(reasons: dict[str, str]) -> str:
     return "\n".join(f"  {path}: {reasons[paths[0]]}" for path, paths in shown)
 
 
-def _reasons(centred: centring.Centred, folding: Folding, edits: list[AnyEdit]) -> tuple[str, ...]:
+def _reasons(centred: centring.Centred, folding: Folding, running: Folding, edits: list[AnyEdit]) -> tuple[str, ...]:
     reasons = []
     if centred.sites:
         tensors = len([edit for edit in centred.edits if isinstance(edit, TensorEdit)])
@@ -230,9 +237,18 @@ def _reasons(centred: centring.Centred, folding: Folding, edits: list[AnyEdit]) 
             reasons.append(f"The {what} of {shown} are centred as they {how}, in the module.")
     if folding.sites:
         reasons.append(f"Gain and bias of {len(folding.sites)} norms are moved into the linear maps that read them.")
+    if running.sites:
+        reasons.append(
+            f"{len(running.sites)} batch norms, each an affine map of its channels as it runs, are folded into the "
+            f"weights that write their inputs or read their outputs."
+        )
     return tuple(reasons)
 
 
-def _base_unchanged(prefix: str, readers: list[str]) -> bool:
+def _base_unchanged(prefix: str, folded_across: list[tuple[str, str]]) -> bool:
     """A norm folded into the head leaves the headless model without its gain."""
-    return all(module == prefix or module.startswith(f"{prefix}.") for module in readers) if prefix else True
+
+    def inside(module: str) -> bool:
+        return module == prefix or module.startswith(f"{prefix}.")
+
+    return not prefix or all(inside(norm) == inside(neighbour) for norm, neighbour in folded_across)

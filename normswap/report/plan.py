@@ -20,6 +20,7 @@ from normswap.planning.edits import (
     Fill,
     FoldBias,
     FoldGain,
+    Frozen,
     GrowBias,
     ModuleEdit,
     Refit,
@@ -29,6 +30,7 @@ from normswap.planning.edits import (
     SetConfig,
     SetScale,
     SwapNorm,
+    TakeAffine,
     TensorEdit,
     Unscale,
     Untie,
@@ -115,11 +117,16 @@ def _details(edit: AnyEdit, number: str) -> str:
             return f"axis {edit.axis}" + (f", in {edit.groups} groups" if edit.groups > 1 else "")
         case Untie():
             return f"{edit.source} as it is"
+        case FoldGain(weight=Frozen() as norm):
+            return f"{_statistics(norm, edit.tensor)}, axis {edit.axis}" + _in_runs(edit.runs)
         case FoldGain():
             return f"{_within(edit.weight, edit.tensor)} ({edit.form}), axis {edit.axis}" + _in_runs(edit.runs)
         case FoldBias():
-            by = f"{_within(edit.bias, edit.tensor)}, by {_within(edit.reader, edit.tensor)}, axis {edit.axis}"
-            return by + _in_runs(edit.runs)
+            bias = edit.bias
+            of = _statistics(bias, edit.tensor) if isinstance(bias, Frozen) else _within(bias, edit.tensor)
+            return f"{of}, by {_within(edit.reader, edit.tensor)}, axis {edit.axis}" + _in_runs(edit.runs)
+        case TakeAffine():
+            return _statistics(edit.norm, edit.tensor)
         case Fill():
             return number
         case Scale():
@@ -147,6 +154,11 @@ def _details(edit: AnyEdit, number: str) -> str:
         case SetConfig():
             return f"= {edit.value}"
     return ""
+
+
+def _statistics(norm: Frozen, tensor: str) -> str:
+    """A batch norm, by the module that holds its statistics."""
+    return f"statistics of {_within(norm.mean, tensor).rpartition('.')[0]}"
 
 
 def _change(change: Change) -> str:

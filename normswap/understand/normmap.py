@@ -25,6 +25,7 @@ from normswap.understand.centring import Centring, Writer, centring
 from normswap.understand.placement import Block, Stream, Streams, outermost
 from normswap.understand.reading import Reader, Readings, readings
 from normswap.understand.transfer import Prober
+from normswap.understand.writing import Writings, writings
 
 ROLES = ("stream", "branch", "qk", "embedding", "final", "head")
 
@@ -79,10 +80,11 @@ class NormMap:
         streams: in order of their first block.
         parameters: shape of each parameter and buffer by its first name.
         aliases: further names of tied parameters -> the first name.
+        twins: further paths of modules that stand at several, by the first one.
         stored: names of all parameters and buffers a checkpoint of this model holds, aliases included.
         biasless: modules that were built without the bias their class can have.
         classes: class of each module by its path.
-        centrings, readings: per width, and per number of channels, the analyses behind the map.
+        centrings, readings, writings: per width, and per number of channels, the analyses behind the map.
         loose: per module, the kind of a norm that it calls as a function; such a norm is no site.
         notes: what a reader should know: loose norms, and values that the observed run asked for and did not have.
         converted: for a folder that normswap wrote, what was done to it, in a sentence.
@@ -94,12 +96,14 @@ class NormMap:
     streams: list[StreamInfo]
     parameters: dict[str, tuple[int, ...]]
     aliases: dict[str, str]
+    twins: dict[str, list[str]]
     stored: set[str]
     biasless: set[str]
     classes: dict[str, type[nn.Module]]
     trace: Trace
     centrings: dict[int, Centring] = field(default_factory=dict)
     readings: dict[int, Readings] = field(default_factory=dict)
+    writings: dict[int, Writings] = field(default_factory=dict)
     loose: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     converted: str | None = None
@@ -113,7 +117,8 @@ class NormMap:
         norms = found_norms.specs
         trace = collapse_norms(trace, set(norms))
         followed = [spec for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")]
-        widths, channels = sorted({spec.width for spec in followed}), sorted({spec.channels for spec in followed})
+        running = [spec for spec in norms.values() if spec.kind == "batchnorm"]
+        widths, channels = sorted({spec.width for spec in followed}), {spec.channels for spec in (*followed, *running)}
         called = {op.module: op.name for op in trace.operations if op.function in FUNCTIONS}
         loose = {op.module: FUNCTIONS[op.function] for op in trace.operations if op.function in FUNCTIONS}
         probers = {width: Prober(trace, width) for width in {*widths, *channels}}
@@ -122,18 +127,25 @@ class NormMap:
         aliases = {
             name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name
         }
+        standing = {id(m): path for path, m in model.named_modules()}
+        twins: dict[str, list[str]] = {}
+        for path, m in model.named_modules(remove_duplicate=False):
+            if standing[id(m)] != path:
+                twins.setdefault(standing[id(m)], []).append(path)
         result = cls(
             architecture=type(model).__name__,
             sites={},
             streams=[],
             parameters={name: tuple(t.shape) for name, t in names.items()},
             aliases=aliases,
+            twins=twins,
             stored=set(model.state_dict()),
             biasless={path for path, m in model.named_modules() if m._parameters.get("bias", m) is None},
             classes={path: type(m) for path, m in model.named_modules()},
             trace=trace,
             centrings={width: centring(trace, norms, probers[width]) for width in widths},
-            readings={width: readings(trace, norms, probers[width]) for width in channels},
+            readings={width: readings(trace, norms, probers[width]) for width in sorted(channels)},
+            writings={width: writings(trace, norms, probers[width]) for width in {spec.channels for spec in running}},
             loose=loose,
             notes=[
                 *(

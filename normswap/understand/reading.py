@@ -5,11 +5,11 @@ One pass over a trace, in execution order.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from normswap.norms.spec import NormSpec
 from normswap.observe.trace import Trace
+from normswap.understand.derived import derived
 from normswap.understand.transfer import Prober
 
 
@@ -56,19 +56,15 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
     result = Readings()
     live = trace.live()
     carried: dict[tuple[int, int], str] = {}  # a dimension of a value that is a norm's output, rearranged
-    derived: dict[tuple[int, int], tuple[str, int]] = {}  # a dimension of a value made of one parameter alone
-    made_of: dict[int, set[str]] = {v.index: {v.name} for v in trace.values if v.kind == "parameter"}
+    made = derived(trace, prober)
     outputs = set(trace.outputs)
-    for v in trace.values:
-        if v.kind == "parameter":
-            derived.update({(v.index, dim): (v.name, dim) for dim in prober.axes(v.shape)})
     for op in trace.operations:
         if op.norm is not None:
             for v in op.inputs:
                 for dim in prober.axes(trace.values[v].shape):
                     if (norm := carried.get((v, dim))) is not None:
                         _add(result.others, norm, f"the norm {op.norm} follows it and does not pass a gain on")
-                for name in made_of.get(v, ()):
+                for name in made.made_of.get(v, ()):
                     result.uses.setdefault((name, op.module), set()).add("")
             spec = norms[op.norm]
             ndim = len(trace.values[op.outputs[0]].shape)
@@ -80,24 +76,16 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
                 if op.outputs[0] in outputs:
                     _add(result.others, op.norm, "it is an output of the model")
             continue
+        if op.index in made.operations or not any(v in live for v in op.outputs):
+            continue
         floats = [v for v in op.inputs if trace.values[v].is_float and trace.values[v].kind != "constant"]
         entering: dict[str, list[tuple[int, int]]] = {}
         for position, v in enumerate(op.inputs):
             for dim in _dims(trace, v):
                 if (norm := carried.get((v, dim))) is not None:
                     entering.setdefault(norm, []).append((position, dim))
-        parameters = [(i, dim) for i, v in enumerate(op.inputs) for dim in _dims(trace, v) if (v, dim) in derived]
-        names = set().union(*(made_of.get(v, set()) for v in floats))
-        alone = not any(trace.values[v].kind == "constant" and _many(trace, v) for v in op.inputs)
-        if floats and alone and all(v in made_of for v in floats):  # parameters being rearranged before use
-            for v in op.outputs:
-                made_of[v] = names
-            for axis in parameters:
-                for o, dim in prober.scale(op, (axis,)).passes:
-                    derived[op.outputs[o], dim] = derived[op.inputs[axis[0]], axis[1]]
-            continue
-        if not any(v in live for v in op.outputs):
-            continue
+        parameters = [(i, dim) for i, v in enumerate(op.inputs) for dim in _dims(trace, v) if (v, dim) in made.axes]
+        names = set().union(*(made.made_of.get(v, set()) for v in floats))
         read: set[str] = set()
         passed: dict[tuple[int, int], list[str]] = {}
         for norm, axes in entering.items():  # all that came from one norm has its gain
@@ -112,13 +100,13 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
                 _add(result.others, norm, f"{op.name} in {where} reads it, and no weight there can take a gain")
             for absorber in transfer.absorbers[:1]:
                 position, dim = absorber.parameter
-                name, pdim = derived[op.inputs[position], dim]
+                name, pdim = made.axes[op.inputs[position], dim]
                 whole = trace.values[op.inputs[position]].kind == "parameter"
                 sums = absorber.sums if whole else (pdim,)  # of a part, the other axes are not known to be the same
                 understood = whole or absorber.sums == (dim,)
                 bias = None
                 if absorber.bias is not None and understood:
-                    held = made_of.get(op.inputs[absorber.bias], set())
+                    held = made.made_of.get(op.inputs[absorber.bias], set())
                     bias = next(iter(held)) if len(held) == 1 else None
                 reader = Reader(name, pdim, op.module, sums, bias, absorber.grows and understood)
                 if reader not in result.readers[norm]:
@@ -138,11 +126,6 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
         for name in names - read:
             result.uses.setdefault((name, op.module), set()).add("")
     return result
-
-
-def _many(trace: Trace, v: int) -> bool:
-    """Whether `v` is floating and more than one number: something that a weight may read."""
-    return trace.values[v].is_float and math.prod(trace.values[v].shape) > 1
 
 
 def _dims(trace: Trace, v: int) -> range:

@@ -1,12 +1,14 @@
 """What an operation makes of scales, `x -> x diag(g)`, and of translations, `x -> x + b`, of an axis of its input.
 
 Both may be passed on alike, or absorbed by a parameter, `f(x diag(g), W) = f(x, W diag(g))`, which makes that
-parameter a reader. Sums, constant factors and rearrangements, which residual steps are made of, are told here as well.
+parameter a reader. A parameter may also make them, `f(x, W diag(g)) = f(x, W) diag(g)`, which makes it a writer. Sums,
+constant factors and rearrangements, which residual steps are made of, are told here as well.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -113,6 +115,70 @@ def _adds(trial: Trial, moved: list[torch.Tensor], vector: torch.Tensor, from_en
         if trial.differs(after, before + vector.reshape(-1, *[1] * (from_end - 1))):
             return False
     return True
+
+
+@dataclass(frozen=True)
+class Writes:
+    """A parameter that scales the output, and where a translation of the output can come from.
+
+    Attributes:
+        parameter: the input axis of the parameter that lies along the scaled axis.
+        bias: the input that translates the output and is scaled along with it, None if there is none.
+        grows: an input that was not given would translate the output.
+    """
+
+    parameter: Axis
+    bias: int | None
+    grows: bool
+
+
+def write_transfer(trial: Trial, made: Axis, parameters: tuple[Axis, ...]) -> Writes | None:
+    """The parameter among `parameters` through which each channel of the output axis `made` can be scaled."""
+    generator = torch.Generator().manual_seed(5)
+    gain = 0.5 + torch.rand(trial.width, generator=generator, dtype=torch.float64)
+    gain[::2] *= -1
+    shift = torch.randn(trial.width, generator=generator, dtype=torch.float64)
+    o, dim = made
+    along = trial.spread(shift, trial.result[o], dim)
+    scaled = _with(trial.result, o, trial.result[o] * trial.spread(gain, trial.result[o], dim))
+    moved = _with(trial.result, o, trial.result[o] + along)
+
+    def same(inputs: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
+        return all(not trial.differs(a, b) for a, b in zip(trial.run(inputs), wanted, strict=True))
+
+    def times(inputs: list[torch.Tensor], axis: Axis) -> list[torch.Tensor]:
+        w = inputs[axis[0]]
+        return _with(inputs, axis[0], w * trial.spread(gain, w, axis[1]))
+
+    for parameter in parameters:
+        countered = times(trial.base, parameter)
+        if same(countered, scaled):
+            return Writes(parameter, None, _grows(trial, moved, shift))
+        for bias in parameters:
+            vector = trial.base[bias[0]]
+            if bias[0] == parameter[0] or vector.numel() != trial.width or not same(times(countered, bias), scaled):
+                continue
+            added = _with(trial.base, bias[0], vector + shift.reshape(vector.shape))
+            return Writes(parameter, bias[0] if same(added, moved) else None, False)
+    return None
+
+
+def _grows(trial: Trial, moved: list[torch.Tensor], shift: torch.Tensor) -> bool:
+    """Whether one of the arguments that were not given would translate the output, were it `shift`."""
+    for position, leaf in enumerate(trial.op.leaves):
+        if leaf is None:
+            given = copy.copy(trial)
+            given.op = replace(trial.op, leaves=[shift if i == position else v for i, v in enumerate(trial.op.leaves)])
+            try:
+                if all(not trial.differs(a, b) for a, b in zip(given.run(trial.base), moved, strict=True)):
+                    return True
+            except (RuntimeError, TypeError, ValueError):
+                continue  # it takes something else there
+    return False
+
+
+def _with(values: list[torch.Tensor], position: int, value: torch.Tensor) -> list[torch.Tensor]:
+    return [value if i == position else v for i, v in enumerate(values)]
 
 
 def factor(trial: Trial, position: int) -> float:

@@ -11,7 +11,15 @@ from collections.abc import Iterator
 import torch
 
 from normswap.observe.trace import Operation, Ref, Trace, Value
-from normswap.understand.scale import ScaleTransfer, factor, rearranges, scale_transfer, sum_coefficients
+from normswap.understand.scale import (
+    ScaleTransfer,
+    Writes,
+    factor,
+    rearranges,
+    scale_transfer,
+    sum_coefficients,
+    write_transfer,
+)
 from normswap.understand.shift import ShiftTransfer, all_blocked, scaled_transfer, shift_transfer
 from normswap.understand.trial import Axis, Trial
 
@@ -41,6 +49,14 @@ class Prober:
         unknown = ScaleTransfer(other=tuple(range(len(op.outputs))))
         return self._remember(
             "scale", op, (*scales, None, *parameters), lambda trial: scale_transfer(trial, scales, parameters), unknown
+        )
+
+    def writes(self, op: Operation, made: Axis, parameters: tuple[Axis, ...]) -> Writes | None:
+        """By which of `parameters` each channel of the output axis `made` can be scaled; None: by none of them."""
+        if not parameters:
+            return None
+        return self._remember(
+            "writes", op, (made, None, *parameters), lambda trial: write_transfer(trial, made, parameters), None
         )
 
     def sum(self, op: Operation, a: int, b: int) -> tuple[float, float] | None:

@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from normswap.planning.edits import AnyEdit, Drop, Fill, FoldBias, FoldGain, GrowBias, TensorEdit
+from normswap.norms.spec import GainForm
+from normswap.planning.edits import AnyEdit, Drop, Fill, FoldBias, FoldGain, Frozen, GrowBias, TensorEdit
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
 from normswap.understand.reading import Reader
@@ -29,7 +30,7 @@ class Folding:
     edits: list[AnyEdit] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-    outside: list[str] = field(default_factory=list)  # modules of all readers
+    across: list[tuple[str, str]] = field(default_factory=list)  # each norm, and a module that takes it over
 
 
 def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, swapped: set[str]) -> Folding:
@@ -54,7 +55,7 @@ def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, swapped: set[str])
                 name = f"{site.path}.{parameter}"
                 result.edits.append(Drop(tensor=name) if site.path in swapped else Fill(tensor=name, value=value))
         result.sites.append(site)
-        result.outside += [reader.module for reader in site.readers]
+        result.across += [(site.path, reader.module) for reader in site.readers]
     return result
 
 
@@ -63,34 +64,55 @@ def _site_edits(normmap: NormMap, site: Site, ties: Ties) -> list[AnyEdit] | str
     spec = site.spec
     if len(spec.axes) != 1:
         return f"it normalises axes {spec.axes} together; only gains along one axis can be folded"
-    for parameter in filter(None, (spec.weight, spec.bias)):
-        if math.prod(shape := normmap.shape(f"{site.path}.{parameter}")) != spec.channels:
-            return f"its {parameter} has shape {shape}; only one value per normalised channel can be folded"
-        if others := set(normmap.names(f"{site.path}.{parameter}")) - {f"{site.path}.{parameter}"}:
-            return f"its {parameter} is {', '.join(sorted(others))} as well, which would lose it too"
     if spec.bias is not None and spec.gate is not None and spec.gate.place == "after":
         return "its bias is multiplied by its gate, which is another for every token"
+    gain, bias = (f"{site.path}.{name}" if name else None for name in (spec.weight, spec.bias))
+    return shared(normmap, site) or into_readers(normmap, site, ties, gain, spec.gain, bias)
+
+
+def shared(normmap: NormMap, site: Site) -> str | None:
+    """Why the tensors of a norm cannot leave it, None if they can: each is the norm's own, a value per channel."""
+    spec = site.spec
+    for parameter in filter(None, (spec.weight, spec.bias, spec.mean, spec.variance)):
+        name = f"{site.path}.{parameter}"
+        if math.prod(shape := normmap.shape(name)) != spec.channels:
+            return f"its {parameter} has shape {shape}; only one value per normalised channel can be folded"
+        if others := set(normmap.names(name)) - {name}:
+            return f"its {parameter} is {', '.join(sorted(others))} as well, which would lose it too"
+    if site.path in normmap.twins:
+        return f"it is {', '.join(normmap.twins[site.path])} as well, which would be lost too"
+    return None
+
+
+def into_readers(
+    normmap: NormMap,
+    site: Site,
+    ties: Ties,
+    gain: str | Frozen | None,
+    form: GainForm | None,
+    bias: str | Frozen | None,
+) -> list[AnyEdit] | str:
+    """Edits by which the readers of a norm take over `gain` and `bias`, None for none; or why they cannot."""
+    channels = site.spec.channels
     if site.other_consumers:
         return f"its gain cannot move into its readers: {site.other_consumers[0]}"
     if not site.readers:
         return "its gain cannot move into its readers: nothing that the model gives out reads it"
-    reads = normmap.readings[spec.channels]
-    if spec.bias is not None and not reads.translates[site.path]:
+    if bias is not None and not normmap.readings[channels].translates[site.path]:
         return "its bias does not reach its readers unchanged (a mask or a router stands between)"
     edits: list[AnyEdit] = []
     for reader in site.readers:
         if (reason := _obstacle(normmap, reader.name, reader.module, site, ties)) is not None:
             return reason
         name = ties.name(reader.name, reader.module)
-        runs = normmap.parameters[reader.name][reader.axis] // spec.channels
-        if spec.bias is not None:
-            into = _bias_edits(normmap, reader, name, runs, site, ties)
+        runs = normmap.parameters[reader.name][reader.axis] // channels
+        if bias is not None:
+            into = _bias_edits(normmap, reader, name, runs, bias, site, ties)
             if isinstance(into, str):
                 return into
             edits += into
-        if spec.weight is not None:
-            gain = f"{site.path}.{spec.weight}"
-            edits.append(FoldGain(tensor=name, axis=reader.axis, weight=gain, form=spec.gain, runs=runs))
+        if gain is not None:
+            edits.append(FoldGain(tensor=name, axis=reader.axis, weight=gain, form=form, runs=runs))
     edits = list(dict.fromkeys(edits))  # a module called twice reads twice and is changed once
     changed = Counter(edit.tensor for edit in edits if isinstance(edit, TensorEdit))
     if twice := [name for name, times in changed.items() if times > 1]:
@@ -112,14 +134,16 @@ def _obstacle(normmap: NormMap, parameter: str, module: str, site: Site, ties: T
     return f"its reader {parameter} in {module} is used in {others} as well; {ties.way_out(parameter)}"
 
 
-def _bias_edits(normmap: NormMap, reader: Reader, name: str, runs: int, site: Site, ties: Ties) -> list[AnyEdit] | str:
+def _bias_edits(
+    normmap: NormMap, reader: Reader, name: str, runs: int, bias: str | Frozen, site: Site, ties: Ties
+) -> list[AnyEdit] | str:
     """Edits that take the norm's bias into the bias of one reader, or the reason why there is no such bias."""
     carried = tuple(n for axis, n in enumerate(normmap.parameters[reader.name]) if axis not in reader.sums)
     edit = FoldBias(
         tensor=f"{reader.module}.bias",
         reader=name,
         axis=reader.axis,
-        bias=f"{site.path}.{site.spec.bias}",
+        bias=bias,
         sums=None if reader.sums == (reader.axis,) else reader.sums,
         runs=runs,
     )
