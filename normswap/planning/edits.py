@@ -184,6 +184,37 @@ class TakeAffine(TensorEdit):
         return scale * value + shift
 
 
+class CarryAffine(TensorEdit):
+    """A convolution does what a batch norm beside it did to the same input x, which is still added: the rest of it,
+
+        r (a x + c) - r x:        W <- W + r diag(a - 1), in its middle;        b <- b + r c.
+
+    Channel k of the `axis` reads channel k, or the k-th in its group of channels, along the axis `into`; None for b.
+
+    Attributes:
+        factor: r.
+        behind: path of the norm that stood behind the convolution, and gave what it alone made.
+    """
+
+    edit: Literal["carry_affine"] = "carry_affine"
+    axis: int
+    into: int | None
+    factor: float
+    norm: Frozen
+    behind: str
+
+    def reads(self):
+        return self.norm.reads()
+
+    def apply(self, value, read):
+        if self.into is None:
+            return value + self.factor * self.norm.shift(read).reshape(value.shape)
+        channels = torch.arange(value.shape[self.axis], device=value.device)
+        index = [torch.full_like(channels, n // 2) for n in value.shape]
+        index[self.axis], index[self.into] = channels, channels % value.shape[self.into]
+        return value.index_put(tuple(index), self.factor * (self.norm.scale(read) - 1), accumulate=True)
+
+
 class Drop(TensorEdit):
     """The tensor is removed: what it did is folded elsewhere."""
 
@@ -506,6 +537,7 @@ AnyEdit = Annotated[
     | FoldGain
     | FoldBias
     | TakeAffine
+    | CarryAffine
     | Drop
     | Fill
     | Scale

@@ -14,6 +14,7 @@ from normswap.apply.layout import WriteSummary
 from normswap.paths import blurred, folded
 from normswap.planning.edits import (
     AnyEdit,
+    CarryAffine,
     Centre,
     Change,
     Copy,
@@ -125,7 +126,7 @@ def _details(edit: AnyEdit, number: str) -> str:
             bias = edit.bias
             of = _statistics(bias, edit.tensor) if isinstance(bias, Frozen) else _within(bias, edit.tensor)
             return f"{of}, by {_within(edit.reader, edit.tensor)}, axis {edit.axis}" + _in_runs(edit.runs)
-        case TakeAffine():
+        case TakeAffine() | CarryAffine():
             return _statistics(edit.norm, edit.tensor)
         case Fill():
             return number

@@ -33,7 +33,8 @@ def derived(trace: Trace, prober: Prober) -> Derived:
     for op in trace.operations:
         floats = [v for v in op.inputs if trace.values[v].is_float and trace.values[v].kind != "constant"]
         alone = not any(trace.values[v].kind == "constant" and _many(trace, v) for v in op.inputs)
-        if op.norm is not None or not floats or not alone or not all(v in result.made_of for v in floats):
+        varies = any(trace.values[v].varies for v in op.inputs)  # what tokens pick from a table is an activation
+        if op.norm is not None or not floats or not alone or varies or not all(v in result.made_of for v in floats):
             continue
         result.operations.add(op.index)
         names = set().union(*(result.made_of[v] for v in floats))

@@ -21,6 +21,7 @@ from normswap.norms.spec import NormSpec
 from normswap.observe.inputs import example_inputs
 from normswap.observe.run import observe
 from normswap.observe.trace import Operation, Trace, collapse_norms
+from normswap.understand.bypass import Bypass, bypasses
 from normswap.understand.centring import Centring, Writer, centring
 from normswap.understand.placement import Block, Stream, Streams, outermost
 from normswap.understand.reading import Reader, Readings, readings
@@ -85,6 +86,7 @@ class NormMap:
         biasless: modules that were built without the bias their class can have.
         classes: class of each module by its path.
         centrings, readings, writings: per width, and per number of channels, the analyses behind the map.
+        bypasses: by path of a batch norm beside a convolution, what can carry it.
         loose: per module, the kind of a norm that it calls as a function; such a norm is no site.
         notes: what a reader should know: loose norms, and values that the observed run asked for and did not have.
         converted: for a folder that normswap wrote, what was done to it, in a sentence.
@@ -104,6 +106,7 @@ class NormMap:
     centrings: dict[int, Centring] = field(default_factory=dict)
     readings: dict[int, Readings] = field(default_factory=dict)
     writings: dict[int, Writings] = field(default_factory=dict)
+    bypasses: dict[str, Bypass] = field(default_factory=dict)
     loose: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     converted: str | None = None
@@ -132,6 +135,7 @@ class NormMap:
         for path, m in model.named_modules(remove_duplicate=False):
             if standing[id(m)] != path:
                 twins.setdefault(standing[id(m)], []).append(path)
+        written = {width: writings(trace, norms, probers[width]) for width in {spec.channels for spec in running}}
         result = cls(
             architecture=type(model).__name__,
             sites={},
@@ -145,7 +149,12 @@ class NormMap:
             trace=trace,
             centrings={width: centring(trace, norms, probers[width]) for width in widths},
             readings={width: readings(trace, norms, probers[width]) for width in sorted(channels)},
-            writings={width: writings(trace, norms, probers[width]) for width in {spec.channels for spec in running}},
+            writings=written,
+            bypasses={
+                norm: found
+                for width, made in written.items()
+                for norm, found in bypasses(trace, norms, probers[width], made).items()
+            },
             loose=loose,
             notes=[
                 *(

@@ -75,6 +75,10 @@ class Prober:
         """Positions of the inputs of which one value reaches several outputs, as `ask` finds them."""
         return self._remember("spreading", op, (), ask, frozenset())
 
+    def ask(self, question: str, op: Operation, axes: tuple[Axis, ...], ask):
+        """What `ask` finds out of some axes of `op` by trying it, None where it cannot be tried."""
+        return self._remember(question, op, axes, ask, None)
+
     def axes(self, shape: tuple[int, ...]) -> list[int]:
         """Dimensions of `shape` that hold whole runs of `width`."""
         return [i for i, n in enumerate(shape) if n >= self.width and n % self.width == 0]

@@ -38,17 +38,21 @@ class Source:
 
 @dataclass
 class Writings:
-    """Result of the pass: by path of the norm, what writes its input, or why that cannot be told or changed."""
+    """Result of the pass: by path of the norm, what writes its input, or why that cannot be told or changed.
+
+    Attributes:
+        operations: the same by the operation that writes.
+    """
 
     sources: dict[str, list[Source]] = field(default_factory=dict)
     obstacles: dict[str, str] = field(default_factory=dict)
+    operations: dict[str, dict[int, Source]] = field(default_factory=dict)
 
 
 def writings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Writings:
     """Follow the inputs of batch norms over `prober.width` channels back to the parameters that write them."""
     result = Writings()
     back = _Back(trace, prober)
-    found: dict[str, dict[int, Source]] = {}  # by norm, and by operation that writes
     for op in trace.norm_operations():
         spec = norms[op.norm]
         if spec.kind == "batchnorm" and spec.channels == prober.width and op.norm not in result.obstacles:
@@ -56,8 +60,8 @@ def writings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Writin
             if isinstance(source, str):
                 result.obstacles[op.norm] = source
             else:
-                found.setdefault(op.norm, {}).update([source])
-    for norm, sources in found.items():
+                result.operations.setdefault(op.norm, {}).update([source])
+    for norm, sources in result.operations.items():
         if norm in result.obstacles:
             continue
         written = list(dict.fromkeys(sources.values()))

@@ -6,17 +6,19 @@ so that it can be taken over by what writes its input, `x = W h + k`, where that
 
     y = (diag(a) W) h + (a k + c),
 
-or else by what reads its output, as the gains and biases of other norms are (`fold`). Nothing stays in its place: with
-neutral statistics it would be the identity in evaluation, and a norm again in training.
+or else by what reads its output, as the gains and biases of other norms are (`fold`), or by a convolution beside it
+(`understand.bypass`), whose kernel then holds a diagonal more. Nothing stays in its place: with neutral statistics it
+would be the identity in evaluation, and a norm again in training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from normswap.planning.edits import AnyEdit, Drop, FoldGain, Frozen, GrowBias, SwapNorm, TakeAffine
+from normswap.planning.edits import AnyEdit, CarryAffine, Drop, FoldGain, Frozen, GrowBias, SwapNorm, TakeAffine
 from normswap.planning.rewrites.fold import Folding, into_readers, shared
 from normswap.planning.rewrites.untie import Ties
+from normswap.understand.bypass import Bypass
 from normswap.understand.normmap import NormMap, Site
 from normswap.understand.writing import Source
 
@@ -27,28 +29,43 @@ def fold_running(normmap: NormMap, sites: Iterable[Site], ties: Ties) -> Folding
     """Plan the folding of batch norms into their neighbours."""
     result = Folding()
     behind: list[AnyEdit] = []
+    written: set[str] = set()
     for site in sites:
-        norm = frozen(site)
-        before = _into_writers(normmap, site, norm, ties)
-        if not isinstance(before, str):
-            behind += before
-            sources = normmap.writings[site.spec.channels].sources[site.path]
-            result.across += [(site.path, source.module) for source in sources]
+        before = _into_writers(normmap, site, ties)
+        if isinstance(before, str):
+            result.refused[site.path] = before
+            continue
+        behind += before
+        written.add(site.path)
+        _done(normmap, site, [source.module for source in _sources(normmap, site)], result)
+    for path, before in list(result.refused.items()):
+        site = normmap.sites[path]
+        carrier = normmap.bypasses.get(path)
+        if carrier is not None and carrier.norm in written and shared(normmap, site) is None:
+            behind += _beside(carrier, frozen(site), ties)
+            modules = [carrier.source.module]
         else:
+            norm = frozen(site)
             after = shared(normmap, site) or into_readers(normmap, site, ties, norm, "w", norm)
             if isinstance(after, str):
-                result.refused[site.path] = (
+                result.refused[path] = (
                     f"{before}, so it cannot be folded there; nor where it is read: {after}. --norm affine keeps a "
                     f"gain and a bias in its place"
                 )
                 continue
             result.edits += after
-            result.across += [(site.path, reader.module) for reader in site.readers]
-        behind += _gone(normmap, site)
-        result.sites.append(site)
+            modules = [reader.module for reader in site.readers]
+        del result.refused[path]
+        _done(normmap, site, modules, result)
     # a bias first takes what is folded into it from the norm before, and then goes through the one behind
-    result.edits += behind
+    gone = [edit for site in result.sites for edit in _gone(normmap, site)]
+    result.edits += [*behind, *gone]
     return result
+
+
+def _done(normmap: NormMap, site: Site, modules: list[str], result: Folding) -> None:
+    result.sites.append(site)
+    result.across += [(site.path, module) for module in modules]
 
 
 def frozen(site: Site) -> Frozen:
@@ -59,20 +76,21 @@ def frozen(site: Site) -> Frozen:
     return Frozen(mean=mean, variance=variance, eps=spec.eps, gain=gain, form=spec.gain or "w", bias=bias)
 
 
-def _into_writers(normmap: NormMap, site: Site, norm: Frozen, ties: Ties) -> list[AnyEdit] | str:
+def _into_writers(normmap: NormMap, site: Site, ties: Ties) -> list[AnyEdit] | str:
     """Edits of what writes the norm's input, or why it cannot be changed."""
-    if (why := shared(normmap, site)) is not None:
+    if (why := shared(normmap, site) or normmap.writings[site.spec.channels].obstacles.get(site.path)) is not None:
         return why
-    writings = normmap.writings[site.spec.channels]
-    if site.path in writings.obstacles:
-        return writings.obstacles[site.path]
     edits: list[AnyEdit] = []
-    for source in writings.sources[site.path]:
-        found = _into_writer(normmap, source, site.spec.channels, norm, ties)
+    for source in _sources(normmap, site):
+        found = _into_writer(normmap, source, site.spec.channels, frozen(site), ties)
         if isinstance(found, str):
             return found
         edits += found
     return edits
+
+
+def _sources(normmap: NormMap, site: Site) -> list[Source]:
+    return normmap.writings[site.spec.channels].sources[site.path]
 
 
 def _into_writer(normmap: NormMap, source: Source, channels: int, norm: Frozen, ties: Ties) -> list[AnyEdit] | str:
@@ -86,6 +104,17 @@ def _into_writer(normmap: NormMap, source: Source, channels: int, norm: Frozen, 
         return f"its input is written by {source.name}, which has no bias and cannot grow one"
     bias = TakeAffine(tensor=f"{source.module}.bias", norm=norm)
     return [gain, GrowBias(module=source.module, size=channels), bias]
+
+
+def _beside(carrier: Bypass, norm: Frozen, ties: Ties) -> list[AnyEdit]:
+    """Edits of a convolution that carries the norm, once it has taken over the norm behind it."""
+    source = carrier.source
+    bias = f"{source.module}.bias" if source.bias is None else ties.name(source.bias, source.module)
+    tensors = {ties.name(source.name, source.module): carrier.into, bias: None}
+    return [
+        CarryAffine(tensor=tensor, axis=source.axis, into=into, factor=carrier.factor, norm=norm, behind=carrier.norm)
+        for tensor, into in tensors.items()
+    ]
 
 
 def _gone(normmap: NormMap, site: Site) -> list[AnyEdit]:
