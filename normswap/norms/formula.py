@@ -13,7 +13,7 @@ from normswap.norms.spec import NormSpec
 def formula(
     x: torch.Tensor, spec: NormSpec, tensors: Mapping[str, torch.Tensor], z: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`spec` applied to `x` (batch first), with its casting; for every kind but batchnorm.
+    """`spec` applied to `x` (batch first), with its casting; for every kind but batchnorm (`running_affine`).
 
     Args:
         tensors: the module's parameters, by the names in `spec`.
@@ -37,14 +37,16 @@ def formula(
     return h.to(x.dtype)
 
 
-def running_formula(x: torch.Tensor, spec: NormSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A batchnorm's `spec` applied to `x`, with its running statistics among `tensors`."""
-    variance = placed(tensors[spec.variance], x.ndim, spec)
-    h = (x - placed(tensors[spec.mean], x.ndim, spec)) * torch.rsqrt(variance + spec.eps)
-    if spec.weight is not None:
-        weight = placed(tensors[spec.weight], x.ndim, spec)
-        h = h * (1 + weight if spec.gain == "1 + w" else weight)
-    return h if spec.bias is None else h + placed(tensors[spec.bias], x.ndim, spec)
+def running_affine(tensors: Mapping[str, torch.Tensor], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a batchnorm is as it runs, `y = a x + c`: a and c, per channel.
+
+    Args:
+        tensors: `mean` and `variance`, and `gain` and `bias` where it has them.
+    """
+    a = torch.rsqrt(tensors["variance"] + eps)
+    a = a * tensors["gain"] if "gain" in tensors else a
+    c = -a * tensors["mean"]
+    return a, c + tensors["bias"] if "bias" in tensors else c
 
 
 def placed(p: torch.Tensor, ndim: int, spec: NormSpec) -> torch.Tensor:

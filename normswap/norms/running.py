@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from normswap.norms.formula import running_formula
+from normswap.norms.formula import placed, running_affine
 from normswap.norms.spec import NormSpec
 
 _TOLERANCE = 1e-8  # float64 throughout
@@ -53,7 +53,10 @@ class Running:
             variance=does["variance"],
             eps=self._eps(does),
         )
-        expected = running_formula(self.x, spec, self.vectors)
+        own = {does: self.vectors[name].flatten() for does, name in spec.tensors.items()}
+        own |= {"gain": 1 + own["gain"]} if gain == "1 + w" else {}
+        a, c = (placed(t, self.x.ndim, spec) for t in running_affine(own, spec.eps))
+        expected = a * self.x + c
         return spec if _close(expected, self.y) else None
 
     def _axis(self) -> int | None:

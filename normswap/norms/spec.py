@@ -68,7 +68,7 @@ class NormSpec(BaseModel):
     @property
     def tensors(self) -> dict[str, str]:
         """The names of its tensors inside the module, by what they do."""
-        named = {"gain": self.weight, "bias": self.bias}
+        named = {"gain": self.weight, "bias": self.bias, "mean": self.mean, "variance": self.variance}
         return {does: name for does, name in named.items() if name is not None}
 
     @property

@@ -14,6 +14,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import nn
 
+from normswap.norms.formula import running_affine
 from normswap.norms.kind import Direct, Fitted
 from normswap.norms.kinds import KINDS, MODULES
 from normswap.norms.spec import Casting, GainForm, NormSpec
@@ -68,14 +69,17 @@ class Frozen(BaseModel):
         return tuple(name for name in (self.mean, self.variance, self.gain, self.bias) if name is not None)
 
     def scale(self, read: Read) -> torch.Tensor:
-        a = torch.rsqrt(read(self.variance) + self.eps)
-        if self.gain is None:
-            return a
-        return a * (1 + read(self.gain)) if self.form == "1 + w" else a * read(self.gain)
+        return self._affine(read)[0]
 
     def shift(self, read: Read) -> torch.Tensor:
-        c = -self.scale(read) * read(self.mean)
-        return c if self.bias is None else c + read(self.bias)
+        return self._affine(read)[1]
+
+    def _affine(self, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
+        named = {"mean": self.mean, "variance": self.variance, "gain": self.gain, "bias": self.bias}
+        tensors = {does: read(name).flatten() for does, name in named.items() if name is not None}
+        if self.form == "1 + w" and "gain" in tensors:
+            tensors["gain"] = 1 + tensors["gain"]
+        return running_affine(tensors, self.eps)
 
 
 class Centre(TensorEdit):

@@ -104,8 +104,8 @@ def plan_moves(
     inserted = insert_qk_norms(normmap, request.qk_norm) if request.qk_norm else Inserted()
     refused |= moved.refused | inserted.refused
 
-    by_module = (*folding.sites, *running.sites, *exchanged.sites)
-    changed = {*swapped, *(site.path for site in by_module), *moved.sites}
+    one_by_one = (*folding.sites, *running.sites, *exchanged.sites)
+    changed = {*swapped, *(site.path for site in one_by_one), *moved.sites}
     converted = tuple(path for path in normmap.sites if path in changed)
     done = converted or moved.steps or inserted.norms  # a post-norm block that gets a scale on its skip changes no norm
     if refused and not (request.partial and done):

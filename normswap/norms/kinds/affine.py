@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from normswap.norms.kind import Kind
+from normswap.norms.formula import running_affine
+from normswap.norms.kind import Direct, Kind
 
 
 class Affine(nn.Module):
@@ -53,7 +54,17 @@ class Affine(nn.Module):
         return f"{self.width}, eps={self.eps:g}, gain={self.gain}, bias={self.bias is not None}, axis={self.axis}"
 
 
+def _frozen(spec, tensors):
+    scale, shift = running_affine(tensors, spec.eps)
+    return {"weight": scale, "bias": shift}
+
+
 KINDS = (
-    Kind("affine", Affine),
+    Kind(
+        "affine",
+        Affine,
+        "A gain and a bias; of a BatchNorm exactly, as its running statistics are constants.",
+        {"batchnorm": Direct(_frozen)},
+    ),
     Kind("identity", nn.Identity),
 )

@@ -122,7 +122,7 @@ def _gone(normmap: NormMap, site: Site) -> list[AnyEdit]:
     spec = site.spec
     swap = SwapNorm(
         module=site.path,
-        kind="none",
+        kind="identity",
         width=spec.channels,
         eps=spec.eps,
         gain=None,
