@@ -13,7 +13,7 @@ from torch import nn
 from normswap.checkpoint.source import Source
 from normswap.errors import RefusedError
 from normswap.observe.run import make_eager
-from normswap.verification.inputs import evaluation_inputs
+from normswap.verification.inputs import RANDOM, evaluation_inputs
 from normswap.verification.run import open_model, tokenizer_of
 from normswap.verification.text import CALIBRATED, MEASURED, WHOLE, calibration_text
 from normswap.verification.text import read as read_text
@@ -37,6 +37,7 @@ class Data:
         batches: keyword arguments of `forward` to fit on.
         measured: others, to measure the cost of moves on.
         described: what the batches are, in words.
+        random: whether they are no data, but inputs drawn at random.
         progress: called with (what, done, total).
     """
 
@@ -45,6 +46,7 @@ class Data:
     measured: Batches
     described: str
     progress: Progress
+    random: bool = False
 
     def counts(self, what: str) -> Callable[[int, int], None]:
         """Reports the progress of one thing."""
@@ -70,7 +72,7 @@ def text_data(
             described = Path(text).name  # of the user's folders nothing is published
         count = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
         described = f"{count} tokens of {described}" if count else described
-        return Data(model, batches, measured, described, progress or silent)
+        return Data(model, batches, measured, described, progress or silent, described.startswith(RANDOM))
 
     return read
 

@@ -23,12 +23,15 @@ class Samples:
     Attributes:
         x: what goes into it in the model as converted so far, `(rows, width)`.
         y: what the original norm gave for the same tokens, `(rows, width)`.
+        normalised: what the new norm, without gain and bias, makes of x in the model, `(rows, width)`; where statistics
+            are of several tokens, x alone does not tell. Of a norm whose class has no such step it is x.
         spec: the original norm.
         tensors: its own.
     """
 
     x: torch.Tensor
     y: torch.Tensor
+    normalised: torch.Tensor
     spec: NormSpec
     tensors: Tensors
 
@@ -62,11 +65,13 @@ class Fitted:
         fit: gives the new module's tensors, by name.
         start: what it has before anything is fitted, as `Direct.values`.
         into: as for `Direct`.
+        alone: `start` is fitted to data already, which running statistics remember: random inputs would spoil it.
     """
 
     fit: Callable[[Samples], Values]
     start: Callable[[NormSpec, Tensors], Values]
     into: str | None = None
+    alone: bool = False
 
 
 Route = Rewrite | Direct | Fitted

@@ -16,6 +16,8 @@ from normswap.verification.text import batches as batches_of_text
 
 # Long enough to reach every row of most position tables, short enough for eager attention in float64.
 _LENGTH = 1024
+#: how the description of inputs begins that are of no data
+RANDOM = "random inputs"
 # How many batches are made where there is no text to take them from.
 _DRAWS = 4
 # What a window of text becomes under each name; a model that takes any other tensor is not measured on text.
@@ -56,7 +58,7 @@ def evaluation_inputs(
         return (
             batches,
             (_DRAWS * main.shape[0], *main.shape[1:]),
-            f"random inputs, seeds {first} to {first + _DRAWS - 1}",
+            f"{RANDOM}, seeds {first} to {first + _DRAWS - 1}",
         )
     if tokens < 2:
         raise VerificationError(f"tokens must be at least 2, found {tokens}: a token is needed to predict the next.")

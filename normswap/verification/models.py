@@ -17,7 +17,7 @@ from normswap.verification.outputs import (
     main_output,
     outputs_of,
 )
-from normswap.verification.sites import SiteComparison, SiteMetrics, SiteSpec, site_calls
+from normswap.verification.sites import SiteComparison, SiteMetrics, SiteSpec, alike, site_calls
 
 Progress = Callable[[int, int], None]
 
@@ -105,6 +105,7 @@ def compare_models(
     outputs, others, sites = None, OutputComparison(), SiteComparison()
     left_out = tuple(dict.fromkeys(path for path, _ in (*sites_a, *sites_b) if path in moved))
     sites_a, sites_b = ([(path, spec) for path, spec in own if path not in moved] for own in (sites_a, sites_b))
+    sites_a, sites_b = alike(sites_a, sites_b)
     with site_calls(model_a, sites_a) as calls_a, site_calls(model_b, sites_b, sites_a) as calls_b:
         for done, batch in enumerate(batches):
             inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch

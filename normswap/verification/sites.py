@@ -71,6 +71,17 @@ class SiteMetrics(Record):
         return self.power > _NO_POWER
 
 
+def alike(sites_a: Sequence[SiteSpec], sites_b: Sequence[SiteSpec]) -> tuple[list[SiteSpec], list[SiteSpec]]:
+    """Both models' sites, so that what is compared by its output alone in one of them is so in the other."""
+    specs_a, specs_b = dict(sites_a), dict(sites_b)
+
+    def watched(specs: dict[str, NormSpec], others: dict[str, NormSpec]) -> list[SiteSpec]:
+        coarse = {path: spec for path, spec in others.items() if spec.kind not in _NORMALISED_KINDS}
+        return [(path, coarse.get(path, spec)) for path, spec in specs.items()]
+
+    return watched(specs_a, specs_b), watched(specs_b, specs_a)
+
+
 @dataclass
 class Seen:
     """One call of one site, in rows of the normalised width.

@@ -2,7 +2,8 @@
 
 import torch
 
-from normswap.norms.kind import Kind
+from normswap.norms.fitting import as_on_average, moments
+from normswap.norms.kind import Fitted, Kind
 from normswap.norms.kinds.affine import Affine
 
 
@@ -14,4 +15,11 @@ class LayerNorm(Affine):
         return x * torch.rsqrt(x.square().mean(self.axis, keepdim=True) + self.eps)
 
 
-KINDS = (Kind("layernorm", LayerNorm),)
+KINDS = (
+    Kind(
+        "layernorm",
+        LayerNorm,
+        "Statistics of each token or pixel by itself; of a BatchNorm, with gains matched on data.",
+        {"batchnorm": Fitted(moments, as_on_average, alone=True)},
+    ),
+)
