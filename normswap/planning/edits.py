@@ -65,6 +65,11 @@ class Frozen(BaseModel):
     form: GainForm = "w"
     bias: str | None = None
 
+    @property
+    def module(self) -> str:
+        """Path of the norm."""
+        return self.mean.rpartition(".")[0]
+
     def reads(self) -> tuple[str, ...]:
         return tuple(name for name in (self.mean, self.variance, self.gain, self.bias) if name is not None)
 

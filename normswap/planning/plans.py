@@ -17,12 +17,14 @@ from normswap.planning.edits import (
     FITTED,
     AddNorm,
     AnyEdit,
+    CarryAffine,
     ModuleEdit,
     Read,
     Refit,
     Rewrite,
     SetConfig,
     SwapNorm,
+    TakeAffine,
     TensorEdit,
 )
 from normswap.planning.request import Request
@@ -149,6 +151,9 @@ class Plan(BaseModel):
         # what a norm becomes other than the kind asked for, it becomes because it moves
         asked = {OFFERED[c.kind].builds(replaced) for c in self.request.norms for replaced in OFFERED[c.kind].routes}
         found |= {edit.module for edit in self.edits if isinstance(edit, SwapNorm) and edit.kind not in asked}
+        # what writes to a norm that is folded into it now gives what the norm gave
+        carrying = {edit.behind for edit in self.edits if isinstance(edit, CarryAffine)}
+        found -= {edit.norm.module for edit in self.edits if isinstance(edit, TakeAffine)} - carrying
         rewrites = [edit for edit in self.edits if isinstance(edit, Rewrite)]
         return found | {f"{edit.module}.{change.name}" for edit in rewrites for change in edit.changes}
 

@@ -159,7 +159,7 @@ def _details(edit: AnyEdit, number: str) -> str:
 
 def _statistics(norm: Frozen, tensor: str) -> str:
     """A batch norm, by the module that holds its statistics."""
-    return f"statistics of {_within(norm.mean, tensor).rpartition('.')[0]}"
+    return f"statistics of {_within(norm.module, tensor)}"
 
 
 def _change(change: Change) -> str:
