@@ -142,7 +142,7 @@ def lay_out(source: Checkpoint, keymap: KeyMap, plan: Plan, dtype: torch.dtype |
 
     shards = {shard.name: [after[info.key] for info in shard.tensors] for shard in source.shards}
     for names, change in changes.items():
-        if not any(name in keymap.group_of for name in names):
+        if not any(name in keymap.group_of for name in names) and not _never_stored(names, keymap, change):
             job, entry = _new(source, keymap, change, dtype, made.keys(), fitted)
             jobs.append(job)
             shards[entry.shard].append(entry)
@@ -153,6 +153,11 @@ def lay_out(source: Checkpoint, keymap: KeyMap, plan: Plan, dtype: torch.dtype |
         [stored for names in changes if len(stored := tuple(n for n in names if n in keymap.group_of)) > 1],
         WriteSummary(tensors, tuple(e.tensor for e in plan.edits if isinstance(e, Untie)), {}),
     )
+
+
+def _never_stored(names: tuple[str, ...], keymap: KeyMap, edits: tuple[TensorEdit, ...]) -> bool:
+    """Whether what is dropped is a tensor of the model that the files lack: counts of batches came late to torch."""
+    return names[0] in keymap.shapes and all(isinstance(edit, Drop) for edit in edits)
 
 
 def _by_parameter(keymap: KeyMap, plan: Plan) -> dict[tuple[str, ...], tuple[TensorEdit, ...]]:
