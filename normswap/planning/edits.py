@@ -179,18 +179,17 @@ class FoldBias(TensorEdit):
         return carried if value is None else value + carried
 
 
-class TakeAffine(TensorEdit):
-    """A bias in front of a batch norm does what that did: `b <- a b + c`."""
+class AddShift(TensorEdit):
+    """A bias takes over what a batch norm behind it added: `b <- b + c`. Its scale is a gain, folded before."""
 
-    edit: Literal["take_affine"] = "take_affine"
+    edit: Literal["add_shift"] = "add_shift"
     norm: Frozen
 
     def reads(self):
         return self.norm.reads()
 
     def apply(self, value, read):
-        scale, shift = (t.reshape(value.shape) for t in (self.norm.scale(read), self.norm.shift(read)))
-        return scale * value + shift
+        return value + self.norm.shift(read).reshape(value.shape)
 
 
 class CarryAffine(TensorEdit):
@@ -215,13 +214,17 @@ class CarryAffine(TensorEdit):
     def reads(self):
         return self.norm.reads()
 
-    def apply(self, value, read):
+    def added(self, value: torch.Tensor, read: Read) -> torch.Tensor:
+        """What is added to `value`."""
         if self.into is None:
-            return value + self.factor * self.norm.shift(read).reshape(value.shape)
+            return self.factor * self.norm.shift(read).reshape(value.shape)
         channels = torch.arange(value.shape[self.axis], device=value.device)
         index = [torch.full_like(channels, n // 2) for n in value.shape]
         index[self.axis], index[self.into] = channels, channels % value.shape[self.into]
-        return value.index_put(tuple(index), self.factor * (self.norm.scale(read) - 1), accumulate=True)
+        return torch.zeros_like(value).index_put(tuple(index), self.factor * (self.norm.scale(read) - 1))
+
+    def apply(self, value, read):
+        return value + self.added(value, read)
 
 
 class Drop(TensorEdit):
@@ -545,7 +548,7 @@ AnyEdit = Annotated[
     | Untie
     | FoldGain
     | FoldBias
-    | TakeAffine
+    | AddShift
     | CarryAffine
     | Drop
     | Fill

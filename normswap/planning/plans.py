@@ -16,6 +16,7 @@ from normswap.norms.kinds import OFFERED
 from normswap.planning.edits import (
     FITTED,
     AddNorm,
+    AddShift,
     AnyEdit,
     CarryAffine,
     ModuleEdit,
@@ -24,7 +25,6 @@ from normswap.planning.edits import (
     Rewrite,
     SetConfig,
     SwapNorm,
-    TakeAffine,
     TensorEdit,
 )
 from normswap.planning.request import Request
@@ -153,7 +153,7 @@ class Plan(BaseModel):
         found |= {edit.module for edit in self.edits if isinstance(edit, SwapNorm) and edit.kind not in asked}
         # what writes to a norm that is folded into it now gives what the norm gave
         carrying = {edit.behind for edit in self.edits if isinstance(edit, CarryAffine)}
-        found -= {edit.norm.module for edit in self.edits if isinstance(edit, TakeAffine)} - carrying
+        found -= {edit.norm.module for edit in self.edits if isinstance(edit, AddShift)} - carrying
         rewrites = [edit for edit in self.edits if isinstance(edit, Rewrite)]
         return found | {f"{edit.module}.{change.name}" for edit in rewrites for change in edit.changes}
 

@@ -12,6 +12,8 @@ from functools import singledispatch
 import torch
 
 from normswap.planning.edits import (
+    AddShift,
+    CarryAffine,
     Centre,
     Copy,
     Drop,
@@ -71,18 +73,31 @@ def _(edit: FoldGain, key):
 def _(edit: FoldGain, value, read):
     gain = edit.gain(read)
     if not gain.all():
-        raise NoWayBack(f"{edit.weight} has {int((gain == 0).sum())} gains of 0, and what they met is lost")
+        named = getattr(edit.weight, "gain", edit.weight)
+        raise NoWayBack(f"{named} has {int((gain == 0).sum())} gains of 0, and what they met is lost")
     return gain.flatten()
 
 
-@taken_back.register
-def _(edit: FoldBias, key):
+@taken_back.register(FoldBias)
+@taken_back.register(AddShift)
+@taken_back.register(CarryAffine)
+def _(edit: TensorEdit, key):
     return Restore(tensor=edit.tensor, how="subtract", kept=key)
 
 
 @kept.register
 def _(edit: FoldBias, value, read):
     return edit.carried(read)
+
+
+@kept.register
+def _(edit: AddShift, value, read):
+    return edit.norm.shift(read).reshape(value.shape)
+
+
+@kept.register
+def _(edit: CarryAffine, value, read):
+    return edit.added(value, read)
 
 
 @taken_back.register

@@ -13,6 +13,7 @@ from rich.text import Text
 from normswap.apply.layout import WriteSummary
 from normswap.paths import blurred, folded
 from normswap.planning.edits import (
+    AddShift,
     AnyEdit,
     CarryAffine,
     Centre,
@@ -31,7 +32,6 @@ from normswap.planning.edits import (
     SetConfig,
     SetScale,
     SwapNorm,
-    TakeAffine,
     TensorEdit,
     Unscale,
     Untie,
@@ -126,7 +126,7 @@ def _details(edit: AnyEdit, number: str) -> str:
             bias = edit.bias
             of = _statistics(bias, edit.tensor) if isinstance(bias, Frozen) else _within(bias, edit.tensor)
             return f"{of}, by {_within(edit.reader, edit.tensor)}, axis {edit.axis}" + _in_runs(edit.runs)
-        case TakeAffine() | CarryAffine():
+        case AddShift() | CarryAffine():
             return _statistics(edit.norm, edit.tensor)
         case Fill():
             return number

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from normswap.planning.edits import AnyEdit, CarryAffine, Drop, FoldGain, Frozen, GrowBias, SwapNorm, TakeAffine
+from normswap.planning.edits import AddShift, AnyEdit, CarryAffine, Drop, FoldGain, Frozen, GrowBias, SwapNorm
 from normswap.planning.rewrites.fold import Folding, into_readers, shared
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.bypass import Bypass
@@ -96,14 +96,17 @@ def _sources(normmap: NormMap, site: Site) -> list[Source]:
 def _into_writer(normmap: NormMap, source: Source, channels: int, norm: Frozen, ties: Ties) -> list[AnyEdit] | str:
     if normmap.parameters[source.name][source.axis] != channels:
         return f"its input is a part of what {source.name} writes"
-    gain = FoldGain(tensor=ties.name(source.name, source.module), axis=source.axis, weight=norm, form="w")
+    edits: list[AnyEdit] = []
+    bias = f"{source.module}.bias"
     if source.bias is not None:
-        return [gain, TakeAffine(tensor=ties.name(source.bias, source.module), norm=norm)]
-    owned = normmap.name_in(source.module, source.name) is not None
-    if not (source.grows and owned and source.module in normmap.biasless):
+        bias = ties.name(source.bias, source.module)
+    elif source.grows and source.module in normmap.biasless and normmap.name_in(source.module, source.name) is not None:
+        edits.append(GrowBias(module=source.module, size=channels))
+    else:
         return f"its input is written by {source.name}, which has no bias and cannot grow one"
-    bias = TakeAffine(tensor=f"{source.module}.bias", norm=norm)
-    return [gain, GrowBias(module=source.module, size=channels), bias]
+    for tensor, axis in ((ties.name(source.name, source.module), source.axis), (bias, 0)):
+        edits.append(FoldGain(tensor=tensor, axis=axis, weight=norm, form="w"))
+    return [*edits, AddShift(tensor=bias, norm=norm)]
 
 
 def _beside(carrier: Bypass, norm: Frozen, ties: Ties) -> list[AnyEdit]:
