@@ -3,6 +3,7 @@
 .venv/bin/python scripts/coverage.py                        # the whole sweep; goes on where it stopped
 .venv/bin/python scripts/coverage.py --only 'gpt*,bert'     # some types, or globs
 .venv/bin/python scripts/coverage.py --placement post       # the norms moved instead, and looked at twice
+.venv/bin/python scripts/coverage.py --kind batchnorm       # the norms of one kind, and what is for them alone
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ Examples:
   python scripts/coverage.py --out coverage.jsonl --jobs 2 --table coverage.md
   python scripts/coverage.py --only 'gpt*,bert' --redo --json
   python scripts/coverage.py --placement post --table placements.md
+  python scripts/coverage.py --kind batchnorm --table batchnorm.md
 """
 
 
@@ -53,20 +55,23 @@ Examples:
     type=click.Choice(["post", "deepnorm", "keel"]),
     help="Move the norms of pre-norm streams there, in place of all else.",
 )
+@click.option("--kind", type=click.Choice(["batchnorm"]), help="Only norms of this kind, in place of all else.")
 @click.option("--seconds", default=180.0, show_default=True, help="Time that one type may take.")
 @click.option("--gibibytes", default=6.0, show_default=True, help="Memory that one process may take.")
 @click.option("--table", type=click.Path(path_type=Path), help="Write summary and table there, as Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def main(out: Path, only: str, jobs: int, redo: bool, disk: bool, placement: str | None, seconds: float,
-         gibibytes: float, table: Path | None, as_json: bool) -> None:  # fmt: skip
+def main(out: Path, only: str, jobs: int, redo: bool, disk: bool, placement: str | None, kind: str | None,
+         seconds: float, gibibytes: float, table: Path | None, as_json: bool) -> None:  # fmt: skip
     """Inspect and convert a small random model of each type that transformers has, and measure each conversion.
 
     With `--placement`, move its norms, trace what came out again, and measure it against the original with its blocks
     evaluated in that placement by interception.
 
+    With `--kind`, convert the norms of that kind alone, in the exact ways that are for it.
+
     Prints the summary. Ends with status 1 where a conversion is wrong, or anything crashed.
     """
-    from sweep import placement_table, zoo
+    from sweep import kind_table, placement_table, zoo
     from sweep import table as conversion_table
     from sweep.examine import versions
 
@@ -74,10 +79,10 @@ def main(out: Path, only: str, jobs: int, redo: bool, disk: bool, placement: str
     types = [name for name in zoo.model_types() if any(fnmatch.fnmatch(name, glob) for glob in globs)]
     if not types:
         raise click.BadParameter(f"no model type of transformers is like {only}", param_hint="--only")
-    if placement and disk:
-        raise click.UsageError("--placement moves live models: leave --disk out")
-    key = versions() | ({"placement": placement} if placement else {"disk": disk})
-    tables = placement_table if placement else conversion_table
+    if sum(map(bool, (placement, kind, disk))) > 1:
+        raise click.UsageError("--placement, --kind and --disk are three sweeps: give one of them")
+    key = versions() | ({"placement": placement} if placement else {"kind": kind} if kind else {"disk": disk})
+    tables = placement_table if placement else kind_table if kind else conversion_table
     have = _read(out, key)
     todo = [name for name in types if redo or name not in have]
     if todo:
@@ -115,6 +120,7 @@ def _sweep(
 ) -> dict[str, dict]:
     """Examine the types, and append each record to `out` as it is made; with `disk` in the key, once it was loaded."""
     from sweep.examine import examine
+    from sweep.of_kind import examine_kind
     from sweep.place import place
     from sweep.workers import run_all
 
@@ -129,9 +135,11 @@ def _sweep(
             file.write("\n")  # a line that was cut off stays by itself
         task = progress.add_task("examining", total=len(types))
         prepared = []
-        work, args = (
-            (place, (key["placement"],)) if "placement" in key else (examine, (scratch if key["disk"] else None,))
-        )
+        work, args = examine, (scratch if key.get("disk") else None,)
+        if "placement" in key:
+            work, args = place, (key["placement"],)
+        if "kind" in key:
+            work, args = examine_kind, (key["kind"],)
         for name, record, why in run_all(work, types, args, jobs, seconds, gibibytes):
             found[name] = (record or {"type": name, "status": "crashed", "why": why, "seconds": {}}) | {"key": key}
             progress.update(task, advance=1, description=name[:24].ljust(24))

@@ -17,6 +17,7 @@ from torch import nn
 
 import normswap
 from normswap.errors import NormswapError, ObserveError, RefusedError, VerificationError
+from normswap.norms.kinds import OFFERED
 from normswap.planning.planner import make_plan
 from normswap.planning.plans import Plan
 from normswap.planning.request import Request
@@ -121,7 +122,7 @@ def examine_model(model: nn.Module, inputs: Mapping[str, Any], seconds: dict[str
         for way in tied:
             start = time.perf_counter()
             asked = words if way == "keep" else f"{words} --tied untie"
-            found, plan = _convert(model, normmap, batches, Request.of(**request, tied=way, partial=True))
+            found, plan = convert(model, normmap, batches, Request.of(**request, tied=way, partial=True))
             if before is not None and plan is not None and plan.edits == before.edits:
                 continue  # nothing is tied that matters: the same plan, measured already
             found["refused"] = {site: [why, pattern(why, names)] for site, why in found.get("refused", {}).items()}
@@ -137,7 +138,7 @@ def examine_model(model: nn.Module, inputs: Mapping[str, Any], seconds: dict[str
     }
 
 
-def _convert(model, normmap: NormMap, batches, request: Request) -> tuple[dict[str, Any], Plan | None]:
+def convert(model, normmap: NormMap, batches, request: Request) -> tuple[dict[str, Any], Plan | None]:
     """The result of one conversion, and its plan; a plan that was measured before is not measured again."""
     try:
         plan = make_plan(normmap, request, model.config.model_type)
@@ -195,8 +196,9 @@ def rounded(model: nn.Module) -> nn.Module:
 
 
 def _is_asked(site, request: Request) -> bool:
-    folds = request.fold and site.spec.kind in ("layernorm", "rmsnorm") and (site.spec.weight or site.spec.bias)
-    return bool(folds) or (request.norm is not None and site.spec.kind == "layernorm")
+    parts = site.spec.kind in ("layernorm", "rmsnorm") and (site.spec.weight or site.spec.bias)
+    folds = request.fold and (parts or site.spec.kind == "batchnorm")
+    return bool(folds) or any(site.spec.kind in OFFERED[choice.kind].routes for choice in request.norms)
 
 
 def batches_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -107,7 +107,8 @@ def of(record: Record, words: str) -> Record | None:
 def _is_asked(site: Record, words: str) -> bool:
     if "--norm" in words and site["kind"] == "layernorm":
         return True
-    return "--fold" in words and site["kind"] in ("layernorm", "rmsnorm") and bool(site["gain"] or site["bias"])
+    parts = site["kind"] in ("layernorm", "rmsnorm") and bool(site["gain"] or site["bias"])
+    return "--fold" in words and (parts or site["kind"] == "batchnorm")
 
 
 def summary_lines(found: dict[str, Any], reasons: int = 12) -> list[str]:
