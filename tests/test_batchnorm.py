@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -16,6 +17,7 @@ from normswap.errors import RefusedError
 from normswap.understand.normmap import find_sites
 from normswap.verification.precision import LiftFloat32
 from sweep import zoo
+from sweep.disk import load_all, prepare
 
 
 def picture(*shape, seed=0):
@@ -303,3 +305,119 @@ def test_families_fold_at_every_site(model_type):
 
 def outputs(result):
     return {k: v for k, v in result.items() if torch.is_tensor(v) and v.is_floating_point() and v.numel() > 1}
+
+
+def test_frozen_to_an_affine_map_where_nothing_can_take_it():
+    """CLAP's norm of mel bins, and Emu3's in front of an activation, beside a frozen one (buffers alone)."""
+    checked = 0
+    for model_type in ("clap_audio_model", "rt_detr_resnet", "patchtst"):
+        model, inputs = built(model_type)
+        running = [path for path, spec in find_sites(model, inputs) if spec.kind == "batchnorm"]
+        plan = normswap.plan(model, inputs=inputs, norm="affine")
+        converted = apply_plan(copy.deepcopy(model), plan)
+        assert plan.claim == "exact" and {*plan.converted} == {*running}
+        with torch.no_grad(), LiftFloat32():
+            ours, theirs = (outputs(m(**inputs)) for m in (converted, model))
+        for name in ours:
+            assert relative(ours[name], theirs[name]) < 1e-10  # measured: 1e-15 to 4e-15
+            checked += 1
+    assert checked > 2
+
+
+def settled(parts):
+    """A net whose running statistics are of data: pictures as `pictures` draws them, all of one distribution."""
+    model = ready(parts).train()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None  # the mean over batches
+            norm.reset_running_stats()
+    for seed in range(8):
+        model(pictures(seed))
+    return model.eval()
+
+
+def pictures(seed, n=8):
+    """Smooth pictures of one distribution."""
+    coarse = torch.randn(n, 6, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return F.interpolate(coarse, size=(16, 16), mode="bilinear") + 0.3
+
+
+def convolutions():
+    layers = [(6, 32), (32, 32), (32, 48), (48, 48)]
+    parts = [(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in layers]
+    return Seq(*(part for three in parts for part in three), nn.Conv2d(48, 5, 1))
+
+
+@pytest.mark.parametrize("kind", ["groupnorm", "layernorm"])
+def test_norms_of_each_input_come_closer_than_copied_gains(kind):
+    model = settled(convolutions())
+    held_out = pictures(100, 16)
+    batches = [dict(x=pictures(seed)) for seed in range(20, 24)]
+    untrained = normswap.plan(model, norm=kind, inputs=batches[0])
+    fitted = normswap.plan(model, norm=kind, inputs=batches[0], calibrate=batches)
+    assert (untrained.claim, fitted.claim, fitted.calibrated_on) == ("untrained", "calibrated", "3 batches")
+
+    def error(converted):
+        with torch.no_grad():
+            return float((converted(held_out) - model(held_out)).norm() / model(held_out).norm())
+
+    without = apply_plan(copy.deepcopy(model), untrained)
+    copied = copy.deepcopy(without)
+    for path in untrained.converted:
+        new, old = copied.get_submodule(path), model.get_submodule(path)
+        new.weight.data.copy_(old.weight), new.bias.data.copy_(old.bias)
+    errors = [error(apply_plan(copy.deepcopy(model), fitted)), error(without), error(copied)]
+    # fitted, from running statistics, copied: 0.48, 0.47, 0.67 (groupnorm) and 0.79, 0.79, 0.92 (layernorm)
+    assert max(errors[:2]) < 0.9 * errors[2]
+
+
+def test_each_channel_keeps_the_moments_that_the_batch_norm_gave_it():
+    model = settled(convolutions())
+    batches = [dict(x=pictures(seed)) for seed in range(20, 24)]
+    plan = normswap.plan(model, norm="groupnorm", inputs=batches[0], calibrate=batches)
+    converted = apply_plan(copy.deepcopy(model), plan)
+    checked = 0
+    for path in plan.converted:
+        ours, theirs = (seen(m, path, batches[:-1]) for m in (converted, model))
+        for moment in (torch.mean, torch.std):
+            assert relative(moment(ours, (0, 2, 3)), moment(theirs, (0, 2, 3))) < 1e-6  # 1e-7 is measured
+            checked += 1
+    assert checked == 8
+
+
+def seen(model, path, batches):
+    """What a module gives on all batches."""
+    found = []
+    handle = model.get_submodule(path).register_forward_hook(lambda module, args, output: found.append(output))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    return torch.cat(found)
+
+
+def test_random_inputs_spoil_no_running_statistics(tmp_path):
+    """A folder of a model of pictures comes without any: its norms are made of what they remember of theirs."""
+    model, inputs = built("resnet")
+    model.save_pretrained(tmp_path / "source")
+    done = normswap.convert(tmp_path / "source", tmp_path / "out", norm="groupnorm", verify="none")
+    assert (done.plan.claim, done.plan.calibrated_on) == ("calibrated", "the running statistics of 29 norms")
+    live = apply_plan(copy.deepcopy(model), normswap.plan(model, norm="groupnorm", inputs=inputs))
+    loaded = normswap.load(tmp_path / "out").double()
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in live.state_dict().items())
+
+
+def test_on_disk_and_back(tmp_path):
+    """Converted, loaded by transformers alone, and undone."""
+    for model_type, request in (("resnet", dict(fold=True)), ("levit", dict(norm="affine"))):
+        model = zoo.build(model_type)
+        assert prepare(model, zoo.inputs_for(model), tmp_path / model_type, **request) is None
+    normswap.undo(tmp_path / "resnet" / "converted", tmp_path / "back", verify="fast")
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "resnet/source", tmp_path / "back")
+    )
+    assert before.keys() == after.keys()
+    assert max(float((before[k] - after[k]).abs().max()) for k in before) < 1e-14  # 6e-17 is measured
+    found = load_all([tmp_path / "resnet", tmp_path / "levit"], tmp_path / "cache")
+    assert len(found) == 2
+    assert all(said["error"] < 1e-10 for said in found.values()), found  # 2e-15 is measured
