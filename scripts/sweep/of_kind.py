@@ -7,7 +7,7 @@ from typing import Any
 
 from normswap.errors import NormswapError
 from normswap.planning.request import Request
-from normswap.understand.normmap import NormMap
+from normswap.understand.normmap import NormMap, find_sites
 from sweep.examine import batches_of, build, convert, pattern, quieten, short
 
 #: by kind of norm, the exact conversions that are for it, in the words of the command line
@@ -26,6 +26,8 @@ def examine_kind(model_type: str, kind: str) -> dict[str, Any]:
         return record
     start = time.perf_counter()
     try:
+        if all(spec.kind != kind for _, spec in find_sites(model, inputs)):
+            return record | {"status": "none"}
         normmap = NormMap.of(model, inputs)
     except NormswapError as error:
         return record | {"status": "refused", "why": str(error)}
@@ -33,8 +35,6 @@ def examine_kind(model_type: str, kind: str) -> dict[str, Any]:
         return record | {"status": "crashed", "why": short(error)}
     record["seconds"]["inspect"] = time.perf_counter() - start
     sites = [path for path, site in normmap.sites.items() if site.spec.kind == kind]
-    if not sites:
-        return record | {"status": "none"}
     names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     batches = batches_of(model, inputs)
     conversions = {}
