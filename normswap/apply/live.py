@@ -8,7 +8,7 @@ is still untouched.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from normswap.apply.modules import ModuleEdits
 from normswap.errors import PlanError
-from normswap.planning.edits import FITTED, TensorEdit, Untie
+from normswap.planning.edits import FITTED, Initialise, TensorEdit, Untie
 from normswap.planning.plans import Plan
 
 Tensors = dict[str, torch.Tensor]
@@ -124,13 +124,16 @@ def _apply(model: nn.Module, plan: Plan) -> None:
 
     read = plan.reading(lambda name: _float64(before[name]))
 
-    for name in _readers_first(edits):
-        # what the new structure has brought begins neutral
-        tensor = before.get(name, after.get(name))
-        value = None if tensor is None else _float64(tensor)
-        for edit in edits[name]:
-            value = _run(edit, value, read)
-        _write(model, name, value, after.get(name))
+    for names in _readers_first(edits):
+        made = {}
+        for name in names:
+            # what the new structure has brought begins neutral
+            tensor = before.get(name, after.get(name))
+            made[name] = None if tensor is None else _float64(tensor)
+            for edit in edits[name]:
+                made[name] = _run(edit, made[name], read)
+        for name, value in made.items():
+            _write(model, name, value, after.get(name))
 
 
 def _check_names(edits: dict[str, list[TensorEdit]], before: Tensors, after: Tensors) -> None:
@@ -168,14 +171,22 @@ def _write(model: nn.Module, name: str, value: torch.Tensor | None, target: torc
         target.data.copy_(value)
 
 
-def _readers_first(edits: dict[str, list[TensorEdit]]) -> Iterable[str]:
-    """The edited tensors, each before those it reads, so that they still have their original values then."""
-    order = TopologicalSorter({name: () for name in edits})
-    for name, steps in edits.items():
-        for other in {other for step in steps for other in step.reads()} & edits.keys() - {name}:
-            order.add(other, name)
+def _readers_first(edits: dict[str, list[TensorEdit]]) -> Iterator[list[str]]:
+    """The edited tensors, each before those it reads, so that they still have their original values then.
+
+    A norm's tensors, all of which may be made of all of them, come together.
+    """
+    norms = {name: step.module for name, steps in edits.items() for step in steps if isinstance(step, Initialise)}
+    together: dict[str, list[str]] = {}
+    for name in edits:
+        together.setdefault(norms.get(name, name), []).append(name)
+    order = TopologicalSorter({first: () for first in together})
+    for first, names in together.items():
+        read = {other for name in names for step in edits[name] for other in step.reads()} & edits.keys()
+        for other in {norms.get(other, other) for other in read} - {first}:
+            order.add(other, first)
     try:
-        return list(order.static_order())
+        yield from [together[first] for first in order.static_order()]
     except CycleError as error:
         raise PlanError(f"edits read each other's tensors in a circle: {' -> '.join(error.args[1])}") from error
 
