@@ -89,7 +89,7 @@ def normalise(
     wanted: torch.Tensor,
     centred: bool,
     batches: Sequence[Mapping[str, Any]],
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Refit, in place, what writes to the value that the norm at `path` of `model` reads.
 
     Args:
@@ -98,13 +98,13 @@ def normalise(
         centred: the new norm takes the mean out, so that there may be any.
 
     Returns:
-        The tensors that changed, by name; none where nothing helps.
+        The tensors that changed, by name; none where nothing helps. And what the norm reads now, `(rows, width)`.
     """
-    if origin.table is not None:
-        return _normalise_table(model, path, spec, origin.table, wanted, batches)
+    changed = {} if origin.table is None else _normalise_table(model, spec, origin.table, wanted, batches)
     factor = factor_of(model, origin.writers, Tap(path, "input"), 1.0, batches[0])
     if factor is None:
-        return {}
+        tap = Tap(path, "input")
+        return changed, torch.cat([rows(watch(model, [tap], inputs)[tap], inputs) for inputs in batches])
     x, features = [], []
     for inputs in batches:
         taps = [Tap(path, "input"), *(Tap(writer.module, "input") for writer in origin.writers)]
@@ -117,9 +117,10 @@ def normalise(
     missing = c * normalised(wanted, spec) - (around(x, spec) if centred else x)
     change = _fitted(features, missing, c, any(writer.bias is not None for writer in origin.writers))
     if change is None:
-        return {}
+        return {}, x
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return write_change(parameters, origin.writers, *(part / factor for part in change))
+    changed = write_change(parameters, origin.writers, *(part / factor for part in change))
+    return changed, x + features @ change[0].to(x.dtype) + change[1].to(x.dtype)
 
 
 def _fitted(features: torch.Tensor, missing: torch.Tensor, c: torch.Tensor, bias: bool):
@@ -140,7 +141,7 @@ def _fitted(features: torch.Tensor, missing: torch.Tensor, c: torch.Tensor, bias
     return Ridge(features, weights, bias).solve(missing, r)[0] if least < error(None) else None
 
 
-def _normalise_table(model, path: str, spec: NormSpec, table: Writer, wanted: torch.Tensor, batches):
+def _normalise_table(model, spec: NormSpec, table: Writer, wanted: torch.Tensor, batches):
     """Divide each row by its scale."""
     weight = model.get_parameter(table.name)
     ids = []

@@ -15,7 +15,7 @@ from torch import nn
 
 from normswap.apply.live import apply_plan
 from normswap.calibration.data import Data
-from normswap.calibration.normalise import Origin, normalise, origins
+from normswap.calibration.normalise import normalise, origins
 from normswap.calibration.taps import Tap, rows, watch
 from normswap.errors import RefusedError
 from normswap.norms.kind import Fitted, Samples
@@ -45,12 +45,14 @@ def fit_norms(normmap: NormMap, plan: Plan, data: Data) -> Plan:
     told: list[FittedNorm] = []
     for site, wanted, given in _originals(data.model, sites, data.batches):
         edit = edits[site.path]
-        origin = left.pop(site.path, Origin())
+        origin = left.pop(site.path, None)
         left = {path: other for path, other in left.items() if other != origin}  # parallel branches read one value
-        if origin != Origin():
+        if origin is None:
+            x = torch.cat([_rows(watch(converted, [_input(site)], i)[_input(site)], site, i) for i in data.batches])
+        else:
             centred = edit.route.centred
-            tensors |= normalise(converted, site.path, site.spec, origin, wanted, centred, data.batches)
-        x = torch.cat([_rows(watch(converted, [_input(site)], i)[_input(site)], site, i) for i in data.batches])
+            changed, x = normalise(converted, site.path, site.spec, origin, wanted, centred, data.batches)
+            tensors |= changed
         own = edit.own(lambda name: data.model.state_dict()[name].double())
         values = edit.route.fit(Samples(x, given, site.spec, own))
         plan = _with_form(plan, converted, edit, values)

@@ -10,7 +10,7 @@ import torch
 from normswap.norms.spec import NormSpec
 
 # a slope is a matter of one number: so many rows tell it
-_ROWS = 4096
+_ROWS = 2048
 _GOLDEN = (5**0.5 - 1) / 2
 # clusters are apart where no token's scale lies within this factor, and the smaller has this part of the tokens at most
 _APART, _FEW = 4.0, 0.1
@@ -69,6 +69,7 @@ def some_rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def threshold(scales: torch.Tensor) -> float | None:
     """Between two clusters of scales that are clearly apart, None: there is one cluster."""
+    scales = scales.flatten()
     if len(scales) < 2:
         return None
     ordered = scales.clamp_min(torch.finfo(scales.dtype).tiny).sort().values.log()
