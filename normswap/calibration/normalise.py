@@ -101,17 +101,13 @@ def normalise(
         The tensors that changed, by name; none where nothing helps. And what the norm reads now, `(rows, width)`.
     """
     changed = {} if origin.table is None else _normalise_table(model, spec, origin.table, wanted, batches)
-    factor = factor_of(model, origin.writers, Tap(path, "input"), 1.0, batches[0])
+    taps = [Tap(path, "input"), *(Tap(writer.module, "input") for writer in origin.writers)]
+    seen = [watch(model, taps, inputs) for inputs in batches]
+    x = torch.cat([rows(found[taps[0]], inputs) for found, inputs in zip(seen, batches, strict=True)])
+    factor = factor_of(model, origin.writers, taps[0], 1.0, batches[0], seen[0])
     if factor is None:
-        tap = Tap(path, "input")
-        return changed, torch.cat([rows(watch(model, [tap], inputs)[tap], inputs) for inputs in batches])
-    x, features = [], []
-    for inputs in batches:
-        taps = [Tap(path, "input"), *(Tap(writer.module, "input") for writer in origin.writers)]
-        seen = watch(model, taps, inputs)
-        x.append(rows(seen[taps[0]], inputs))
-        features.append(features_of(seen, origin.writers, inputs))
-    x, features = torch.cat(x), torch.cat(features)
+        return changed, x
+    features = torch.cat([features_of(found, origin.writers, i) for found, i in zip(seen, batches, strict=True)])
     s = scale_of(wanted, spec)
     c = constants(s)(s)
     missing = c * normalised(wanted, spec) - (around(x, spec) if centred else x)

@@ -109,7 +109,9 @@ def refit(
 def _step(original: nn.Module, moved: nn.Module, target: Target, batches) -> tuple[Fit, dict[str, torch.Tensor]] | None:
     parameters = dict(moved.named_parameters(remove_duplicate=False))
     frame = _frame(target, parameters)
-    factor = factor_of(moved, target.writers, target.out, frame, batches[0])
+    taps = [target.out, *(Tap(writer.module, "input") for writer in target.writers)]
+    seen = watch(moved, taps, batches[0])
+    factor = factor_of(moved, target.writers, target.out, frame, batches[0], seen)
     writers = () if factor is None else target.writers
     frame = (factor or 1.0) * frame
     y, features, wanted = _gather(original, moved, target, writers, batches)

@@ -81,18 +81,22 @@ def _add(tensors: dict[str, torch.Tensor], name: str, parameter: torch.Tensor, c
 
 
 def factor_of(
-    model: nn.Module, writers: Sequence[Writing], out: Tap, frame: torch.Tensor | float, inputs: Mapping[str, Any]
+    model: nn.Module,
+    writers: Sequence[Writing],
+    out: Tap,
+    frame: torch.Tensor | float,
+    inputs: Mapping[str, Any],
+    seen: Mapping[Tap, torch.Tensor],
 ) -> float | None:
     """The factor with which `writers` enter the sum at `out`, if it is the skip and what they give, and nothing else.
 
     With their parameters set to 0 the sum is the skip alone, and the difference must be a multiple of H W, times
-    `frame` per channel.
+    `frame` per channel. `seen` is what `out` and the writers' inputs are on `inputs`.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if not writers or any(parameters[w.weight].ndim != 2 for w in writers):
         return None
     taps = [out, *(Tap(writer.module, "input") for writer in writers)]
-    full = watch(model, taps, inputs)
     own = [parameters[name] for w in writers for name in (w.weight, w.bias) if name is not None]
     kept = [p.detach().clone() for p in own]
     with torch.no_grad():
@@ -101,12 +105,12 @@ def factor_of(
         bare = watch(model, [out], inputs)
         for p, value in zip(own, kept, strict=True):
             p.copy_(value)
-    if not set(taps) <= full.keys() or out not in bare:
+    if not set(taps) <= seen.keys() or out not in bare:
         return None
-    y, skip = rows(full[out], inputs).double(), rows(bare[out], inputs).double()
+    y, skip = rows(seen[out], inputs).double(), rows(bare[out], inputs).double()
     given = torch.zeros_like(y)
     for writer, tap in zip(writers, taps[1:], strict=True):
-        h = rows(full[tap], inputs).double()
+        h = rows(seen[tap], inputs).double()
         matrix = parameters[writer.weight].detach().double()
         matrix = matrix if writer.axis == 1 else matrix.T
         if h.shape[0] != len(y) or h.shape[1] != matrix.shape[0]:
