@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from normswap.norms.spec import NormSpec
     from normswap.planning.plans import Plan
     from normswap.planning.request import Request
+    from normswap.repbn import fold_repbn, reestimate
     from normswap.understand.normmap import NormMap, inspect
     from normswap.undoing import Undone, undo
     from normswap.verification.run import Report, verify
@@ -48,6 +49,7 @@ _HOME = {
     "planning.plans": ("Plan",),
     "planning.request": ("Request",),
     "undoing": ("Undone", "undo"),
+    "repbn": ("fold_repbn", "reestimate"),
     "verification.run": ("Report", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

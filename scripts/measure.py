@@ -3,6 +3,7 @@
 .venv/bin/python scripts/measure.py                                  # prints Markdown tables
 .venv/bin/python scripts/measure.py --placement                      # moved norms, calibrated on the shipped text
 .venv/bin/python scripts/measure.py --placement --text corpus.txt    # and on another one, four times as much of it
+.venv/bin/python scripts/measure.py --norms                          # fitted norms, and what they begin as elsewhere
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import transformers
 from transformers.utils import logging
 
 import normswap
-from normswap.calibration.data import TOKENS
+from normswap.calibration.data import TOKENS, WINDOW, text_data
+from normswap.checkpoint.source import Source
+from starts import best_start
 
 CHECKPOINTS = Path(__file__).parent.parent / "tests" / "checkpoints"
 CONVERSIONS = [
@@ -36,6 +39,7 @@ CONVERSIONS = [
     ("gpt_neox-shakespeare", "--norm rmsnorm --fold", dict(norm="rmsnorm", fold=True)),
     ("llama-shakespeare", "--fold", dict(fold=True)),
 ]
+FITTED, FITTED_TOKENS = ("dyt", "derf", "none", "repbn"), 32768
 PLACEMENTS = ("post", "deepnorm", "sandwich", "reordered", "keel")
 # shapes of well-known models, built without weights: type, sizes, what to plan
 FULL_SIZE = {
@@ -59,9 +63,10 @@ FULL_SIZE = {
 @click.command()
 @click.option("--full-size", "name", type=click.Choice(list(FULL_SIZE)), hidden=True)
 @click.option("--placement", is_flag=True, help="Move norms instead, and measure what that costs.")
+@click.option("--norms", is_flag=True, help="Fit norms of other kinds instead, and measure what that costs.")
 @click.option("--text", metavar="FILE", help="With --placement, calibrate on this text as well, for post.")
-@click.option("--only", metavar="NAME", help="With --placement, this checkpoint alone.")
-def main(name: str | None, placement: bool, text: str | None, only: str | None) -> None:
+@click.option("--only", metavar="NAME", help="With --placement or --norms, this checkpoint alone.")
+def main(name: str | None, placement: bool, norms: bool, text: str | None, only: str | None) -> None:
     """Measure and print the tables of the README."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -72,8 +77,8 @@ def main(name: str | None, placement: bool, text: str | None, only: str | None) 
         raise click.UsageError("--text is for --placement.")
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     print(f"{versions}, {os.cpu_count()} CPU cores\n")
-    if placement:
-        _placements(text, only)
+    if placement or norms:
+        _placements(text, only) if placement else _norms(only)
         return
     print("| checkpoint | conversion | worst error, float64 | worst error, float32 | nats, float32 | nats, bfloat16 |")
     print("|---|---|---|---|---|---|")
@@ -123,6 +128,25 @@ def _placements(text: str | None, only: str | None) -> None:
                 print(
                     f"| {checkpoint} | {placement} | {done.plan.calibrated_on} | {found.kl.mean:.2g} "
                     f"| {found.kl.median:.2g} | {found.kl.p999:.2g} | {found.top1:.1%} |",
+                    flush=True,
+                )
+
+
+def _norms(only: str | None) -> None:
+    """What fitted norms cost, and what they cost as they begin elsewhere, on text that no calibration sees."""
+    print("| checkpoint | norm | KL at the start | which start | KL, fitted | times lower | p99.9 | same top-1 |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for checkpoint in dict.fromkeys(name for name, _, _ in CONVERSIONS if only in (None, name)):
+            data = text_data(Source.open(CHECKPOINTS / checkpoint), None, TOKENS, WINDOW, None)()
+            for kind in FITTED:
+                start, words = best_start(data.model, kind, data.batches, data.measured)
+                out = Path(folder) / f"{checkpoint}-{kind}"
+                normswap.convert(CHECKPOINTS / checkpoint, out, norm=kind, tokens=FITTED_TOKENS, verify="none")
+                found = normswap.verify(CHECKPOINTS / checkpoint, out).comparison.output
+                print(
+                    f"| {checkpoint} | {kind} | {start:.2g} | {words} | {found.kl.mean:.2g} "
+                    f"| {start / found.kl.mean:.0f} | {found.kl.p999:.2g} | {found.top1:.1%} |",
                     flush=True,
                 )
 

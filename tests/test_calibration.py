@@ -15,10 +15,11 @@ from models import tiny
 from nets import VOCAB, WIDTH, Block, Net, ids, ready
 from normswap.apply.live import apply_plan
 from normswap.calibration.data import Data
-from normswap.calibration.refit import Target, Writing, refit
+from normswap.calibration.refit import Target, refit
 from normswap.calibration.ridge import Ridge
 from normswap.calibration.scales import measure_scales
 from normswap.calibration.taps import Tap, find_tap, watch
+from normswap.calibration.writers import Writing
 from normswap.drafting import draft
 from normswap.errors import RefusedError
 from normswap.norms.spec import NormSpec

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from normswap.apply.rebuild import keep_whole
+from normswap.apply.rebuild import keep_whole, put_norm
 from normswap.errors import PlanError
 from normswap.norms.centred import centre_input, centre_output, rebased
 from normswap.norms.normed import norm_output
@@ -79,7 +79,7 @@ class ModuleEdits:
             parent, _, name = edit.module.rpartition(".")
             self.model.get_submodule(parent).add_module(name, self.norms[edit.module])
         elif isinstance(edit, SwapNorm):
-            self.model.set_submodule(edit.module, self.norms[edit.module])
+            put_norm(self.model, edit.module, self.norms[edit.module])
         elif isinstance(edit, CentreOutput):
             centre_output(self.model.get_submodule(edit.module), edit.axis)
         elif isinstance(edit, CentreInput):

@@ -28,7 +28,14 @@ def swap_norms(model, norms):
     """Put another norm in the place of each that `norms` names."""
     for pattern, arguments in norms.items():
         for path in find(model, pattern):
-            model.set_submodule(path, new_norm(**arguments))
+            put_norm(model, path, new_norm(**arguments))
+
+
+def put_norm(model, path, norm):
+    """Put `norm` in the place of the module at `path`; some want to see what the model is called with."""
+    model.set_submodule(path, norm)
+    if hasattr(norm, "watch"):
+        norm.watch(model)
 
 
 def add_norms(model, norms):

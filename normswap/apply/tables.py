@@ -39,7 +39,12 @@ class Kind:
 
 
 CLASSES = Kind("CLASSES", "Modules of another class: path in {} (`*`: every layer), class.", rebuild.rewrite_modules)
-NORMS = Kind("NORMS", "Norms of another kind: path in {} (`*`: every layer) and arguments.", rebuild.swap_norms)
+NORMS = Kind(
+    "NORMS",
+    "Norms of another kind: path in {} (`*`: every layer) and arguments.",
+    rebuild.swap_norms,
+    (rebuild.put_norm,),
+)
 ADDED = Kind("ADDED_NORMS", "Norms that are new: path in {} (`*`: every layer) and arguments.", rebuild.add_norms)
 SCALES = Kind("SCALES", "Numbers that modules multiply by: path in {} and values by name.", rebuild.set_scales)
 OUTPUTS = Kind(

@@ -10,15 +10,15 @@ from torch import nn
 from normswap.apply.live import apply_plan
 from normswap.calibration.costs import cost, costs_alone, within_budget
 from normswap.calibration.data import Data
-from normswap.calibration.refit import Fit, Target, Writing, refit
+from normswap.calibration.refit import Fit, Target, refit
 from normswap.calibration.scales import Scale, measure_scales
 from normswap.calibration.taps import Tap, find_tap
+from normswap.calibration.writers import writings
 from normswap.norms.spec import NormSpec
 from normswap.planning.plans import MovedBlock, Plan
 from normswap.planning.request import Request
 from normswap.planning.rewrites.moved import MovedStep, Scales
 from normswap.planning.rewrites.steps import ROWS
-from normswap.understand.centring import Writer
 from normswap.understand.normmap import NormMap, StreamInfo
 
 #: makes the plan for a request with given constants; returns it with what calibration needs to know of its steps
@@ -119,33 +119,10 @@ def _target(normmap: NormMap, step: MovedStep) -> Target | None:
     original = find_tap(normmap.trace, step.result, stream.found.analysis.base)
     if step.out is None or original is None or step.norm.axes != (-1,):
         return None
-    writers = _writers(normmap, stream, step)
+    writers = writings(normmap, stream, step.branches)
     # a frame stands where a normalised stream became raw; behind its last sum there is no branch to be scaled
     carried = step.frame is not None and step.result != stream.blocks[-1].result
     return Target(step.name, writers, Tap(step.out, "input"), step.frame, original, step.norm, carried)
-
-
-def _writers(normmap: NormMap, stream: StreamInfo, step: MovedStep) -> tuple[Writing, ...]:
-    """The linear maps that end the step's branches; none where something else has a part in them."""
-    centring = normmap.centrings[stream.width]
-    found: dict[str, dict[int, Writer]] = {}
-    for value in step.branches:
-        dim = len(normmap.trace.values[value].shape) - 1
-        for term in centring.leaves(centring.terms.get((value, dim))) or {None}:
-            if not isinstance(term, Writer) or term.kind != "parameter" or term.groups != 1 or term.scales:
-                return ()
-            alone = len(normmap.names(term.name)) == 1 and normmap.users(term.name) == {term.module}
-            ndim = len(normmap.parameters[term.name])
-            if not alone or ndim > 2 or ndim in found.get(term.module, {}):
-                return ()
-            found.setdefault(term.module, {})[ndim] = term
-    order = {call.path: call.start for call in normmap.trace.calls}
-    if any(2 not in parts for parts in found.values()):
-        return ()
-    return tuple(
-        Writing(path, parts[2].name, parts[1].name if 1 in parts else None, parts[2].axis)
-        for path, parts in sorted(found.items(), key=lambda item: order.get(item[0], 0))
-    )
 
 
 def _stream(normmap: NormMap, step: MovedStep) -> StreamInfo:

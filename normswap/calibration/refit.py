@@ -29,6 +29,7 @@ from torch import nn
 from normswap.calibration.ridge import Ridge
 from normswap.calibration.scales import normalised
 from normswap.calibration.taps import Tap, rows, watch
+from normswap.calibration.writers import Writing, factor_of, features_of, write_change
 from normswap.norms.spec import NormSpec
 
 #: r, how strongly the weights may be held to what they were
@@ -41,24 +42,6 @@ _EVENING = 0.5
 _SHORTEST = 0.1
 #: an error of so many roundings is none
 _ROUNDINGS = 10
-# the sum must follow its writers to this relative error, or they are not all that writes it
-_LINEAR = 1e-3
-
-
-@dataclass(frozen=True)
-class Writing:
-    """A linear map that ends a branch.
-
-    Attributes:
-        module: its path.
-        weight, bias: names of its parameters in the model, None: no bias.
-        axis: of the weight, along the stream.
-    """
-
-    module: str
-    weight: str
-    bias: str | None
-    axis: int
 
 
 @dataclass(frozen=True)
@@ -125,9 +108,12 @@ def refit(
 
 def _step(original: nn.Module, moved: nn.Module, target: Target, batches) -> tuple[Fit, dict[str, torch.Tensor]] | None:
     parameters = dict(moved.named_parameters(remove_duplicate=False))
-    factor = _confirmed(moved, target, parameters, batches[0])
+    frame = _frame(target, parameters)
+    taps = [target.out, *(Tap(writer.module, "input") for writer in target.writers)]
+    seen = watch(moved, taps, batches[0])
+    factor = factor_of(moved, target.writers, target.out, frame, batches[0], seen)
     writers = () if factor is None else target.writers
-    frame = (factor or 1.0) * _frame(target, parameters)
+    frame = (factor or 1.0) * frame
     y, features, wanted = _gather(original, moved, target, writers, batches)
     if y is None:
         return None
@@ -135,29 +121,7 @@ def _step(original: nn.Module, moved: nn.Module, target: Target, batches) -> tup
     fit, change = _fitted(data, target, bias=any(writer.bias is not None for writer in writers))
     if change is None:
         return fit, {}
-    return fit, _write(parameters, writers, *(part / frame for part in change))
-
-
-def _write(parameters, writers: Sequence[Writing], change: torch.Tensor, shift: torch.Tensor):
-    """Add the change of all weights, `(features, width)`, and of the bias, which goes to the first writer with one."""
-    tensors: dict[str, torch.Tensor] = {}
-    place = 0
-    for writer in writers:
-        weight = parameters[writer.weight]
-        size = weight.shape[1 - writer.axis]
-        rows_of = change[place : place + size]
-        _add(tensors, writer.weight, weight, rows_of if writer.axis == 1 else rows_of.T)
-        place += size
-    biased = next((writer for writer in writers if writer.bias is not None), None)
-    if biased is not None:
-        _add(tensors, biased.bias, parameters[biased.bias], shift)
-    return tensors
-
-
-@torch.no_grad()
-def _add(tensors: dict[str, torch.Tensor], name: str, parameter: torch.Tensor, change: torch.Tensor) -> None:
-    parameter.copy_(parameter.double() + change)
-    tensors[name] = parameter.detach().clone()
+    return fit, write_change(parameters, writers, *(part / frame for part in change))
 
 
 @dataclass
@@ -225,46 +189,9 @@ def _gather(original, moved, target: Target, writers: Sequence[Writing], batches
             return None, None, None
         sums.append(rows(ours[target.out], inputs))
         wanted.append(normalised(rows(theirs[target.original], inputs).double(), target.norm).to(sums[-1].dtype))
-        parts = []
-        for tap in inputs_of:
-            parts.append(rows(ours[tap], inputs))
-        features.append(torch.cat(parts, dim=1) if parts else None)
+        features.append(features_of(ours, writers, inputs) if writers else None)
     return torch.cat(sums), (torch.cat(features) if writers else None), torch.cat(wanted)
 
 
 def _frame(target: Target, parameters) -> torch.Tensor | float:
     return 1.0 if target.frame is None else parameters[target.frame].detach().double()
-
-
-def _confirmed(moved: nn.Module, target: Target, parameters, inputs) -> float | None:
-    """The factor with which the step's writers enter the sum, if it is the skip and what they give, and nothing else.
-
-    With their parameters set to 0 the sum is the skip alone, and the difference must be a multiple of H W.
-    """
-    if not target.writers or any(parameters[w.weight].ndim != 2 for w in target.writers):
-        return None
-    taps = [target.out, *(Tap(writer.module, "input") for writer in target.writers)]
-    full = watch(moved, taps, inputs)
-    own = [parameters[name] for w in target.writers for name in (w.weight, w.bias) if name is not None]
-    kept = [p.detach().clone() for p in own]
-    with torch.no_grad():
-        for p in own:
-            p.zero_()
-        bare = watch(moved, [target.out], inputs)
-        for p, value in zip(own, kept, strict=True):
-            p.copy_(value)
-    if not set(taps) <= full.keys() or target.out not in bare:
-        return None
-    y, skip = rows(full[target.out], inputs).double(), rows(bare[target.out], inputs).double()
-    given = torch.zeros_like(y)
-    for writer, tap in zip(target.writers, taps[1:], strict=True):
-        h = rows(full[tap], inputs).double()
-        matrix = parameters[writer.weight].detach().double()
-        matrix = matrix if writer.axis == 1 else matrix.T
-        if h.shape[0] != len(y) or h.shape[1] != matrix.shape[0]:
-            return None
-        given += h @ matrix + (0 if writer.bias is None else parameters[writer.bias].detach().double())
-    given = given * _frame(target, parameters)
-    factor = float(((y - skip) * given).sum() / given.square().sum().clamp_min(1e-30))
-    follows = (y - skip - factor * given).norm() <= _LINEAR * (factor * given).norm()
-    return factor if follows and factor else None

@@ -66,12 +66,20 @@ class Fitted:
         start: what it has before anything is fitted, as `Direct.values`.
         into: as for `Direct`.
         alone: `start` is fitted to data already, which running statistics remember: random inputs would spoil it.
+        into_apart: kind of module that is built where `fit` gives tensors that the other does not have, for tokens that
+            are far apart from all others; None: it never does.
+        centred: the new norm takes each row's mean out as well.
+        flat: called with the fitted tensors and `(rows, width)` inputs; tells at which of these the new norm is flat,
+            its slope below a tenth of the largest. None: it is flat nowhere.
     """
 
     fit: Callable[[Samples], Values]
     start: Callable[[NormSpec, Tensors], Values]
     into: str | None = None
     alone: bool = False
+    into_apart: str | None = None
+    centred: bool = False
+    flat: Callable[[Values, torch.Tensor], torch.Tensor] | None = None
 
 
 Route = Rewrite | Direct | Fitted
@@ -98,3 +106,7 @@ class Kind:
     def builds(self, replaced: str) -> str:
         """The kind of module that stands where a norm of the kind `replaced` was."""
         return getattr(self.routes[replaced], "into", None) or self.name
+
+    def forms(self, replaced: str) -> set[str]:
+        """All kinds of module that may stand there, by what the data ask for."""
+        return {self.builds(replaced)} | {getattr(self.routes[replaced], "into_apart", None)} - {None}

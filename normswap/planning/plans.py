@@ -69,6 +69,26 @@ class MovedBlock(BaseModel):
     kl: float | None = None
 
 
+class FittedNorm(BaseModel):
+    """How well a norm that was fitted stands for the one that it replaced, on the data that it was fitted to.
+
+    Attributes:
+        site: its path.
+        kind: what it is now.
+        error: root mean square of its output's error, relative to the deviation of what the old norm gave.
+        flat: part of its inputs at which it is nearly flat, None: it is flat nowhere.
+        apart: whether some tokens have a scale of their own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    site: str
+    kind: str
+    error: float
+    flat: float | None = None
+    apart: bool = False
+
+
 class Plan(BaseModel):
     """The ordered edits that meet a request on one model. It prints, and round-trips through JSON.
 
@@ -85,6 +105,7 @@ class Plan(BaseModel):
         base_output_unchanged: whether the headless model computes the same as before too.
         edits: in order; for one tensor, edits act one after another.
         moved: the blocks whose norms move.
+        fitted_norms: the norms that calibration fitted.
         calibrated_on: the text and how many tokens of it, None: on nothing.
     """
 
@@ -101,6 +122,7 @@ class Plan(BaseModel):
     base_output_unchanged: bool = True
     edits: tuple[AnyEdit, ...]
     moved: tuple[MovedBlock, ...] = ()
+    fitted_norms: tuple[FittedNorm, ...] = ()
     calibrated_on: str | None = None
     _fitted: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
 
@@ -149,7 +171,8 @@ class Plan(BaseModel):
         """Paths of the norms that stand in another place afterwards: those that leave one, and those that enter."""
         found = {edit.module for edit in self.edits if isinstance(edit, AddNorm)}
         # what a norm becomes other than the kind asked for, it becomes because it moves
-        asked = {OFFERED[c.kind].builds(replaced) for c in self.request.norms for replaced in OFFERED[c.kind].routes}
+        kinds = [OFFERED[choice.kind] for choice in self.request.norms]
+        asked = {form for kind in kinds for replaced in kind.routes for form in kind.forms(replaced)}
         found |= {edit.module for edit in self.edits if isinstance(edit, SwapNorm) and edit.kind not in asked}
         # what writes to a norm that is folded into it now gives what the norm gave
         carrying = {edit.behind for edit in self.edits if isinstance(edit, CarryAffine)}
