@@ -56,10 +56,11 @@ def choose_norms(normmap: NormMap, request: Request) -> Chosen:
         if not choice.everywhere:
             chosen.refused |= {site.path: _no_route(site, kind) for site in others}
         for site in able:
-            before = chosen.kinds.setdefault(site.path, kind)
-            if before is not kind:
+            form = kind if kind.exact is None or not (request.exact or site.stream is None) else OFFERED[kind.exact]
+            before = chosen.kinds.setdefault(site.path, form)
+            if before is not form:
                 raise RefusedError(
-                    f"{site.path} is to become {before.name} and {kind.name} at once: give --sites or --role with "
+                    f"{site.path} is to become {before.name} and {form.name} at once: give --sites or --role with "
                     f"each --norm, so that they name different sites."
                 )
     for module, called in normmap.loose.items():

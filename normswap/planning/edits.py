@@ -17,6 +17,7 @@ from torch import nn
 from normswap.norms.kind import Direct, Fitted
 from normswap.norms.kinds import KINDS, MODULES
 from normswap.norms.spec import Casting, GainForm, NormSpec
+from normswap.planning.orthogonal import Rotation
 
 Read = Callable[[str], torch.Tensor]
 #: before a tensor's name: the one that calibration fitted, and not the model's
@@ -34,6 +35,10 @@ class TensorEdit(Edit):
 
     def reads(self) -> tuple[str, ...]:
         """Names of the other tensors whose original values `apply` needs."""
+        return ()
+
+    def fitted(self) -> tuple[str, ...]:
+        """Names of the tensors that calibration fitted and `apply` needs."""
         return ()
 
     def keeps_rows_apart(self) -> bool:
@@ -129,6 +134,54 @@ class FoldBias(TensorEdit):
         carried = torch.tensordot(reader, bias, dims=([self.axis], [0]))
         carried = carried.reshape([n for axis, n in enumerate(reader.shape) if axis not in sums])
         return carried if value is None else value + carried
+
+
+class Rotate(TensorEdit):
+    """`T <- R T` along `axis`, or along each run of channels in it.
+
+    So for what writes to a stream that is carried as `R x`, and for what reads it, `W <- W R^T`.
+    """
+
+    edit: Literal["rotate"] = "rotate"
+    axis: int
+    rotation: Rotation
+
+    def fitted(self):
+        return (self.rotation.fitted,) if self.rotation.fitted else ()
+
+    def keeps_rows_apart(self):
+        return self.axis > 0
+
+    def apply(self, value, read):
+        return self.rotation.turn(value, self.axis, lambda name: read(FITTED + name))
+
+
+class Restore(TensorEdit):
+    """What a reader loses with a direction v of its input, put back as far as the rest tells it: `W <- W + (W v) c^T`.
+
+    Where the norm in front takes out `v (v^T n)`, and `v^T n` is about `c^T n + m`. Along `axis`, in runs of channels.
+
+    Attributes:
+        lost, told_by: names of the fitted v and c.
+    """
+
+    edit: Literal["restore"] = "restore"
+    axis: int
+    lost: str
+    told_by: str
+
+    def fitted(self):
+        return self.lost, self.told_by
+
+    def keeps_rows_apart(self):
+        return self.axis > 0
+
+    def apply(self, value, read):
+        if value.is_meta:
+            return value
+        v, c = read(FITTED + self.lost), read(FITTED + self.told_by)
+        split = value.unflatten(self.axis, (-1, len(v))).movedim(self.axis + 1, -1)
+        return (split + (split @ v).unsqueeze(-1) * c).movedim(-1, self.axis + 1).flatten(self.axis, self.axis + 1)
 
 
 class Drop(TensorEdit):
@@ -246,6 +299,9 @@ class Refit(TensorEdit):
     """The tensor becomes one that calibration fitted, which is stored beside the plan under the same name."""
 
     edit: Literal["refit"] = "refit"
+
+    def fitted(self):
+        return (self.tensor,)
 
     def apply(self, value, read):
         return read(FITTED + self.tensor)
@@ -415,6 +471,8 @@ AnyEdit = Annotated[
     | Untie
     | FoldGain
     | FoldBias
+    | Rotate
+    | Restore
     | Drop
     | Fill
     | Scale

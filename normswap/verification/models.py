@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from normswap.verification.outputs import (
     main_output,
     outputs_of,
 )
-from normswap.verification.sites import SiteComparison, SiteMetrics, SiteSpec, site_calls
+from normswap.verification.sites import SiteComparison, SiteMetrics, SiteSpec, Turn, site_calls
 
 Progress = Callable[[int, int], None]
 
@@ -75,6 +75,7 @@ def compare_models(
     sites_b: Sequence[SiteSpec] = (),
     *,
     moved: Collection[str] = (),
+    turned_back: Mapping[str, Turn] | None = None,
     lift: bool = True,
     tolerance: float | None = None,
     decode: Callable[[list[int]], str] | None = None,
@@ -90,6 +91,7 @@ def compare_models(
         sites_a, sites_b: each model's norms as `(path, NormSpec)`. Sites at one path are compared; what
             stands in B where A has a norm, and behaves as none, is compared as if it were that norm.
         moved: paths that are not compared, as the norm there stands in another place in one of the two.
+        turned_back: per norm on a stream that B carries in another basis, what turns rows of it back to A's.
         lift: in float64 models, make inner float32 casts float64 too (see `LiftFloat32`).
         tolerance: relative error that still counts as the same; by default that of the dtype in `TOLERANCES`.
         decode: ids -> text, to show the worst tokens.
@@ -102,7 +104,7 @@ def compare_models(
     """
     dtype = _common_dtype(model_a, model_b)
     lifted = lift and dtype == torch.float64
-    outputs, others, sites = None, OutputComparison(), SiteComparison()
+    outputs, others, sites = None, OutputComparison(), SiteComparison(turned_back)
     left_out = tuple(dict.fromkeys(path for path, _ in (*sites_a, *sites_b) if path in moved))
     sites_a, sites_b = ([(path, spec) for path, spec in own if path not in moved] for own in (sites_a, sites_b))
     with site_calls(model_a, sites_a) as calls_a, site_calls(model_b, sites_b, sites_a) as calls_b:

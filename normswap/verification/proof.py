@@ -109,6 +109,7 @@ def prove(
             text=described,
             stored=dtypes,
             moved=plan.moved_norms(),
+            turned_back=plan.turned_back(),
             decode=None if tokenizer is None else tokenizer.decode,
             progress=lambda done, total: progress(what, done, total),
         )
@@ -290,7 +291,14 @@ def measure_live(
     _check_kinds(now, plan)
     check_moved(original, converted, plan, batches[0])
     comparison = compare_models(
-        original, converted, batches, sites, now, moved=plan.moved_norms(), tolerance=TOLERANCES[dtype]
+        original,
+        converted,
+        batches,
+        sites,
+        now,
+        moved=plan.moved_norms(),
+        turned_back=plan.turned_back(),
+        tolerance=TOLERANCES[dtype],
     )
     if plan.claim == "exact" and comparison.first_divergence is None:
         _check_plain(original, converted, batches[0])

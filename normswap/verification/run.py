@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from normswap.verification.inputs import evaluation_inputs, of_text
 from normswap.verification.metrics import Record
 from normswap.verification.models import TOLERANCES, Comparison, Progress, compare_models
 from normswap.verification.outputs import Inputs
-from normswap.verification.sites import SiteSpec
+from normswap.verification.sites import SiteSpec, Turn
 
 
 class Report(Record):
@@ -81,6 +81,12 @@ def verify(
     _place(models, device or ("cuda" if torch.cuda.is_available() else "cpu"), run)
     tokenizer = tokenizer_of(sources[0])
     batches, shape, described = evaluation_inputs(models[0], tokenizer, text, tokens)
+    plans = [source.record.plan for source in sources if source.record is not None]
+    turned = [
+        set() if source.record is None else {path for stream in source.record.plan.rotated for path in stream.sites}
+        for source in sources
+    ]
+    turned_back = sources[1].record.plan.turned_back() if turned[1] else {}
     return report_on(
         (str(a), str(b)),
         models,
@@ -89,7 +95,8 @@ def verify(
         shape=shape,
         text=described,
         stored=stored,
-        moved={path for source in sources if source.record is not None for path in source.record.plan.moved_norms()},
+        moved=set().union(*(plan.moved_norms() for plan in plans)) | turned[0] | (turned[1] - turned_back.keys()),
+        turned_back=turned_back,
         decode=None if tokenizer is None else tokenizer.decode,
         progress=progress,
     )
@@ -105,6 +112,7 @@ def report_on(
     text: str,
     stored: Sequence[torch.dtype],
     moved: Collection[str] = (),
+    turned_back: Mapping[str, Turn] | None = None,
     decode: Callable[[list[int]], str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -115,7 +123,7 @@ def report_on(
         batches, shape, text: as `evaluation_inputs` gives them.
         stored: the coarsest dtype among the stored weights of each; what counts as rounding follows from it and from
             the dtype the models compute in.
-        moved, decode, progress: as for `compare_models`.
+        moved, turned_back, decode, progress: as for `compare_models`.
     """
     run = coarsest_dtype(models[0])
     comparison = compare_models(

@@ -1,8 +1,9 @@
 """LayerNorm as it goes into converted models. Its classes are copied into the output: they use torch alone."""
 
 import torch
+from torch.nn import functional as F
 
-from normswap.norms.kind import Kind
+from normswap.norms.kind import Direct, Kind, Rewrite
 from normswap.norms.kinds.affine import Affine
 
 
@@ -14,4 +15,37 @@ class LayerNorm(Affine):
         return x * torch.rsqrt(x.square().mean(self.axis, keepdim=True) + self.eps)
 
 
-KINDS = (Kind("layernorm", LayerNorm),)
+class MirroredLayerNorm(Affine):
+    """RMSNorm by a LayerNorm over twice the channels, for engines that have no other: `n(x) = LN([x, -x])[:width]`.
+
+    `[x, -x]` has no mean, and its variance is `mean(x^2)`, so that eps stays.
+    """
+
+    def normalised(self, x):
+        x = x.movedim(self.axis, -1)
+        both = torch.cat([x, -x], -1)
+        return F.layer_norm(both, both.shape[-1:], eps=self.eps)[..., : self.width].movedim(-1, self.axis)
+
+
+def _unchanged(spec, tensors):
+    """The gain and bias of the norm that is replaced."""
+    neutral = {"gain": torch.ones, "bias": torch.zeros}
+    own = {does: tensors.get(does, make(spec.width, dtype=torch.float64)) for does, make in neutral.items()}
+    return {"weight": own["gain"], "bias": own["bias"]}
+
+
+KINDS = (
+    Kind(
+        "layernorm",
+        LayerNorm,
+        "LayerNorm; of an RMSNorm by rotating its stream, so that the mean is the direction that is missed least.",
+        {"rmsnorm": Rewrite("rotate")},
+        exact="mirrored-layernorm",
+    ),
+    Kind(
+        "mirrored-layernorm",
+        MirroredLayerNorm,
+        "An RMSNorm computed as half of a LayerNorm of [x, -x], for engines that have LayerNorm alone.",
+        {"rmsnorm": Direct(_unchanged)},
+    ),
+)

@@ -31,6 +31,14 @@ class Folding:
     refused: dict[str, str] = field(default_factory=dict)
     outside: list[str] = field(default_factory=list)  # modules of all readers
 
+    def add(self, other: Folding) -> Folding:
+        """Take in what another one asks for."""
+        self.edits += other.edits
+        self.sites += other.sites
+        self.refused |= other.refused
+        self.outside += other.outside
+        return self
+
 
 def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, swapped: set[str]) -> Folding:
     """Plan the folding of the gains and biases of `sites` into their readers.
