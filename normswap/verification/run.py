@@ -131,6 +131,7 @@ def report_on(
         batches,
         *sites,
         moved=moved,
+        turned_back=turned_back,
         tolerance=max(TOLERANCES[found] for found in (*stored, run)),
         decode=decode,
         progress=progress,

@@ -1,7 +1,6 @@
 """LayerNorm as it goes into converted models. Its classes are copied into the output: they use torch alone."""
 
 import torch
-from torch.nn import functional as F
 
 from normswap.norms.kind import Direct, Kind, Rewrite
 from normswap.norms.kinds.affine import Affine
@@ -24,7 +23,9 @@ class MirroredLayerNorm(Affine):
     def normalised(self, x):
         x = x.movedim(self.axis, -1)
         both = torch.cat([x, -x], -1)
-        return F.layer_norm(both, both.shape[-1:], eps=self.eps)[..., : self.width].movedim(-1, self.axis)
+        return torch.nn.functional.layer_norm(both, both.shape[-1:], eps=self.eps)[..., : self.width].movedim(
+            -1, self.axis
+        )
 
 
 def _unchanged(spec, tensors):
