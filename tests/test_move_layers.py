@@ -55,11 +55,16 @@ def three_layers():
     return model, inputs, NormMap.of(model, inputs)
 
 
+def request_of(asked) -> Request:
+    """Of placements, and layers for them."""
+    return Request.of(**dict(zip(("placement", "layers"), asked, strict=False)))
+
+
 @pytest.mark.parametrize("request_", LAYERS, ids=str)
 def test_layers_have_placements_of_their_own(request_):
     model, inputs, normmap = three_layers()
     (c,), (t,), scales = numbers(normmap)
-    plan, steps = plan_moves(normmap, Request.of(**dict(zip(("placement", "layers"), request_, strict=False))), scales=scales)
+    plan, steps = plan_moves(normmap, request_of(request_), scales=scales)
     result = apply_plan(copy.deepcopy(model), plan)
     kinds = LAYERS[request_].split()
     assert [(step.layer, step.after) for step in steps] == [
@@ -100,5 +105,5 @@ def test_layers_have_placements_of_their_own(request_):
 def test_layers_and_placements_that_are_not_there(asked, message):
     normmap = three_layers()[2]
     with pytest.raises(RefusedError) as caught:
-        plan_moves(normmap, Request.of(**dict(zip(("placement", "layers"), asked, strict=False))))
+        plan_moves(normmap, request_of(asked))
     assert message in str(caught.value)

@@ -69,13 +69,18 @@ class MovedBlock(BaseModel):
 
 
 class RotatedStream(BaseModel):
-    """A stream that is carried as `R x`: its name, R, and the paths of all norms that act on it."""
+    """A stream that is carried as `R x`: its name, R, and the paths of all norms that act on it.
+
+    Attributes:
+        outputs: names of inner values of it that the model gives out besides its result, which are `R x` from now on.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     rotation: Rotation
     sites: tuple[str, ...]
+    outputs: tuple[str, ...] = ()
 
 
 class Plan(BaseModel):

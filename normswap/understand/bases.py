@@ -37,12 +37,14 @@ class Basis:
         parameters: axes of parameters and buffers, in order of use.
         norms: paths of the norms that act along them.
         values: `(value, dimension)` of the trace.
+        outputs: names of inner values along them that the model gives out besides what it makes of them.
         blocked: why they have to stay in the basis that they are in; empty: any other will do.
     """
 
     parameters: list[Along] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
     values: set[tuple[int, int]] = field(default_factory=set)
+    outputs: list[str] = field(default_factory=list)
     blocked: list[str] = field(default_factory=list)
 
 
@@ -64,9 +66,10 @@ class Bases:
         for op in trace.operations:
             if any(v in live for v in op.outputs):
                 (self._through if op.norm is None else self._through_norm)(op, live)
+        self.inner = self._inner()
         for v in trace.outputs:
             for dim in range(len(trace.values[v].shape)):
-                if (v, dim) in self.elements:
+                if (v, dim) in self.elements and v not in self.inner:
                     self._block(self.elements[v, dim], "it is an output of the model")
 
     def found(self, name: Callable[[str, str], str]) -> list[Basis]:
@@ -84,12 +87,25 @@ class Bases:
                 basis.parameters.append(element)
             else:
                 basis.values.add(element)
+                if element[0] in self.inner:
+                    basis.outputs.append(self.inner[element[0]])
         for path, indices in self.norm_at.items():
             for root in dict.fromkeys(_root(parents, index) for index in indices):
                 bases[root].norms.append(path)
         for index, reasons in self.reasons.items():
             bases[_root(parents, index)].blocked += reasons
         return list(bases.values())
+
+    def _inner(self) -> dict[int, str]:
+        """Names of outputs that are no result: the model goes on from them to what it gives out first, or later."""
+        first, *others = self.trace.outputs
+        ancestors = self.trace.ancestors()
+        results = [v for v in self.trace.outputs if v in self.trace.names]
+        return {
+            v: self.trace.names[v]
+            for v in others
+            if v in self.trace.names and any(ancestors[u] >> v & 1 for u in results if u != v)
+        }
 
     def _through(self, op: Operation, live: set[int]) -> None:
         tracked: dict[tuple[int, int], int] = {}

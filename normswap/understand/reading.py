@@ -12,6 +12,9 @@ from normswap.norms.spec import NormSpec
 from normswap.observe.trace import Trace
 from normswap.understand.transfer import Prober
 
+#: why the gain of a norm stays that the model gives out
+GIVEN_OUT = "it is an output of the model"
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -78,7 +81,7 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
                 result.others.setdefault(op.norm, [])
                 result.translates.setdefault(op.norm, True)
                 if op.outputs[0] in outputs:
-                    _add(result.others, op.norm, "it is an output of the model")
+                    _add(result.others, op.norm, GIVEN_OUT)
             continue
         floats = [v for v in op.inputs if trace.values[v].is_float and trace.values[v].kind != "constant"]
         entering: dict[str, list[tuple[int, int]]] = {}
@@ -105,7 +108,7 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
             for o, dim in transfer.passes:
                 passed.setdefault((op.outputs[o], dim), []).append(norm)
                 if op.outputs[o] in outputs:
-                    _add(result.others, norm, "it is an output of the model")
+                    _add(result.others, norm, GIVEN_OUT)
             result.translates[norm] &= transfer.translates or not transfer.passes
             if any(op.outputs[o] in live for o in transfer.other):
                 where = op.module or "the model"

@@ -21,7 +21,7 @@ Norms that no conversion rewrites (over a batch, over groups) are compared by th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,12 +29,11 @@ import torch
 from torch import nn
 
 from normswap.norms.spec import NormSpec
+from normswap.verification.basis import Turn
 from normswap.verification.metrics import Record, ratio
 from normswap.verification.outputs import row_errors
 
 SiteSpec = tuple[str, NormSpec]
-#: of rows in one basis, the rows in another
-Turn = Callable[[torch.Tensor], torch.Tensor]
 
 _NORMALISED_KINDS = ("layernorm", "rmsnorm")
 # Normalised inputs smaller than this (1 is usual) are rounding around a constant, and tell nothing.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from normswap.planning.edits import AnyEdit, Drop, Fill, FoldBias, FoldGain, GrowBias, TensorEdit
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
-from normswap.understand.reading import Reader
+from normswap.understand.reading import GIVEN_OUT, Reader
 
 
 @dataclass
@@ -40,18 +40,19 @@ class Folding:
         return self
 
 
-def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, swapped: set[str]) -> Folding:
+def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, swapped: set[str], given_out: bool = False) -> Folding:
     """Plan the folding of the gains and biases of `sites` into their readers.
 
     Args:
         swapped: sites whose module is replaced anyway and so loses its parameters; others keep neutral ones, so that
             the stock class still loads them.
+        given_out: whether what the model gives out besides its result may lack them.
     """
     result = Folding()
     for site in sites:
         if site.spec.weight is None and site.spec.bias is None:
             continue
-        edits = _site_edits(normmap, site, ties)
+        edits = _site_edits(normmap, site, ties, given_out)
         if isinstance(edits, str):
             result.refused[site.path] = edits
             continue
@@ -66,7 +67,7 @@ def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, swapped: set[str])
     return result
 
 
-def _site_edits(normmap: NormMap, site: Site, ties: Ties) -> list[AnyEdit] | str:
+def _site_edits(normmap: NormMap, site: Site, ties: Ties, given_out: bool) -> list[AnyEdit] | str:
     """Edits of the site's readers, or the reason why it cannot be folded."""
     spec = site.spec
     if len(spec.axes) != 1:
@@ -78,8 +79,8 @@ def _site_edits(normmap: NormMap, site: Site, ties: Ties) -> list[AnyEdit] | str
             return f"its {parameter} is {', '.join(sorted(others))} as well, which would lose it too"
     if spec.bias is not None and spec.gate is not None and spec.gate.place == "after":
         return "its bias is multiplied by its gate, which is another for every token"
-    if site.other_consumers:
-        return f"its gain cannot move into its readers: {site.other_consumers[0]}"
+    if others := [reason for reason in site.other_consumers if not (given_out and reason == GIVEN_OUT)]:
+        return f"its gain cannot move into its readers: {others[0]}"
     if not site.readers:
         return "its gain cannot move into its readers: nothing that the model gives out reads it"
     reads = normmap.readings[spec.channels]

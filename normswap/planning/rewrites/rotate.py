@@ -57,12 +57,17 @@ class Rotated:
         names = ", ".join(dict.fromkeys(stream.name for stream in self.streams))
         weights = len([edit for edit in self.edits if isinstance(edit, Rotate)])
         carried = f"{names}: carried as R x with R orthogonal, in {weights} weights that write to it or read it"
+        if not self.streams:
+            return []
+        why = "an RMSNorm does not see R, since rms(R x) = rms(x)."
         if self.lowered:
-            return [
-                f"{carried}. R takes the direction that is missed least to that of the mean, which is all that a "
-                f"LayerNorm takes out at {len(self.lowered)} sites."
-            ]
-        return [f"{carried}; an RMSNorm does not see R, since rms(R x) = rms(x)."] if self.streams else []
+            why = (
+                f"R takes the direction that is missed least to that of the mean, which is all that a LayerNorm takes "
+                f"out at {len(self.lowered)} sites."
+            )
+        outputs = ", ".join(name for stream in self.streams for name in stream.outputs)
+        inner = [f"{outputs}: given out as R x, without the gain of a norm before it."] if outputs else []
+        return [f"{carried}; {why}", *inner]
 
 
 class Rotator:
@@ -98,7 +103,7 @@ class Rotator:
                 why = next((f"{site.path}: {unseen[site.path]}" for site in own if site.path in unseen), None)
                 why = why or self._obstacle(basis, swapped, centred)
                 bare = {*swapped, *self.lowered}
-                folding = Folding() if why else fold(self.normmap, self._sites(basis), ties, bare)
+                folding = Folding() if why else fold(self.normmap, self._sites(basis), ties, bare, bool(basis.outputs))
                 if folding.refused:
                     path, reason = next(iter(folding.refused.items()))
                     why = f"the gain of {path} acts on single channels and stays: {reason}"
@@ -174,7 +179,8 @@ class Rotator:
                     result.lowered.append(site)
                     result.edits += [_swap(site), *self._restored(site, ties, number)]
         stream = own[0].stream or own[0].path
-        result.streams.append(RotatedStream(name=stream, rotation=rotation, sites=tuple(basis.norms)))
+        outputs = tuple(dict.fromkeys(basis.outputs))
+        result.streams.append(RotatedStream(name=stream, rotation=rotation, sites=tuple(basis.norms), outputs=outputs))
         weights = {(self.order[a.name], ties.name(a.name, a.module), a.axis) for a in basis.parameters}
         result.edits += [Rotate(tensor=tensor, axis=axis, rotation=rotation) for _, tensor, axis in sorted(weights)]
         result.folding.outside += [along.module for along in basis.parameters]
