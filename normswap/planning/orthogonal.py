@@ -41,6 +41,14 @@ class Rotation(BaseModel):
     seed: int = 0
     fitted: str | None = None
 
+    def words(self) -> str:
+        match self.by:
+            case "hadamard" | "random":
+                return f"{self.by}, seed {self.seed}"
+            case "reflected":
+                return "a reflection found on data"
+        return "principal axes found on data"
+
     def turn(self, x: torch.Tensor, axis: int, read: Callable[[str], torch.Tensor], back: bool = False) -> torch.Tensor:
         """`R x`, or `R^T x` where `back`, along each run of `width` values of `axis`.
 

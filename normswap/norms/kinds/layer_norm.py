@@ -23,9 +23,8 @@ class MirroredLayerNorm(Affine):
     def normalised(self, x):
         x = x.movedim(self.axis, -1)
         both = torch.cat([x, -x], -1)
-        return torch.nn.functional.layer_norm(both, both.shape[-1:], eps=self.eps)[..., : self.width].movedim(
-            -1, self.axis
-        )
+        first = torch.nn.functional.layer_norm(both, both.shape[-1:], eps=self.eps)[..., : self.width]
+        return first.movedim(-1, self.axis)
 
 
 def _unchanged(spec, tensors):

@@ -108,13 +108,13 @@ class Rotator:
                     path, reason = next(iter(folding.refused.items()))
                     why = f"the gain of {path} acts on single channels and stays: {reason}"
                 if why:
-                    why += self._shared(basis, ties)
+                    why += self._shared(basis, ties) + self._way_out()
                     result.refused |= {site.path: f"its stream cannot be rotated: {why}" for site in own}
                 else:
                     result.folding.add(folding)
                     self._take(result, basis, own, ties)
         for path in wanted.keys() - {path for stream in result.streams for path in stream.sites}:
-            result.refused.setdefault(path, "its stream cannot be rotated: no weights write to its input alone")
+            result.refused.setdefault(path, f"its stream cannot be rotated: no weights make its input{self._way_out()}")
         return result
 
     def _wanted(self, swapped: Collection[str]) -> dict[str, Site]:
@@ -156,6 +156,9 @@ class Rotator:
                 if any(values[0] in held for values in ends if values):
                     return f"its mean is subtracted at run time in {edit.module} (--tied untie may do it in weights)"
         return None
+
+    def _way_out(self) -> str:
+        return "; --exact puts in a LayerNorm of [x, -x], for which nothing is rotated" if self.lowered else ""
 
     def _shared(self, basis: Basis, ties: Ties) -> str:
         """Of a basis that cannot be rotated: what to try where it is joined with others by tied parameters."""
@@ -210,7 +213,7 @@ def _swap(site: Site) -> SwapNorm:
         eps=spec.eps,
         gain=None,
         bias=True,
-        casting=spec.casting,
+        casting="input" if spec.casting == "input" else "float32",  # there is no gain to round before
         axis=spec.axes[0],
     )
 
