@@ -107,7 +107,7 @@ def plan(
 
 def _calibrated(made: Plan) -> Plan:
     """The plan, which data were given for. Raises RefusedError where it has no use for them."""
-    if made.claim == "exact" and not made.request.placements:
+    if made.claim == "exact" and not made.request.placements and made.calibrated_on is None:
         raise RefusedError(
             f"there is nothing to calibrate: {made.request.words()} computes the same function. Leave --calibrate and "
             f"--tokens out."

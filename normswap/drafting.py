@@ -45,7 +45,7 @@ def draft(
             f"{normmap.architecture}: no form of {request.words()} computes the same function. Leave out --exact to "
             f"have it calibrated."
         )
-    if data is None or made.claim == "exact":
+    if data is None or (made.claim == "exact" and not made.lacks()):
         return made
 
     def make(asked: Request, scales: Scales | None) -> tuple[Plan, tuple[MovedStep, ...]]:

@@ -34,6 +34,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PlanError: the plan does not fit; the model is unchanged.
     """
+    plan.check_complete()
     offloaded = [name for name in plan.tensor_edits() if getattr(model.state_dict().get(name), "is_meta", False)]
     if offloaded:
         raise PlanError(

@@ -62,6 +62,7 @@ def write_tensors(
         PlanError: the plan does not fit the checkpoint (before anything is written), or a value does not fit `dtype`.
         DestinationError: a file exists, cannot be written, or does not read back as planned.
     """
+    plan.check_complete()
     layout = lay_out(source, keymap, plan, dtype)
     values = Values(source, keymap, plan, keeper)
     for names in layout.copies:

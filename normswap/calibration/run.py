@@ -11,6 +11,7 @@ from torch import nn
 from normswap.calibration.data import Data
 from normswap.calibration.moves import Make, calibrated_moves
 from normswap.calibration.norms import fit_norms
+from normswap.calibration.rotations import fit_rotations
 from normswap.planning.plans import Plan
 from normswap.planning.request import Request
 from normswap.understand.normmap import NormMap
@@ -28,7 +29,7 @@ def calibrated(normmap: NormMap, request: Request, make: Make, data: Data) -> Pl
     if _halves(data.model):
         data = replace(data, model=copy.deepcopy(data.model).float())
     plan = calibrated_moves(normmap, request, make, data) if request.placements else make(request, None)[0]
-    return fit_norms(normmap, plan, data)
+    return fit_norms(normmap, fit_rotations(normmap, plan, data), data)
 
 
 def _halves(model: nn.Module) -> bool:

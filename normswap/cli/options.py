@@ -114,6 +114,11 @@ request_options = _together(
         help="Subtract a mean at run time where no weights control it: never; once, where several norms gain by it; "
         "or always, if need be in front of each norm.",
     ),
+    click.option(
+        "--rotate",
+        type=click.Choice(["hadamard", "random", "pca"]),
+        help="Carry the streams of RMSNorms in another basis: the same function, for quantisation and slicing.",
+    ),
 )
 
 #: `calibration.run.TOKENS`, which takes torch to import

@@ -96,12 +96,15 @@ class Kind:
         about: a line for those who choose.
         routes: by kind of the norm that is replaced, how this one is made of it. Without any, the kind is one that
             other rewrites put in, and cannot be asked for.
+        exact: name of the kind that takes its place where only the same function will do, and for norms on no stream,
+            which a rewrite of streams does not reach.
     """
 
     name: str
     module: type[nn.Module]
     about: str = ""
     routes: Mapping[str, Route] = field(default_factory=dict)
+    exact: str | None = None
 
     def builds(self, replaced: str) -> str:
         """The kind of module that stands where a norm of the kind `replaced` was."""

@@ -17,6 +17,7 @@ from torch.distributions import Distribution
 from torch.utils._pytree import tree_map
 
 from normswap.errors import ObserveError
+from normswap.observe.outputs import named_tensors
 from normswap.observe.placeholders import META, Hits
 from normswap.observe.recorder import Recorder, tensors_in
 from normswap.observe.trace import Trace
@@ -65,6 +66,7 @@ def _record(twin: nn.Module, inputs: Mapping[str, torch.Tensor], hits: Hits) -> 
     trace = recorder.trace
     tensors = [t for t in tensors_in(output) if id(t) in recorder.ids]
     trace.outputs = tuple(dict.fromkeys(recorder.ids[id(t)] for t in tensors))
+    trace.names = {recorder.ids[id(t)]: name for name, t in named_tensors(output) if id(t) in recorder.ids}
     return trace
 
 

@@ -176,6 +176,7 @@ class Trace:
     Attributes:
         calls: of modules, in order of entry.
         outputs: what the model returned.
+        names: of those but caches, where each stands in what was returned.
         reads: stand-ins for numbers that code took out of tensors (`item`); each depends on its operation's inputs.
         strays: modules in which a tensor turned up that no observed call made.
         notes: where a value was asked for that an observation without weights does not have.
@@ -185,6 +186,7 @@ class Trace:
     operations: list[Operation] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
     outputs: tuple[int, ...] = ()
+    names: dict[int, str] = field(default_factory=dict)
     reads: list[int] = field(default_factory=list)
     strays: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -56,10 +56,11 @@ def choose_norms(normmap: NormMap, request: Request) -> Chosen:
         if not choice.everywhere:
             chosen.refused |= {site.path: _no_route(site, kind) for site in others}
         for site in able:
-            before = chosen.kinds.setdefault(site.path, kind)
-            if before is not kind:
+            form = _form(kind, site, request)
+            before = chosen.kinds.setdefault(site.path, form)
+            if before is not form:
                 raise RefusedError(
-                    f"{site.path} is to become {before.name} and {kind.name} at once: give --sites or --role with "
+                    f"{site.path} is to become {before.name} and {form.name} at once: give --sites or --role with "
                     f"each --norm, so that they name different sites."
                 )
     for module, called in normmap.loose.items():
@@ -67,6 +68,13 @@ def choose_norms(normmap: NormMap, request: Request) -> Chosen:
             why = f"its {called} is called as a function; only norms that are modules can be exchanged"
             chosen.refused[module] = why
     return chosen
+
+
+def _form(kind: Kind, site: Site, request: Request) -> Kind:
+    """The kind itself, or its exact form where only that will do."""
+    exact = OFFERED.get(kind.exact)
+    fits = exact is not None and site.spec.kind in exact.routes
+    return exact if fits and (request.exact or site.stream is None) else kind
 
 
 def _kind(choice: NormChoice) -> Kind:

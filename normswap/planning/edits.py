@@ -18,6 +18,7 @@ from normswap.norms.formula import running_affine
 from normswap.norms.kind import Direct, Fitted
 from normswap.norms.kinds import KINDS, MODULES
 from normswap.norms.spec import Casting, GainForm, NormSpec
+from normswap.planning.orthogonal import Rotation
 
 Read = Callable[[str], torch.Tensor]
 #: before a tensor's name: the one that calibration fitted, and not the model's
@@ -37,6 +38,10 @@ class TensorEdit(Edit):
 
     def reads(self) -> tuple[str, ...]:
         """Names of the other tensors whose original values `apply` needs."""
+        return ()
+
+    def fitted(self) -> tuple[str, ...]:
+        """Names of the tensors that calibration fitted and `apply` needs."""
         return ()
 
     def keeps_rows_apart(self) -> bool:
@@ -227,6 +232,56 @@ class CarryAffine(TensorEdit):
         return value + self.added(value, read)
 
 
+class Rotate(TensorEdit):
+    """`T <- R T` along `axis`, or along each run of channels in it.
+
+    So for what writes to a stream that is carried as `R x`, and for what reads it, `W <- W R^T`. `back`: R^T in the
+    place of R.
+    """
+
+    edit: Literal["rotate"] = "rotate"
+    axis: int
+    rotation: Rotation
+    back: bool = False
+
+    def fitted(self):
+        return (self.rotation.fitted,) if self.rotation.fitted else ()
+
+    def keeps_rows_apart(self):
+        return self.axis > 0
+
+    def apply(self, value, read):
+        return self.rotation.turn(value, self.axis, lambda name: read(FITTED + name), self.back)
+
+
+class Compensate(TensorEdit):
+    """What a reader loses with a direction v of its input, put back as far as the rest tells it: `W <- W + (W v) c^T`.
+
+    Where the norm in front takes out `v (v^T n)`, and `v^T n` is about `c^T n + m`. Along `axis`, in runs of channels.
+
+    Attributes:
+        lost, told_by: names of the fitted v and c.
+    """
+
+    edit: Literal["compensate"] = "compensate"
+    axis: int
+    lost: str
+    told_by: str
+
+    def fitted(self):
+        return self.lost, self.told_by
+
+    def keeps_rows_apart(self):
+        return self.axis > 0
+
+    def apply(self, value, read):
+        if value.is_meta:
+            return value
+        v, c = read(FITTED + self.lost), read(FITTED + self.told_by)
+        split = value.unflatten(self.axis, (-1, len(v))).movedim(self.axis + 1, -1)
+        return (split + (split @ v).unsqueeze(-1) * c).movedim(-1, self.axis + 1).flatten(self.axis, self.axis + 1)
+
+
 class Drop(TensorEdit):
     """The tensor is removed: what it did is folded elsewhere."""
 
@@ -342,6 +397,9 @@ class Refit(TensorEdit):
     """The tensor becomes one that calibration fitted, which is stored beside the plan under the same name."""
 
     edit: Literal["refit"] = "refit"
+
+    def fitted(self):
+        return (self.tensor,)
 
     def apply(self, value, read):
         return read(FITTED + self.tensor)
@@ -550,6 +608,8 @@ AnyEdit = Annotated[
     | FoldBias
     | AddShift
     | CarryAffine
+    | Rotate
+    | Compensate
     | Drop
     | Fill
     | Scale

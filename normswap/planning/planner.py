@@ -14,6 +14,7 @@ from normswap.planning.edits import (
     FoldGain,
     GrowBias,
     ModuleEdit,
+    Rotate,
     SwapNorm,
     TensorEdit,
 )
@@ -28,6 +29,7 @@ from normswap.planning.rewrites.fold import Folding, fold
 from normswap.planning.rewrites.move import move
 from normswap.planning.rewrites.moved import Moved, MovedStep, Scales
 from normswap.planning.rewrites.qk_norm import Inserted, insert_qk_norms
+from normswap.planning.rewrites.rotate import Rotated, Rotator
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
 
@@ -74,10 +76,8 @@ def plan_moves(
             f"{normmap.architecture}: {normmap.trace.strays[0]} uses a tensor that no observed call made (a kernel "
             f"called past torch's own functions, perhaps), so what reaches it is not known. Switch to plain torch code."
         )
-    if not request.norms and not request.fold and not request.placements and request.qk_norm is None:
-        raise RefusedError(
-            "nothing is asked for: give a target norm (--norm rmsnorm), --fold, --placement, or --qk-norm."
-        )
+    if not (request.norms or request.fold or request.placements or request.qk_norm or request.rotate):
+        raise RefusedError("nothing is asked for: give --norm rmsnorm, --fold, --rotate, --placement or --qk-norm.")
     chosen = choose_norms(normmap, request)
     swaps, wanted = chosen.by_rewrite(normmap.sites, "centre"), _sites_to_fold(normmap, request, chosen)
     exchanged = exchange(normmap, chosen.by_themselves(normmap.sites), chosen)
@@ -86,18 +86,25 @@ def plan_moves(
             f"{request.words()}: norms that move can become rmsnorm on their way, and no other kind. Move them first, "
             f"or leave --placement out."
         )
+    lowered = chosen.by_rewrite(normmap.sites, "rotate")
+    _check_rotation(request, lowered)
+    rotator = Rotator(normmap, request, lowered, [site.path for site in exchanged.sites])
     idle = Idle(normmap)
     unseen, unread = idle.refuse_centring(swaps), idle.refuse_folding(wanted)
     for untied in (False, True):
         ties = Ties(normmap, untied, stays_tied)
         centred = centre(normmap, [site for site in swaps if site.path not in unseen], ties, request)
         swapped = {site.path for site in centred.sites}
-        folds = [site for site in wanted if site.path not in unread]
+        rotated = rotator.rotate(ties, swapped, centred.edits)
+        taken = {*unread, *(site.path for site in rotated.folding.sites)}
+        folds = [site for site in wanted if site.path not in taken]
         folding = fold(normmap, [site for site in folds if site.spec.kind != batchnorm.KIND], ties, swapped)
+        folding.add(rotated.folding)
         running = batchnorm.fold_running(normmap, [site for site in folds if site.spec.kind == batchnorm.KIND], ties)
         if request.tied == "keep" or stays_tied or not ties.wanted:
             break  # nothing is gained by untying
-    refused = chosen.refused | exchanged.refused | unread | folding.refused | running.refused | unseen | centred.refused
+    refused = chosen.refused | exchanged.refused | unread | folding.refused | running.refused | unseen
+    refused |= centred.refused | rotated.refused
     moved = (
         move(normmap, request.placements, scales or Scales(), swapped, request.exact) if request.placements else Moved()
     )
@@ -106,12 +113,15 @@ def plan_moves(
 
     one_by_one = (*folding.sites, *running.sites, *exchanged.sites)
     changed = {*swapped, *(site.path for site in one_by_one), *moved.sites}
+    changed |= {path for stream in rotated.streams for path in stream.sites}
     converted = tuple(path for path in normmap.sites if path in changed)
     done = converted or moved.steps or inserted.norms  # a post-norm block that gets a scale on its skip changes no norm
     if refused and not (request.partial and done):
         _refuse(normmap, request, refused, converted)
     if not done and request.placements:
         raise RefusedError(f"{normmap.architecture}: every block stands so already: nothing to move.")
+    if not done and request.rotate:
+        raise RefusedError(f"{normmap.architecture} has no stream of RMSNorms to rotate: nothing to do.")
     if not done:
         raise RefusedError(f"{normmap.architecture} has no norm with a gain or bias to fold: nothing to do.")
     bare = {site.path for site in folding.sites}
@@ -119,19 +129,29 @@ def plan_moves(
     # gains and biases move on original values; what writes to a stream is centred last
     edits += [e for e in (*folding.edits, *running.edits, *moved.edits) if isinstance(e, TensorEdit)]
     edits += [edit for edit in (*centred.edits, *exchanged.edits) if isinstance(edit, TensorEdit)]
-    edits += _treat_grown(folding.edits, centred.edits)
+    edits += _treat_grown(folding.edits, [*centred.edits, *rotated.edits])
+    edits += [edit for edit in rotated.edits if isinstance(edit, TensorEdit)]
     placed = {edit.module for edit in moved.edits if isinstance(edit, SwapNorm)}
     edits += [_swap(normmap, site, bare) for site in centred.sites if site.path not in placed]
-    made = (*folding.edits, *running.edits, *centred.edits, *exchanged.edits, *moved.edits, *inserted.edits)
+    made = (
+        *folding.edits,
+        *running.edits,
+        *centred.edits,
+        *exchanged.edits,
+        *rotated.edits,
+        *moved.edits,
+        *inserted.edits,
+    )
     edits += dict.fromkeys(edit for edit in made if isinstance(edit, ModuleEdit))
     plan = Plan(
         architecture=normmap.architecture,
         model_type=model_type,
         request=request,
-        claim=_claim(moved, exchanged, scales),
+        claim=_claim(moved, exchanged, rotated, scales),
         reasons=(
             *_reasons(centred, folding, running, edits),
             *exchanged.reasons(chosen),
+            *rotated.reasons(),
             *moved.reasons(request),
             *inserted.reasons(),
         ),
@@ -139,6 +159,7 @@ def plan_moves(
         refused=tuple(Refusal(site=path, reason=why) for path, why in refused.items()),
         base_output_unchanged=_base_unchanged(base_prefix, [*folding.across, *running.across]),
         edits=tuple(edits),
+        rotated=tuple(rotated.streams),
         moved=tuple(
             MovedBlock(
                 name=step.name,
@@ -153,8 +174,22 @@ def plan_moves(
     return plan, tuple(moved.steps)
 
 
-def _claim(moved: Moved, exchanged: Exchanged, scales: Scales | None) -> Claim:
-    if exchanged.fitted:
+def _check_rotation(request: Request, lowered: list[Site]) -> None:
+    """Raises RefusedError where the streams are to be rotated, and something else that does not go with it."""
+    if (request.rotate or lowered) and request.placements:
+        raise RefusedError(
+            f"{request.words()}: streams are rotated, or norms moved; leave --placement out, or --rotate and "
+            f"--norm layernorm."
+        )
+    if request.rotate and lowered:
+        raise RefusedError(
+            f"{request.words()}: --norm layernorm rotates the stream itself, to where its mean is missed least; leave "
+            f"--rotate out."
+        )
+
+
+def _claim(moved: Moved, exchanged: Exchanged, rotated: Rotated, scales: Scales | None) -> Claim:
+    if exchanged.fitted or rotated.lowered:
         return "untrained"
     return "exact" if not moved.steps or moved.exact else "untrained" if scales is None else "calibrated"
 
@@ -175,7 +210,7 @@ def _treat_grown(folded: list[AnyEdit], centred: list[AnyEdit]) -> list[AnyEdit]
         for bias in folded
         if isinstance(bias, FoldBias) and bias.tensor in grown
         for edit in centred
-        if isinstance(edit, Centre | FoldGain) and edit.tensor == bias.reader and edit.axis != bias.axis
+        if isinstance(edit, Centre | FoldGain | Rotate) and edit.tensor == bias.reader and edit.axis != bias.axis
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,7 @@ from normswap.planning.edits import (
     SwapNorm,
     TensorEdit,
 )
+from normswap.planning.orthogonal import Rotation
 from normswap.planning.request import Request
 
 Claim = Literal["exact", "calibrated", "untrained"]
@@ -89,6 +90,21 @@ class FittedNorm(BaseModel):
     apart: bool = False
 
 
+class RotatedStream(BaseModel):
+    """A stream that is carried as `R x`: its name, R, and the paths of all norms that act on it.
+
+    Attributes:
+        outputs: names of inner values of it that the model gives out besides its result, which are `R x` from now on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    rotation: Rotation
+    sites: tuple[str, ...]
+    outputs: tuple[str, ...] = ()
+
+
 class Plan(BaseModel):
     """The ordered edits that meet a request on one model. It prints, and round-trips through JSON.
 
@@ -106,6 +122,7 @@ class Plan(BaseModel):
         edits: in order; for one tensor, edits act one after another.
         moved: the blocks whose norms move.
         fitted_norms: the norms that calibration fitted.
+        rotated: the streams that are carried in another basis.
         calibrated_on: the text and how many tokens of it, None: on nothing.
     """
 
@@ -123,12 +140,17 @@ class Plan(BaseModel):
     edits: tuple[AnyEdit, ...]
     moved: tuple[MovedBlock, ...] = ()
     fitted_norms: tuple[FittedNorm, ...] = ()
+    rotated: tuple[RotatedStream, ...] = ()
     calibrated_on: str | None = None
     _fitted: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
 
     def with_fitted(self, tensors: Mapping[str, torch.Tensor]) -> Plan:
-        """The same plan with tensors fitted by calibration, by parameter name; each replaces what it is after."""
-        edits = (*self.edits, *(Refit(tensor=name) for name in tensors))
+        """The same plan with tensors fitted by calibration, by name.
+
+        Those that edits of the plan ask for are for them; any other is of a parameter, and replaces what it is after.
+        """
+        asked = self.asks_for()
+        edits = (*self.edits, *(Refit(tensor=name) for name in tensors if name not in asked))
         return self.model_copy(update={"edits": edits}).keeping(tensors)
 
     def keeping(self, tensors: Mapping[str, torch.Tensor]) -> Plan:
@@ -136,6 +158,22 @@ class Plan(BaseModel):
         plan = self.model_copy()
         plan._fitted = {**self._fitted, **{name: tensor.detach().cpu() for name, tensor in tensors.items()}}
         return plan
+
+    def asks_for(self) -> set[str]:
+        """Names of the fitted tensors that edits need."""
+        return {name for edit in self.edits if isinstance(edit, TensorEdit) for name in edit.fitted()}
+
+    def lacks(self) -> list[str]:
+        """Those of them that are not there, so that the plan cannot be carried out yet."""
+        return sorted(self.asks_for() - self._fitted.keys())
+
+    def check_complete(self) -> None:
+        """Raises PlanError where the plan lacks what data would tell."""
+        if lacking := self.lacks():
+            raise PlanError(
+                f"the plan lacks {len(lacking)} fitted tensors, {lacking[0]} among them: make it with data "
+                f"(--calibrate, or `calibrate=` for a live model), or load it with Plan.load from where it was saved."
+            )
 
     def fitted_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the fitted tensors, by name."""
@@ -149,9 +187,7 @@ class Plan(BaseModel):
                 return read(name)
             name = name.removeprefix(FITTED)
             if name not in self._fitted:
-                raise PlanError(
-                    f"the plan lacks the fitted tensor {name}: load it with Plan.load, from where it was saved."
-                )
+                self.check_complete()
             return self._fitted[name].double()
 
         return either
@@ -171,7 +207,7 @@ class Plan(BaseModel):
         """Paths of the norms that stand in another place afterwards: those that leave one, and those that enter."""
         found = {edit.module for edit in self.edits if isinstance(edit, AddNorm)}
         # what a norm becomes other than the kind asked for, it becomes because it moves
-        kinds = [OFFERED[choice.kind] for choice in self.request.norms]
+        kinds = [OFFERED[name] for c in self.request.norms for name in (c.kind, OFFERED[c.kind].exact) if name]
         asked = {form for kind in kinds for replaced in kind.routes for form in kind.forms(replaced)}
         found |= {edit.module for edit in self.edits if isinstance(edit, SwapNorm) and edit.kind not in asked}
         # what writes to a norm that is folded into it now gives what the norm gave
@@ -179,6 +215,22 @@ class Plan(BaseModel):
         found -= {edit.norm.module for edit in self.edits if isinstance(edit, AddShift)} - carrying
         rewrites = [edit for edit in self.edits if isinstance(edit, Rewrite)]
         return found | {f"{edit.module}.{change.name}" for edit in rewrites for change in edit.changes}
+
+    def turned_back(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """Per norm on a rotated stream, what turns rows `(.., width)` of its input or output to the original's basis.
+
+        Streams whose fitted matrix is not at hand are left out.
+        """
+
+        def read(name: str) -> torch.Tensor:
+            return self._fitted[name].double()
+
+        return {
+            path: lambda x, rotation=stream.rotation: rotation.turn(x, -1, read, back=True)
+            for stream in self.rotated
+            if stream.rotation.fitted is None or stream.rotation.fitted in self._fitted
+            for path in stream.sites
+        }
 
     def config_edits(self) -> list[SetConfig]:
         return [edit for edit in self.edits if isinstance(edit, SetConfig)]
@@ -204,7 +256,7 @@ class Plan(BaseModel):
         """Read a saved plan. Raises PlanError naming every field that does not fit."""
         try:
             plan = cls.model_validate_json(Path(path).read_bytes())
-            wanted = {edit.tensor for edit in plan.edits if isinstance(edit, Refit)}
+            wanted = plan.asks_for()
             if wanted:
                 plan._fitted = load_file(_beside(path))
             if wanted - plan._fitted.keys():

@@ -12,6 +12,8 @@ from normswap.errors import RefusedError
 
 #: where means may be subtracted at run time
 Explicit = Literal["never", "shared", "always"]
+#: how the orthogonal matrix is made that streams are rotated by
+Rotating = Literal["hadamard", "random", "pca"]
 
 
 def parse_layers(text: str) -> set[int]:
@@ -104,6 +106,8 @@ class Words(TypedDict, total=False):
         partial: convert the sites that can be converted and leave the rest.
         explicit: whether means that no weights control may be subtracted at run time: `never`; `shared`, where one
             subtraction serves several norms; `always`, if need be in front of each norm.
+        rotate: carry every stream that RMSNorms alone normalise in another basis: `hadamard`, `random`, or `pca`, the
+            principal axes of the stream on data.
     """
 
     norm: str | Sequence[str] | None
@@ -117,6 +121,7 @@ class Words(TypedDict, total=False):
     tied: Literal["keep", "untie"]
     partial: bool
     explicit: Explicit
+    rotate: Rotating | None
 
 
 class Request(BaseModel):
@@ -132,6 +137,7 @@ class Request(BaseModel):
     tied: Literal["keep", "untie"] = "keep"
     partial: bool = False
     explicit: Explicit = "shared"
+    rotate: Rotating | None = None
 
     @classmethod
     def of(cls, **words: Unpack[Words]) -> Request:
@@ -165,6 +171,7 @@ class Request(BaseModel):
         options += [*(placement.words() for placement in self.placements), "--exact" if self.exact else ""]
         options += ["--tied untie" if self.tied == "untie" else "", "--partial" if self.partial else ""]
         options.append("" if self.explicit == "shared" else f"--explicit {self.explicit}")
+        options.append(f"--rotate {self.rotate}" if self.rotate else "")
         return " ".join(filter(None, options))
 
 

@@ -26,7 +26,9 @@ from normswap.planning.edits import (
     GrowBias,
     ModuleEdit,
     Refit,
+    Restore,
     Rewrite,
+    Rotate,
     Running,
     Scale,
     SetConfig,
@@ -139,6 +141,10 @@ def _details(edit: AnyEdit, number: str) -> str:
             return f"{bias}divided by the running gain D times {number}, axis {edit.axis}"
         case Running():
             return f"the running gain D of the norms before it, times {number}"
+        case Rotate():
+            return f"by R, {edit.rotation.words()}, axis {edit.axis}"
+        case Restore():
+            return f"what the rest of its input tells of the mean taken out, axis {edit.axis}"
         case Refit():
             return "values fitted in calibration, kept beside the plan"
         case SwapNorm():

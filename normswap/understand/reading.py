@@ -12,6 +12,9 @@ from normswap.observe.trace import Trace
 from normswap.understand.derived import derived
 from normswap.understand.transfer import Prober
 
+#: why the gain of a norm stays that the model gives out
+GIVEN_OUT = "it is an output of the model"
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -74,7 +77,7 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
                 result.others.setdefault(op.norm, [])
                 result.translates.setdefault(op.norm, True)
                 if op.outputs[0] in outputs:
-                    _add(result.others, op.norm, "it is an output of the model")
+                    _add(result.others, op.norm, GIVEN_OUT)
             continue
         if op.index in made.operations or not any(v in live for v in op.outputs):
             continue
@@ -93,7 +96,7 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
             for o, dim in transfer.passes:
                 passed.setdefault((op.outputs[o], dim), []).append(norm)
                 if op.outputs[o] in outputs:
-                    _add(result.others, norm, "it is an output of the model")
+                    _add(result.others, norm, GIVEN_OUT)
             result.translates[norm] &= transfer.translates or not transfer.passes
             if any(op.outputs[o] in live for o in transfer.other):
                 where = op.module or "the model"

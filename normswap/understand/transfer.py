@@ -1,6 +1,7 @@
 """How one operation passes a change of its inputs on, found by running it on random tensors: no list of operations.
 
-The questions are in `shift` and `scale`, how an operation is run again in `trial`; here they are asked, each once.
+The questions are in `shift`, `scale` and `rotation`, how an operation is run again in `trial`; here they are asked,
+each once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 import torch
 
 from normswap.observe.trace import Operation, Ref, Trace, Value
+from normswap.understand import rotation
+from normswap.understand.rotation import RotationTransfer, rotation_transfer
 from normswap.understand.scale import (
     ScaleTransfer,
     Writes,
@@ -58,6 +61,11 @@ class Prober:
         return self._remember(
             "writes", op, (made, None, *parameters), lambda trial: write_transfer(trial, made, parameters), None
         )
+
+    def rotation(self, op: Operation, tracked: tuple[Axis, ...]) -> RotationTransfer:
+        """Which of these axes are rotated together, and which cannot be."""
+        unknown = rotation.all_blocked(op, tracked)
+        return self._remember("rotation", op, tracked, lambda trial: rotation_transfer(trial, tracked), unknown)
 
     def sum(self, op: Operation, a: int, b: int) -> tuple[float, float] | None:
         """`(p, q)` when the first output is `p * input[a] + q * input[b]` with constants p and q, else None."""

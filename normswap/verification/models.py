@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from normswap.errors import VerificationError
+from normswap.verification.basis import OtherBasis
 from normswap.verification.metrics import Record, TokenComparison, TokenMetrics, compare_logits
 from normswap.verification.outputs import (
     Inputs,
@@ -26,6 +27,7 @@ Progress = Callable[[int, int], None]
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # Relative change of logits that a token they cannot see may cause, by another order of sums (expert routing).
 _UNCHANGED = 1e-4
+_SAME = OtherBasis()
 
 
 class Comparison(Record):
@@ -75,6 +77,7 @@ def compare_models(
     sites_b: Sequence[SiteSpec] = (),
     *,
     moved: Collection[str] = (),
+    basis: OtherBasis = _SAME,
     lift: bool = True,
     tolerance: float | None = None,
     decode: Callable[[list[int]], str] | None = None,
@@ -90,6 +93,7 @@ def compare_models(
         sites_a, sites_b: each model's norms as `(path, NormSpec)`. Sites at one path are compared; what
             stands in B where A has a norm, and behaves as none, is compared as if it were that norm.
         moved: paths that are not compared, as the norm there stands in another place in one of the two.
+        basis: what B carries in another basis than A.
         lift: in float64 models, make inner float32 casts float64 too (see `LiftFloat32`).
         tolerance: relative error that still counts as the same; by default that of the dtype in `TOLERANCES`.
         decode: ids -> text, to show the worst tokens.
@@ -102,7 +106,7 @@ def compare_models(
     """
     dtype = _common_dtype(model_a, model_b)
     lifted = lift and dtype == torch.float64
-    outputs, others, sites = None, OutputComparison(), SiteComparison()
+    outputs, others, sites = None, OutputComparison(), SiteComparison(basis.sites)
     left_out = tuple(dict.fromkeys(path for path, _ in (*sites_a, *sites_b) if path in moved))
     sites_a, sites_b = ([(path, spec) for path, spec in own if path not in moved] for own in (sites_a, sites_b))
     sites_a, sites_b = alike(sites_a, sites_b)
@@ -113,7 +117,7 @@ def compare_models(
             check_alike(all_a, all_b)
             name = main_output(all_a)
             a, b = torch.atleast_2d(all_a[name]), torch.atleast_2d(all_b[name])
-            others.add(all_a, all_b, name)
+            others.add(all_a, all_b, {name, *basis.outputs})
             sites.add(calls_a, calls_b)
             calls_a.clear(), calls_b.clear()
             ids = _ids_of_rows(inputs, a)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.generation.utils import ALL_CACHE_NAMES
 
 from normswap.errors import ObserveError, VerificationError
+from normswap.observe.outputs import named_tensors
 from normswap.verification.metrics import Record, ratio
 from normswap.verification.precision import LiftFloat32
 
@@ -64,7 +64,7 @@ def outputs_of(model: nn.Module, inputs: Inputs, lifted: bool, name: str) -> Out
             f"model {name} ({type(model).__name__}) fails in {parameter.dtype} on {shapes}: "
             f"{type(error).__name__}: {error}. Try another dtype, fewer tokens, or another device."
         ) from error
-    found = {key: t for key, t in _named_tensors(output) if t.is_floating_point() and t.numel()}
+    found = {key: t for key, t in named_tensors(output) if t.is_floating_point() and t.numel()}
     if not found:
         raise ObserveError(f"model {name} ({type(model).__name__}) returns no floating tensor: nothing to compare.")
     return found
@@ -95,20 +95,6 @@ def to_model(value: object, parameter: torch.Tensor) -> object:
     return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
 
 
-def _named_tensors(tree: object, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(tree, torch.Tensor):
-        yield name or "output", tree
-        return
-    if isinstance(tree, Mapping):
-        parts = [(key, value) for key, value in tree.items() if key not in ALL_CACHE_NAMES]
-    elif isinstance(tree, list | tuple):
-        parts = list(enumerate(tree))
-    else:
-        return
-    for key, value in parts:
-        yield from _named_tensors(value, f"{name}.{key}" if name else str(key))
-
-
 @dataclass
 class _Totals:
     rows: int = 0
@@ -122,10 +108,10 @@ class OutputComparison:
     def __init__(self):
         self._totals: dict[str, _Totals] = {}
 
-    def add(self, a: Outputs, b: Outputs, main: str) -> None:
+    def add(self, a: Outputs, b: Outputs, without: Collection[str]) -> None:
         """Take in one batch of outputs that `check_alike` has passed."""
         for name in a:
-            if name != main:
+            if name not in without:
                 _accumulate(self._totals.setdefault(name, _Totals()), a[name], b[name].to(a[name].device))
 
     def metrics(self) -> tuple[OutputMetrics, ...]:

@@ -14,11 +14,14 @@ from normswap.checkpoint.source import Source
 from normswap.errors import SourceError, VerificationError
 from normswap.observe.run import make_eager
 from normswap.understand.normmap import find_sites
+from normswap.verification.basis import OtherBasis
 from normswap.verification.inputs import evaluation_inputs, of_text
 from normswap.verification.metrics import Record
 from normswap.verification.models import TOLERANCES, Comparison, Progress, compare_models
 from normswap.verification.outputs import Inputs
 from normswap.verification.sites import SiteSpec
+
+_SAME = OtherBasis()
 
 
 class Report(Record):
@@ -81,6 +84,8 @@ def verify(
     _place(models, device or ("cuda" if torch.cuda.is_available() else "cpu"), run)
     tokenizer = tokenizer_of(sources[0])
     batches, shape, described = evaluation_inputs(models[0], tokenizer, text, tokens)
+    plans = [source.record.plan for source in sources if source.record is not None]
+    turned, basis = (OtherBasis.of(source.record and source.record.plan) for source in sources)
     return report_on(
         (str(a), str(b)),
         models,
@@ -89,7 +94,8 @@ def verify(
         shape=shape,
         text=described,
         stored=stored,
-        moved={path for source in sources if source.record is not None for path in source.record.plan.moved_norms()},
+        moved=set().union(*(plan.moved_norms() for plan in plans), turned.sites, turned.hidden, basis.hidden),
+        basis=basis,
         decode=None if tokenizer is None else tokenizer.decode,
         progress=progress,
     )
@@ -105,6 +111,7 @@ def report_on(
     text: str,
     stored: Sequence[torch.dtype],
     moved: Collection[str] = (),
+    basis: OtherBasis = _SAME,
     decode: Callable[[list[int]], str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -115,7 +122,7 @@ def report_on(
         batches, shape, text: as `evaluation_inputs` gives them.
         stored: the coarsest dtype among the stored weights of each; what counts as rounding follows from it and from
             the dtype the models compute in.
-        moved, decode, progress: as for `compare_models`.
+        moved, basis, decode, progress: as for `compare_models`.
     """
     run = coarsest_dtype(models[0])
     comparison = compare_models(
@@ -123,6 +130,7 @@ def report_on(
         batches,
         *sites,
         moved=moved,
+        basis=basis,
         tolerance=max(TOLERANCES[found] for found in (*stored, run)),
         decode=decode,
         progress=progress,

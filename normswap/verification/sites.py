@@ -11,7 +11,8 @@ the bias `b` that the module has put back to those of the first model:
 
     y_a  against  g_a (y_b - b_b) / g_b + b_a
 
-and without its mean where the second model takes the mean out of it (an explicit centring). Sites are compared and not
+and without its mean where the second model takes the mean out of it (an explicit centring). Where the second model
+carries the stream as `R x`, `n_b` and `(y_b - b_b) / g_b` are turned back by `R^T` first. Sites are compared and not
 only the model's output because that is blind to some of them: a norm that feeds a top-k choice, an unused head.
 
 Norms that no conversion rewrites (over a batch, over groups) are compared by their output alone.
@@ -20,7 +21,7 @@ Norms that no conversion rewrites (over a batch, over groups) are compared by th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 from normswap.norms.spec import NormSpec
+from normswap.verification.basis import Turn
 from normswap.verification.metrics import Record, ratio
 from normswap.verification.outputs import row_errors
 
@@ -191,9 +193,14 @@ class _Totals:
 
 
 class SiteComparison:
-    """Gathers the measurements of all sites over batches; keeps a few numbers per site."""
+    """Gathers the measurements of all sites over batches; keeps a few numbers per site.
 
-    def __init__(self):
+    Args:
+        turned_back: per site on a stream that B carries in another basis, what turns B's rows to A's.
+    """
+
+    def __init__(self, turned_back: Mapping[str, Turn] | None = None):
+        self._turned_back = turned_back or {}
         self._totals: dict[str, _Totals] = {}
         self._unmatched: set[str] = set()
 
@@ -207,7 +214,7 @@ class SiteComparison:
         for path in calls_a:  # in execution order
             if path not in self._unmatched:
                 for a, b in zip(calls_a[path], calls_b[path], strict=True):
-                    _accumulate(self._totals.setdefault(path, _Totals()), a, b)
+                    _accumulate(self._totals.setdefault(path, _Totals()), a, b, self._turned_back.get(path))
 
     def metrics(self) -> tuple[SiteMetrics, ...]:
         """Measurements of every site that both models ran alike, in execution order."""
@@ -236,12 +243,14 @@ def _shapes(seen: Seen) -> tuple[torch.Size, torch.Size]:
     return seen.normalised.shape, seen.output.shape
 
 
-def _accumulate(totals: _Totals, a: Seen, b: Seen) -> None:
+def _accumulate(totals: _Totals, a: Seen, b: Seen, turn: Turn | None) -> None:
     device = a.normalised.device
     finite_a, finite_b = a.normalised.isfinite().all(-1), b.normalised.isfinite().all(-1).to(device)
     good = finite_a & finite_b
     n_a, n_b = a.normalised[good], b.normalised.to(device)[good]
-    odd_output, output_error = row_errors(*_outputs(a, b))
+    if turn is not None:
+        n_b = turn(n_b)
+    odd_output, output_error = row_errors(*_outputs(a, b, turn))
     totals.mismatched += max(int((finite_a != finite_b).sum()), int(odd_output.sum()))
     totals.output_error_max = max(totals.output_error_max, output_error.max().item() if len(output_error) else 0.0)
     if not good.any():
@@ -255,9 +264,13 @@ def _accumulate(totals: _Totals, a: Seen, b: Seen) -> None:
     totals.mean_b = max(totals.mean_b, b.off_centre.to(device)[good].max().item())
 
 
-def _outputs(a: Seen, b: Seen) -> tuple[torch.Tensor, torch.Tensor]:
+def _outputs(a: Seen, b: Seen, turn: Turn | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The two outputs, B's with A's gain and bias, both without their means where B's has none."""
     y_a, y_b = a.output, b.output.to(a.output.device)
+    if turn is not None:
+        y_b = y_b - (0 if b.bias is None else b.bias.to(y_b.device))
+        y_b = turn(y_b / (1 if b.gain is None else b.gain.to(y_b.device)))
+        return y_a, y_b * (1 if a.gain is None else a.gain) + (0 if a.bias is None else a.bias)
     if _has_no_mean(y_b, b.dtype) and not _has_no_mean(y_a, a.dtype) and _same(a.gain, b.gain):
         return _centred(y_a), _centred(y_b)
     if not _same(a.bias, b.bias):

@@ -3,7 +3,7 @@
 import torch
 
 from normswap.norms.fitting import as_on_average, moments
-from normswap.norms.kind import Fitted, Kind
+from normswap.norms.kind import Direct, Fitted, Kind, Rewrite
 from normswap.norms.kinds.affine import Affine
 
 
@@ -15,11 +15,39 @@ class LayerNorm(Affine):
         return x * torch.rsqrt(x.square().mean(self.axis, keepdim=True) + self.eps)
 
 
+class MirroredLayerNorm(Affine):
+    """RMSNorm by a LayerNorm over twice the channels, for engines that have no other: `n(x) = LN([x, -x])[:width]`.
+
+    `[x, -x]` has no mean, and its variance is `mean(x^2)`, so that eps stays.
+    """
+
+    def normalised(self, x):
+        x = x.movedim(self.axis, -1)
+        both = torch.cat([x, -x], -1)
+        first = torch.nn.functional.layer_norm(both, both.shape[-1:], eps=self.eps)[..., : self.width]
+        return first.movedim(-1, self.axis)
+
+
+def _unchanged(spec, tensors):
+    """The gain and bias of the norm that is replaced."""
+    neutral = {"gain": torch.ones, "bias": torch.zeros}
+    own = {does: tensors.get(does, make(spec.width, dtype=torch.float64)) for does, make in neutral.items()}
+    return {"weight": own["gain"], "bias": own["bias"]}
+
+
 KINDS = (
     Kind(
         "layernorm",
         LayerNorm,
-        "Statistics of each token or pixel by itself; of a BatchNorm, with gains matched on data.",
-        {"batchnorm": Fitted(moments, as_on_average, alone=True)},
+        "Statistics of each token by itself; of an RMSNorm, its stream is rotated so that the mean is what is missed "
+        "least; of a BatchNorm, with gains matched on data.",
+        {"rmsnorm": Rewrite("rotate"), "batchnorm": Fitted(moments, as_on_average, alone=True)},
+        exact="mirrored-layernorm",
+    ),
+    Kind(
+        "mirrored-layernorm",
+        MirroredLayerNorm,
+        "An RMSNorm computed as half of a LayerNorm of [x, -x], for engines that have LayerNorm alone.",
+        {"rmsnorm": Direct(_unchanged)},
     ),
 )

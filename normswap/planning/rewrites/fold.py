@@ -20,7 +20,7 @@ from normswap.norms.spec import GainForm
 from normswap.planning.edits import AnyEdit, Drop, Fill, FoldBias, FoldGain, Frozen, GrowBias, TensorEdit
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
-from normswap.understand.reading import Reader
+from normswap.understand.reading import GIVEN_OUT, Reader
 
 
 @dataclass
@@ -32,19 +32,28 @@ class Folding:
     refused: dict[str, str] = field(default_factory=dict)
     across: list[tuple[str, str]] = field(default_factory=list)  # each norm, and a module that takes it over
 
+    def add(self, other: Folding) -> Folding:
+        """Take in what another one asks for."""
+        self.edits += other.edits
+        self.sites += other.sites
+        self.refused |= other.refused
+        self.across += other.across
+        return self
 
-def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, swapped: set[str]) -> Folding:
+
+def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, swapped: set[str], given_out: bool = False) -> Folding:
     """Plan the folding of the gains and biases of `sites` into their readers.
 
     Args:
         swapped: sites whose module is replaced anyway and so loses its parameters; others keep neutral ones, so that
             the stock class still loads them.
+        given_out: whether what the model gives out besides its result may lack them.
     """
     result = Folding()
     for site in sites:
         if site.spec.weight is None and site.spec.bias is None:
             continue
-        edits = _site_edits(normmap, site, ties)
+        edits = _site_edits(normmap, site, ties, given_out)
         if isinstance(edits, str):
             result.refused[site.path] = edits
             continue
@@ -59,7 +68,7 @@ def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, swapped: set[str])
     return result
 
 
-def _site_edits(normmap: NormMap, site: Site, ties: Ties) -> list[AnyEdit] | str:
+def _site_edits(normmap: NormMap, site: Site, ties: Ties, given_out: bool) -> list[AnyEdit] | str:
     """Edits of the site's readers, or the reason why it cannot be folded."""
     spec = site.spec
     if len(spec.axes) != 1:
@@ -67,7 +76,7 @@ def _site_edits(normmap: NormMap, site: Site, ties: Ties) -> list[AnyEdit] | str
     if spec.bias is not None and spec.gate is not None and spec.gate.place == "after":
         return "its bias is multiplied by its gate, which is another for every token"
     gain, bias = (f"{site.path}.{name}" if name else None for name in (spec.weight, spec.bias))
-    return shared(normmap, site) or into_readers(normmap, site, ties, gain, spec.gain, bias)
+    return shared(normmap, site) or into_readers(normmap, site, ties, gain, spec.gain, bias, given_out)
 
 
 def shared(normmap: NormMap, site: Site) -> str | None:
@@ -91,11 +100,12 @@ def into_readers(
     gain: str | Frozen | None,
     form: GainForm | None,
     bias: str | Frozen | None,
+    given_out: bool = False,
 ) -> list[AnyEdit] | str:
     """Edits by which the readers of a norm take over `gain` and `bias`, None for none; or why they cannot."""
     channels = site.spec.channels
-    if site.other_consumers:
-        return f"its gain cannot move into its readers: {site.other_consumers[0]}"
+    if others := [reason for reason in site.other_consumers if not (given_out and reason == GIVEN_OUT)]:
+        return f"its gain cannot move into its readers: {others[0]}"
     if not site.readers:
         return "its gain cannot move into its readers: nothing that the model gives out reads it"
     if bias is not None and not normmap.readings[channels].translates[site.path]:
