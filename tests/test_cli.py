@@ -267,7 +267,7 @@ def test_wrong_folders_are_refused_with_one_clear_message(checkpoints, tmp_path,
 
 BAD_REQUESTS = {
     "nothing": (GPT2, (), "nothing is asked for"),
-    "unknown norm": (GPT2, ("--norm", "batchnorm"), "norm 'batchnorm' is not offered: expected one of rmsnorm"),
+    "unknown norm": (GPT2, ("--norm", "batchnorm"), "norm 'batchnorm' is not offered: expected one of affine, "),
     "unknown dtype": (GPT2, ("--norm", "rmsnorm", "--dtype", "int4"), "dtype 'int4' is not offered: expected one of"),
     "RMSNorm again": (LLAMA, ("--norm", "rmsnorm"), "its 13 norms are rmsnorm"),
     "tied head": (GPT2, ("--norm", "rmsnorm", "--fold"), "untie them with --tied untie"),
