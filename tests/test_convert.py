@@ -402,7 +402,7 @@ def test_post_norm_is_refused_and_done_where_it_can_be(tmp_path):
 
 REFUSED = {
     "nothing": (GPT2, {}, "nothing is asked for"),
-    "an unknown norm": (GPT2, dict(norm="batchnorm"), "'batchnorm' is not offered: expected one of rmsnorm"),
+    "an unknown norm": (GPT2, dict(norm="batchnorm"), "'batchnorm' is not offered: expected one of affine, "),
     "RMSNorm of RMSNorm": (LLAMA, dict(norm="rmsnorm"), "its 13 norms are rmsnorm"),
 }
 
