@@ -274,6 +274,14 @@ def test_a_norm_that_uses_its_batch_is_none_that_runs_on_statistics():
     refused(model, ["no norm"])
 
 
+@pytest.mark.parametrize("request_", [dict(fold=True), dict(norm="affine")], ids=str)
+def test_a_norm_without_parameters_under_two_names_is_refused(request_):
+    model = Twice()
+    model.norm = model.also = nn.BatchNorm2d(8, affine=False)
+    with pytest.raises(RefusedError, match="it is also as well|it is norm as well"):
+        normswap.plan(ready(model), inputs=dict(x=picture(*IMAGE)), **request_)
+
+
 TYPES = "resnet mobilenet_v2 regnet levit efficientnet detr wav2vec2-conformer parakeet_ctc sam3_lite_text_text_model"
 
 
@@ -374,8 +382,12 @@ def test_each_channel_keeps_the_moments_that_the_batch_norm_gave_it():
     plan = normswap.plan(model, norm="groupnorm", inputs=batches[0], calibrate=batches)
     converted = apply_plan(copy.deepcopy(model), plan)
     checked = 0
+    told = {norm.site: norm.error for norm in plan.fitted_norms}
     for path in plan.converted:
         ours, theirs = (seen(m, path, batches[:-1]) for m in (converted, model))
+        error = (ours - theirs).square().mean().sqrt()
+        spread = (theirs - theirs.mean((0, 2, 3), keepdim=True)).square().mean().sqrt()
+        assert told[path] == pytest.approx(float(error / spread), rel=1e-5)  # statistics of whole maps
         for moment in (torch.mean, torch.std):
             assert relative(moment(ours, (0, 2, 3)), moment(theirs, (0, 2, 3))) < 1e-6  # 1e-7 is measured
             checked += 1

@@ -62,7 +62,8 @@ def fit_norms(normmap: NormMap, plan: Plan, data: Data) -> Plan:
         plan = _with_form(plan, converted, edit, values)
         fitted = _set(converted.get_submodule(site.path), values)
         tensors |= {f"{site.path}.{name}": value for name, value in fitted.items()}
-        told.append(_judged(converted.get_submodule(site.path), site, edit, values, x, given))
+        made = _made(converted, site, x, data.batches)
+        told.append(_judged(site, edit, values, x, made, given))
         data.progress("fitting norms", len(told), len(sites))
     on = [data.described] if sites else []
     on += [f"the running statistics of {len(wanted) - len(sites)} norms"] if len(wanted) > len(sites) else []
@@ -143,10 +144,24 @@ def _set(module: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 
 @torch.no_grad()
-def _judged(module: nn.Module, site: Site, edit: Initialise, values, x: torch.Tensor, given: torch.Tensor):
-    """How well the module does, on rows of all that it was fitted to."""
-    shape = (*x.shape, *[1] * (-1 - site.spec.axes[0]))
-    error = (module(x.reshape(shape)).reshape(x.shape) - given).double()
+def _made(converted: nn.Module, site: Site, x: torch.Tensor, batches: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    """What the fitted norm gives, `(rows, width)`; of maps in the model, where its statistics may be of many rows."""
+    if site.spec.axes == (-1,):
+        return converted.get_submodule(site.path)(x)
+    tap = Tap(site.path, "output")
+    return torch.cat([_rows(watch(converted, [tap], inputs)[tap], site, inputs) for inputs in batches])
+
+
+def _judged(
+    site: Site,
+    edit: Initialise,
+    values: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+    made: torch.Tensor,
+    given: torch.Tensor,
+) -> FittedNorm:
+    """How well the norm does, on rows of all that it was fitted to."""
+    error = (made - given).double()
     spread = (given.double() - given.double().mean(0)).square().mean().sqrt()
     flat = None if edit.route.flat is None else float(edit.route.flat(values, x).double().mean())
     return FittedNorm(
@@ -160,6 +175,8 @@ def _judged(module: nn.Module, site: Site, edit: Initialise, values, x: torch.Te
 
 def _reasons(told: Sequence[FittedNorm], written: Sequence[str]) -> list[str]:
     """What was fitted, a sentence each."""
+    if not told:
+        return []
     worst = max(told, key=lambda norm: norm.error)
     found = [f"Each new norm follows the old one with an error of at most {worst.error:.1%} ({worst.site})."]
     if written:

@@ -56,6 +56,8 @@ def _obstacle(normmap: NormMap, site: Site) -> str | None:
         return "it has a gate, which another norm would not have"
     if len(spec.axes) != 1 or (spec.groups > 1 and spec.kind != "batchnorm"):
         return "it normalises runs of its channels, or several axes together; only norms over one axis can be exchanged"
+    if site.path in normmap.twins:
+        return f"it is {', '.join(normmap.twins[site.path])} as well, which would stay as it is"
     for name in spec.tensors.values():
         parameter = f"{site.path}.{name}"
         if normmap.shape(parameter) != (spec.channels,):
