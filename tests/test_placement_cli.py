@@ -143,7 +143,7 @@ def test_the_card_tells_what_moved_and_what_it_cost(converted):
 
 
 def test_a_budget_moves_the_layers_that_cost_least(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr("normswap.conversion.COST_TOKENS", 256)  # for the sake of time
+    monkeypatch.setattr("normswap.calibration.data.COST_TOKENS", 256)  # for the sake of time
     path = tmp_path / "plan.json"
     asked = ("--placement", "post", "--layers", "auto:0.003", "--calibrate", "--tokens", 512, "-o", path)
     shown = run("plan", checkpoints / GPT2, *asked)
@@ -209,7 +209,7 @@ BAD_REQUESTS = {
     "no budget": (("--placement", "post", "--layers", "auto:x"), "expected auto:KL, with a number of nats"),
     "not exact": (("--placement", "deepnorm", "--exact"), "Leave out --exact to have it calibrated"),
     "no such text": (("--placement", "post", "--text", "nosuch.txt", "--verify", "none"), "nosuch.txt cannot be read"),
-    "tokens for nothing": (("--norm", "rmsnorm", "--tokens", "99"), "no norm moves: give a --placement"),
+    "tokens for nothing": (("--norm", "rmsnorm", "--tokens", "99"), "there is nothing to calibrate"),
     "tokens with a plan": (("--plan", "nosuch.json", "--tokens", "99"), "a saved plan already says what to do"),
 }
 
@@ -227,7 +227,7 @@ def test_plans_refuse_what_needs_calibration(checkpoints, tmp_path):
     for asked, message in (
         (("--placement", "post", "--layers", "auto:0.01"), "so it takes a calibration"),
         (("--placement", "post", "--text", "x.txt"), "add --calibrate"),
-        (("--norm", "rmsnorm", "--calibrate"), "give a --placement"),
+        (("--norm", "rmsnorm", "--calibrate"), "there is nothing to calibrate"),
     ):
         refused = run("plan", checkpoints / GPT2, *asked)
         assert refused.exit_code == 2 and refused.stdout == "" and message in refused.stderr, refused.stderr
