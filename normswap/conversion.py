@@ -322,7 +322,7 @@ def _derived(raw: dict, source: Source, plan: Plan) -> dict[str, object]:
 def _command(source: str, out: str, plan: Plan, options: dict[str, str | None]) -> str:
     """The command line that does the same, without what is private in paths."""
     words = ["normswap", "convert", source, out]
-    words += [] if options["--plan"] else plan.request.words().split()
+    words += [] if options["--plan"] else shlex.split(plan.request.words())
     words += [word for name, value in options.items() if value for word in (name, value)]
     return shlex.join(words)
 

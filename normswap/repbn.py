@@ -40,19 +40,21 @@ def reestimate(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dict[s
     training = {module: module.training for module in model.modules()}
     model.eval()
     measured = {}
-    for path in _in_order(model, batches[0]):
-        norm, tap = model.get_submodule(path), Tap(path, "input")
-        seen = [(watch(model, [tap], inputs).get(tap), inputs) for inputs in batches]
-        x = [rows(value.movedim(norm.axis, -1), inputs).double() for value, inputs in seen if value is not None]
-        count = sum(len(part) for part in x)
-        if not count:
-            raise RefusedError(f"{path}: nothing of the batches reaches it. Give batches that do.")
-        mean = sum(part.sum(0) for part in x) / count
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(sum((part - mean).square().sum(0) for part in x) / count)
-        measured[path] = count
-    for module, mode in training.items():
-        module.training = mode
+    try:
+        for path in _in_order(model, batches[0]):
+            norm, tap = model.get_submodule(path), Tap(path, "input")
+            seen = [(watch(model, [tap], inputs).get(tap), inputs) for inputs in batches]
+            x = [rows(value.movedim(norm.axis, -1), inputs).double() for value, inputs in seen if value is not None]
+            count = sum(len(part) for part in x)
+            if not count:
+                raise RefusedError(f"{path}: nothing of the batches reaches it. Give batches that do.")
+            mean = sum(part.sum(0) for part in x) / count
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(sum((part - mean).square().sum(0) for part in x) / count)
+            measured[path] = count
+    finally:
+        for module, mode in training.items():
+            module.training = mode
     return measured
 
 
@@ -90,6 +92,10 @@ def fold_repbn(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
         gone = set(plan.converted)
     except RefusedError:
         gone = set()
+    except BaseException:
+        for path, norm in norms.items():
+            model.set_submodule(path, norm)
+        raise
     for path, rest in affine.items():
         model.set_submodule(path, nn.Identity() if path in gone else rest)
     return {path: path in gone for path in norms}

@@ -23,6 +23,7 @@ EXACT = {
     "centred, folded, untied": (GPT2, dict(norm="rmsnorm", fold=True, tied="untie"), 1e-6),  # 1.1e-7
     "biases grown": (NEOX, dict(norm="rmsnorm", fold=True), 1e-6),  # 1.6e-7
     "folded": (LLAMA, dict(fold=True), 1e-6),  # 9.9e-8
+    "rotated": (LLAMA, dict(rotate="hadamard"), 1e-6),
     "behind a carried scale": (LLAMA, dict(placement="post", exact=True), 0.0),
     "behind a gate": (GPT2, dict(placement="sandwich", exact=True), 0.0),
 }

@@ -289,6 +289,8 @@ def _shape_after(
 
     def read(other: str) -> torch.Tensor:
         if other.startswith(FITTED):
+            if other.removeprefix(FITTED) not in fitted:
+                raise PlanError(f"{name}: expected {other.removeprefix(FITTED)} beside the plan, found no such tensor.")
             return _meta(fitted[other.removeprefix(FITTED)])
         if keymap.stored_group(other) is None:
             raise PlanError(f"{name}: the plan makes it from {other}, which the checkpoint does not hold.")

@@ -29,6 +29,8 @@ from normswap.verification.outputs import to_model
 
 # of the mean variance of a channel, added to each: what the regression of one direction does not believe
 _RIDGE = 1e-3
+# the search for the direction begins at so many, since it may stand still at one that all norms and readers share
+_STARTS = 4
 
 
 @dataclass
@@ -145,17 +147,25 @@ def _reading(data: Data, site: Site) -> torch.Tensor:
 def least_felt(read: list[tuple[Moments, torch.Tensor]]) -> torch.Tensor:
     """The unit vector v with the least `sum_p (v^T C_p v)(v^T G_p v) / tr(G_p mean(n n^T))`.
 
-    From the direction with the least variance on, by L-BFGS: no chance in it.
+    By L-BFGS from each of the directions with the least variance, the best of what is found: no chance in it.
     """
     parts = [(own.covariance, g / (g * own.second).sum().clamp(min=1e-300)) for own, g in read]
-    start = torch.linalg.eigh(sum(c for c, _ in parts)).eigenvectors[:, 0].contiguous()
+    starts = torch.linalg.eigh(sum(c for c, _ in parts)).eigenvectors[:, :_STARTS].T
+    found = [_descended(parts, start) for start in starts]
+    return min(found, key=lambda v: _felt(parts, v).item())
+
+
+def _felt(parts: list[tuple[torch.Tensor, torch.Tensor]], v: torch.Tensor) -> torch.Tensor:
+    return sum((v @ c @ v) * (v @ g @ v) for c, g in parts)
+
+
+def _descended(parts: list[tuple[torch.Tensor, torch.Tensor]], start: torch.Tensor) -> torch.Tensor:
     v = start.clone().requires_grad_(True)
     search = torch.optim.LBFGS([v], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-12)
 
     def felt() -> torch.Tensor:
         search.zero_grad()
-        unit = v / v.norm()
-        loss = sum((unit @ c @ unit) * (unit @ g @ unit) for c, g in parts)
+        loss = _felt(parts, v / v.norm())
         loss.backward()
         return loss
 

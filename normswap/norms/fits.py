@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from normswap.norms.kind import Tensors, Values
 from normswap.norms.spec import NormSpec
 
 # a slope is a matter of one number: so many rows tell it
@@ -94,3 +95,11 @@ def constants(scales: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda s: c.expand_as(s)
     high, low = frozen_scale(scales[scales > between]), frozen_scale(scales[scales <= between])
     return lambda s: torch.where(s > between, high, low)
+
+
+def neutral(spec: NormSpec, tensors: Tensors) -> Values:
+    """Gain and bias as the norm had them, one and zero where it had none."""
+    return {
+        "weight": tensors.get("gain", torch.ones(spec.channels)),
+        "bias": tensors.get("bias", torch.zeros(spec.channels)),
+    }

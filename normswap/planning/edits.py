@@ -235,12 +235,14 @@ class CarryAffine(TensorEdit):
 class Rotate(TensorEdit):
     """`T <- R T` along `axis`, or along each run of channels in it.
 
-    So for what writes to a stream that is carried as `R x`, and for what reads it, `W <- W R^T`.
+    So for what writes to a stream that is carried as `R x`, and for what reads it, `W <- W R^T`. `back`: R^T in the
+    place of R.
     """
 
     edit: Literal["rotate"] = "rotate"
     axis: int
     rotation: Rotation
+    back: bool = False
 
     def fitted(self):
         return (self.rotation.fitted,) if self.rotation.fitted else ()
@@ -249,7 +251,7 @@ class Rotate(TensorEdit):
         return self.axis > 0
 
     def apply(self, value, read):
-        return self.rotation.turn(value, self.axis, lambda name: read(FITTED + name))
+        return self.rotation.turn(value, self.axis, lambda name: read(FITTED + name), self.back)
 
 
 class Compensate(TensorEdit):

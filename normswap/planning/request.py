@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, TypedDict, Unpack
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from normswap.errors import RefusedError
 
@@ -150,7 +150,13 @@ class Request(BaseModel):
         layers = _by_position(given["layers"], places, "layers", "placement")
         norms = (NormChoice(kind=k, sites=s, role=r) for k, s, r in zip(kinds, sites, roles, strict=True))
         placements = (Placement(name=name, layers=which) for name, which in zip(places, layers, strict=True))
-        return cls(norms=tuple(norms), placements=tuple(placements), **words)
+        try:
+            return cls(norms=tuple(norms), placements=tuple(placements), **words)
+        except ValidationError as error:
+            found = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors()
+            )
+            raise RefusedError(f"what was asked for is not understood: {found}.") from error
 
     @property
     def chooses_layers(self) -> bool:

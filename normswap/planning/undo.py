@@ -23,6 +23,7 @@ from normswap.planning.edits import (
     Initialise,
     Read,
     Restore,
+    Rotate,
     Running,
     Scale,
     TensorEdit,
@@ -105,6 +106,13 @@ def _(edit: Scale, key):
     if not edit.factor:
         raise NoWayBack(f"{edit.tensor} was multiplied by 0")
     return edit.model_copy(update={"factor": 1 / edit.factor})
+
+
+@taken_back.register
+def _(edit: Rotate, key):
+    if edit.rotation.fitted is not None:
+        raise NoWayBack(f"{edit.tensor} was turned by a matrix found on data, which is not kept")
+    return edit.model_copy(update={"back": not edit.back})
 
 
 @taken_back.register(Fill)

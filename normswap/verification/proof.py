@@ -274,6 +274,8 @@ def prove_undone(
     # the stock class first: of norms that see less of their input than others, what they see is compared
     sites = find_sites(result), find_sites(converted)
 
+    turned = OtherBasis.of(source.record.plan)
+
     def measure(what: str, a: nn.Module, b: nn.Module, dtypes: Sequence[torch.dtype]) -> Report:
         return report_on(
             ("the folder made of it", source.title),
@@ -283,7 +285,8 @@ def prove_undone(
             shape=shape,
             text=Path(text).name if text is not None and tokenizer is not None else described,
             stored=dtypes,
-            moved=source.record.plan.moved_norms(),
+            moved=source.record.plan.moved_norms() | turned.hidden,
+            basis=turned,
             progress=lambda done, total: progress(what, done, total),
         )
 

@@ -6,10 +6,10 @@ Fitted as DyT is, with a shift besides the slope: each is searched for in turn.
 import torch
 from torch import nn
 
-from normswap.norms.fits import best_slope, gain_and_bias, least, root_mean_square, some_rows
+from normswap.norms.fits import best_slope, gain_and_bias, least, neutral, root_mean_square, some_rows
 from normswap.norms.kind import Fitted, Kind, Samples, Tensors, Values
 from normswap.norms.kinds.affine import Affine
-from normswap.norms.kinds.dyt import START, neutral
+from normswap.norms.kinds.dyt import START
 from normswap.norms.spec import NormSpec
 
 # erf' is below a tenth of what it is at 0 from here on: sqrt(log(10))

@@ -7,7 +7,7 @@ that leaves the least error.
 import torch
 from torch import nn
 
-from normswap.norms.fits import best_slope, gain_and_bias, root_mean_square, some_rows
+from normswap.norms.fits import best_slope, gain_and_bias, neutral, root_mean_square, some_rows
 from normswap.norms.kind import Fitted, Kind, Samples, Tensors, Values
 from normswap.norms.kinds.affine import Affine
 from normswap.norms.spec import NormSpec
@@ -39,14 +39,6 @@ def fit(samples: Samples) -> Values:
 
 def start(spec: NormSpec, tensors: Tensors) -> Values:
     return neutral(spec, tensors) | {"alpha": torch.full((1,), START)}
-
-
-def neutral(spec: NormSpec, tensors: Tensors) -> Values:
-    """Gain and bias as the norm had them, one and zero where it had none."""
-    return {
-        "weight": tensors.get("gain", torch.ones(spec.channels)),
-        "bias": tensors.get("bias", torch.zeros(spec.channels)),
-    }
 
 
 def flat(values: Values, x: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,9 @@ whose root mean square is beyond a threshold between them.
 
 import torch
 
-from normswap.norms.fits import around, frozen_scale, gain_and_bias, root_mean_square, threshold
+from normswap.norms.fits import around, frozen_scale, gain_and_bias, neutral, root_mean_square, threshold
 from normswap.norms.kind import Fitted, Kind, Samples, Tensors, Values
 from normswap.norms.kinds.affine import Affine
-from normswap.norms.kinds.dyt import neutral
 from normswap.norms.spec import NormSpec
 
 

@@ -4,9 +4,9 @@ import math
 
 import torch
 
-from normswap.norms.fitting import as_on_average, moments
 from normswap.norms.kind import Fitted, Kind
 from normswap.norms.kinds.affine import Affine
+from normswap.norms.moments import as_on_average, moments
 
 
 class GroupNorm(Affine):

@@ -2,9 +2,10 @@
 
 import torch
 
-from normswap.norms.fitting import as_on_average, moments
+from normswap.norms.fits import neutral
 from normswap.norms.kind import Direct, Fitted, Kind, Rewrite
 from normswap.norms.kinds.affine import Affine
+from normswap.norms.moments import as_on_average, moments
 
 
 class LayerNorm(Affine):
@@ -28,13 +29,6 @@ class MirroredLayerNorm(Affine):
         return first.movedim(-1, self.axis)
 
 
-def _unchanged(spec, tensors):
-    """The gain and bias of the norm that is replaced."""
-    neutral = {"gain": torch.ones, "bias": torch.zeros}
-    own = {does: tensors.get(does, make(spec.width, dtype=torch.float64)) for does, make in neutral.items()}
-    return {"weight": own["gain"], "bias": own["bias"]}
-
-
 KINDS = (
     Kind(
         "layernorm",
@@ -48,6 +42,6 @@ KINDS = (
         "mirrored-layernorm",
         MirroredLayerNorm,
         "An RMSNorm computed as half of a LayerNorm of [x, -x], for engines that have LayerNorm alone.",
-        {"rmsnorm": Direct(_unchanged)},
+        {"rmsnorm": Direct(neutral)},
     ),
 )

@@ -7,9 +7,8 @@ the best single slope for all channels, so that the batch norm, which is noise i
 import torch
 from torch import nn
 
-from normswap.norms.fits import gain_and_bias
+from normswap.norms.fits import gain_and_bias, neutral
 from normswap.norms.kind import Fitted, Kind, Samples, Tensors, Values
-from normswap.norms.kinds.dyt import neutral
 from normswap.norms.kinds.layer_norm import LayerNorm
 from normswap.norms.kinds.rms_norm import RMSNorm
 from normswap.norms.spec import NormSpec
