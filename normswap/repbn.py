@@ -49,8 +49,8 @@ def reestimate(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dict[s
             if not count:
                 raise RefusedError(f"{path}: nothing of the batches reaches it. Give batches that do.")
             mean = sum(part.sum(0) for part in x) / count
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(sum((part - mean).square().sum(0) for part in x) / count)
+            norm.bn_mean.copy_(mean)
+            norm.bn_var.copy_(sum((part - mean).square().sum(0) for part in x) / count)
             measured[path] = count
     finally:
         for module, mode in training.items():
@@ -110,9 +110,7 @@ def _affine(norm: nn.Module) -> Affine:
 
 def _paths(model: nn.Module) -> list[str]:
     """Of all RepBNs. They are known by what they have: a folder's own modelling file has a class of its own."""
-    found = [
-        path for path, module in model.named_modules() if hasattr(module, "running_var") and hasattr(module, "eta")
-    ]
+    found = [path for path, module in model.named_modules() if hasattr(module, "bn_var") and hasattr(module, "eta")]
     if not found:
         raise RefusedError(f"{type(model).__name__} has no RepBN. Put them in with --norm repbn.")
     return found

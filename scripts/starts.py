@@ -52,8 +52,8 @@ def starts(model: nn.Module, kind: str, batches: Sequence[Mapping[str, Any]]) ->
     def batch_norm(eta: float):
         def change(norm, x):
             norm.eta.fill_(eta)
-            norm.running_mean.copy_(x.mean(0))
-            norm.running_var.copy_(x.var(0))
+            norm.bn_mean.copy_(x.mean(0))
+            norm.bn_var.copy_(x.var(0))
 
         return change
 

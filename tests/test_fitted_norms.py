@@ -21,7 +21,7 @@ from normswap.norms.kinds.repbn import RepBNLayerNorm, RepBNRMSNorm
 from normswap.norms.spec import NormSpec
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-# KL to the original on other text, 4096 tokens to fit on; copying the gains costs 1.7 to 3 (dyt, derf), 0.13 (none)
+# KL to the original on other text: 0.018 (repbn 0.019); copying the gains costs 1.7 to 3 (dyt, derf), 0.13 (none)
 FITTED = {"dyt": 0.03, "derf": 0.03, "none": 0.03, "repbn": 0.03}
 
 
@@ -40,8 +40,16 @@ def test_a_trained_model_is_near_its_original(folder, kind):
     done = converted(kind, folder)
     assert done.plan.claim == "calibrated" and len(done.plan.converted) == len(done.plan.fitted_norms) == 13
     output = done.report.mathematics.comparison.output
-    print(kind, output.kl.mean)
     assert output.kl.mean < FITTED[kind]
+
+
+@pytest.mark.parametrize("kind", FITTED)
+def test_what_normswap_loads_is_what_the_folder_s_own_code_loads(folder, kind):
+    path = converted(kind, folder).folder
+    models = normswap.load(path), AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    with torch.no_grad():
+        a, b = (model.eval()(torch.arange(30)[None]).logits for model in models)
+    assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", FITTED)
@@ -83,8 +91,8 @@ def test_a_frozen_scale_has_a_second_one_for_tokens_far_from_all_others():
     assert {"far", "threshold"} <= values.keys() and not {"far"} & fit(samples(x)).keys()
     norm = KINDS["none-apart"].module(16, gain="w", bias=True)
     norm.load_state_dict({name: t.float() for name, t in values.items()})
-    error = (norm(data.x) - data.y).abs().max() / data.y.abs().max()
-    assert float(error) < 1e-4  # 2e-6; with one scale for all, a token of each kind would be off by its whole length
+    error = (norm(data.x).detach() - data.y).abs().max() / data.y.abs().max()
+    assert float(error) < 1e-4  # 1.7e-7; with one scale for all, a token of each kind would be off by its whole length
     alone = torch.cat([norm(row[None]) for row in data.x])  # a token is told by itself, wherever it stands
     assert torch.equal(alone, norm(data.x))
 
@@ -111,8 +119,8 @@ def test_repbn_takes_its_statistics_from_unmasked_tokens():
     assert (y[mask.bool()] - by_hand).abs().max() < 1e-12  # 2e-15
     other = nn.BatchNorm1d(6, dtype=torch.float64)
     other(rows)
-    assert (norm.running_mean - other.running_mean).abs().max() < 1e-12
-    assert (norm.running_var - other.running_var).abs().max() < 1e-12
+    assert (norm.bn_mean - other.running_mean).abs().max() < 1e-12
+    assert (norm.bn_var - other.running_var).abs().max() < 1e-12
 
 
 def test_a_ramp_leads_from_the_old_norm_to_the_new_one_in_evaluation_too():
@@ -133,7 +141,7 @@ def _whole(rank: int, path: str) -> None:
     part = x[2 * rank : 2 * rank + 2].requires_grad_()
     y = norm(part)
     (y * torch.linspace(0, 1, 6, dtype=torch.float64)).square().sum().backward()
-    torch.save((y.detach(), part.grad, norm.running_var), f"{path}/{rank}.pt")
+    torch.save((y.detach(), part.grad, norm.bn_var), f"{path}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -151,7 +159,7 @@ def test_two_processes_have_the_statistics_of_one_with_all_of_the_batch(tmp_path
     (y * torch.linspace(0, 1, 6, dtype=torch.float64)).square().sum().backward()
     assert (torch.cat([p[0] for p in parts]) - y).abs().max() < 1e-12
     assert (torch.cat([p[1] for p in parts]) - x.grad).abs().max() < 1e-12
-    assert all((p[2] - norm.running_var).abs().max() < 1e-12 for p in parts)
+    assert all((p[2] - norm.bn_var).abs().max() < 1e-12 for p in parts)
 
 
 def test_repbn_is_measured_again_and_folds_away(folder):
@@ -166,7 +174,7 @@ def test_repbn_is_measured_again_and_folds_away(folder):
         left = normswap.fold_repbn(model, {"input_ids": ids})
         after = model(ids).logits
     assert len(left) == 13 and sum(left.values()) >= 12  # the tied head keeps the last gain and bias
-    assert not any(hasattr(module, "running_var") for module in model.modules())
+    assert not any(hasattr(module, "bn_var") for module in model.modules())
     assert float((after - before).abs().max() / before.abs().max()) < 1e-10
 
 

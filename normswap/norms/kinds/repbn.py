@@ -27,8 +27,9 @@ class RepBN:
         self.bn_weight = nn.Parameter(torch.ones(self.width))
         self.bn_bias = nn.Parameter(torch.zeros(self.width))
         self.eta = nn.Parameter(torch.ones(1))
-        self.register_buffer("running_mean", torch.zeros(self.width))
-        self.register_buffer("running_var", torch.ones(self.width))
+        # under these names: by `running_mean`, transformers takes a module for torch's own BatchNorm
+        self.register_buffer("bn_mean", torch.zeros(self.width))
+        self.register_buffer("bn_var", torch.ones(self.width))
         self.register_buffer("ramp", torch.zeros(1))
         self.momentum = 0.1
         # what the model was called with, `(batch, tokens)`; kept until the next call, for checkpointed gradients
@@ -40,7 +41,7 @@ class RepBN:
             mean, var, count = self.statistics(h)
             self.update(mean, var, count)
         else:
-            mean, var = self.running_mean.to(h.dtype), self.running_var.to(h.dtype)
+            mean, var = self.bn_mean.to(h.dtype), self.bn_var.to(h.dtype)
         slope = self.bn_weight.to(h.dtype) * torch.rsqrt(var + self.eps)
         shift = self.bn_bias.to(h.dtype) - slope * mean
         y = (self.placed(slope + self.eta.to(h.dtype)) * h + self.placed(shift)).to(x.dtype)
@@ -64,13 +65,13 @@ class RepBN:
     def update(self, mean, var, count):
         """Running statistics as those of `nn.BatchNorm1d`: of the variance, the unbiased estimate."""
         unbiased = var * count / (count - 1).clamp_min(1)
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+        self.bn_mean.lerp_(mean.to(self.bn_mean), self.momentum)
+        self.bn_var.lerp_(unbiased.to(self.bn_var), self.momentum)
 
     def affine(self):
         """Slope and shift of each channel in evaluation; only while `ramp` is 0."""
-        slope = self.bn_weight * torch.rsqrt(self.running_var + self.eps)
-        return slope + self.eta, self.bn_bias - slope * self.running_mean
+        slope = self.bn_weight * torch.rsqrt(self.bn_var + self.eps)
+        return slope + self.eta, self.bn_bias - slope * self.bn_mean
 
     @staticmethod
     def everywhere(total):
@@ -118,8 +119,8 @@ def fit(samples: Samples) -> Values:
         "bn_weight": weight,
         "bn_bias": c + a * mean - eta * mean,
         "eta": eta.reshape(1),
-        "running_mean": mean,
-        "running_var": var,
+        "bn_mean": mean,
+        "bn_var": var,
     }
 
 
@@ -130,8 +131,8 @@ def start(spec: NormSpec, tensors: Tensors) -> Values:
         "bn_weight": own["weight"],
         "bn_bias": own["bias"],
         "eta": torch.ones(1),
-        "running_mean": torch.zeros(spec.channels),
-        "running_var": torch.ones(spec.channels),
+        "bn_mean": torch.zeros(spec.channels),
+        "bn_var": torch.ones(spec.channels),
         "ramp": torch.zeros(1),
     }
 
