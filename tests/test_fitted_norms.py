@@ -191,6 +191,7 @@ def test_kinds_that_do_not_go_together_are_refused(folder):
     source = CHECKPOINTS / "gpt2-shakespeare"
     for words, message in (
         (dict(norm="dyt", placement="post"), "norms that move can become rmsnorm"),
+        (dict(norm="dyt", fold=True), "cannot be folded in the same run. Leave --fold out"),
         (dict(norm="dyt", exact=True), "no form of --norm dyt --exact computes the same function"),
         (dict(norm=["dyt", "none"]), "is to become dyt and none at once"),
         (dict(norm="dyt", sites=["*", "*"]), "belong to no norm"),

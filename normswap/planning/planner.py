@@ -86,6 +86,11 @@ def plan_moves(
             f"{request.words()}: norms that move can become rmsnorm on their way, and no other kind. Move them first, "
             f"or leave --placement out."
         )
+    if exchanged.sites and request.fold:
+        raise RefusedError(
+            f"{request.words()}: the gains of {', '.join(site.path for site in exchanged.sites[:3])} ... are made anew "
+            f"and cannot be folded in the same run. Leave --fold out."
+        )
     lowered = chosen.by_rewrite(normmap.sites, "rotate")
     _check_rotation(request, lowered)
     rotator = Rotator(normmap, request, lowered, [site.path for site in exchanged.sites])
