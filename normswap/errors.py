@@ -37,3 +37,11 @@ class VerificationError(NormswapError):
 
 class DestinationError(NormswapError):
     """The destination exists, is the source, or cannot be written."""
+
+
+class RecipeError(NormswapError):
+    """A recipe is not understood, or does not fit its model or data; nothing was trained."""
+
+
+class DivergedError(NormswapError):
+    """A training was stopped because it diverged; its last good checkpoint is kept."""

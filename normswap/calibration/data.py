@@ -39,6 +39,8 @@ class Data:
         described: what the batches are, in words.
         random: whether they are no data, but inputs drawn at random.
         progress: called with (what, done, total).
+        refit: whether what writes to a stream may be fitted as well. Not where the original norms stay beside the new
+            ones, and are to read what they read.
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class Data:
     described: str
     progress: Progress
     random: bool = False
+    refit: bool = True
 
     def counts(self, what: str) -> Callable[[int, int], None]:
         """Reports the progress of one thing."""

@@ -51,7 +51,7 @@ def calibrated_moves(normmap: NormMap, request: Request, make: Make, data: Data)
     def fitted(asked: Request) -> tuple[Plan, nn.Module]:
         plan, steps = make(asked, scales)
         moved = apply_plan(copy.deepcopy(original), plan)
-        targets = [target for step in steps if (target := _target(normmap, step)) is not None]
+        targets = [target for step in steps if data.refit and (target := _target(normmap, step)) is not None]
         fits, tensors = refit(goal, moved, targets, data.batches, data.counts("refitting blocks"))
         told = tuple(_told(block, found, fits, costs) for block in plan.moved)
         return plan.model_copy(update={"moved": told, "calibrated_on": data.described}).with_fitted(tensors), moved

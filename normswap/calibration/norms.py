@@ -43,7 +43,7 @@ def fit_norms(normmap: NormMap, plan: Plan, data: Data) -> Plan:
     if not wanted:
         return plan
     converted = apply_plan(copy.deepcopy(data.model), plan)
-    left = origins(normmap)
+    left = origins(normmap) if data.refit else {}
     tensors: dict[str, torch.Tensor] = {}
     told: list[FittedNorm] = []
     for site, was_read, given in _originals(data.model, sites, data.batches):

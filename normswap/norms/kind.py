@@ -98,6 +98,7 @@ class Kind:
             other rewrites put in, and cannot be asked for.
         exact: name of the kind that takes its place where only the same function will do, and for norms on no stream,
             which a rewrite of streams does not reach.
+        opened: of a kind behind a gate, the kind that is left when the gate is open.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Kind:
     about: str = ""
     routes: Mapping[str, Route] = field(default_factory=dict)
     exact: str | None = None
+    opened: str | None = None
 
     def builds(self, replaced: str) -> str:
         """The kind of module that stands where a norm of the kind `replaced` was."""

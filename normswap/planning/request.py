@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, Unpack
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from normswap.errors import RefusedError
 
@@ -110,6 +111,8 @@ class Words(TypedDict, total=False):
             principal axes of the stream on data.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")  # in recipes
+
     norm: str | Sequence[str] | None
     sites: str | Sequence[str] | None
     role: str | Sequence[str] | None
@@ -157,6 +160,22 @@ class Request(BaseModel):
                 f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors()
             )
             raise RefusedError(f"what was asked for is not understood: {found}.") from error
+
+    @classmethod
+    def merged(cls, requests: Sequence[Request]) -> Request:
+        """Several requests as one. Raises RefusedError where two of them want different things of one option."""
+        found: dict[str, object] = {}
+        for request in requests:
+            for name in request.model_fields_set:
+                value, other = getattr(request, name), found.get(name)
+                if name in ("norms", "placements"):
+                    value = (*(other or ()), *value)
+                elif value == cls.model_fields[name].default:
+                    continue
+                elif other not in (None, value):
+                    raise RefusedError(f"two conversions want different things: {name} is {other!r}, and {value!r}.")
+                found[name] = value
+        return cls(**found)
 
     @property
     def chooses_layers(self) -> bool:

@@ -101,7 +101,7 @@ def read(text_file: str | Path | None) -> tuple[str, str]:
 def _windows(tokenizer, text: str, name: str, length: int, count: int, spread: bool) -> torch.Tensor:
     """`(windows, length)` ids, with the tokenizer's special tokens around each window."""
     bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    before, after = _special_tokens(tokenizer)
+    before, after = special_tokens(tokenizer)
     inner = length - len(before) - len(after)
     found = min(count, len(bare) // inner) if inner > 0 else 0
     if found == 0:
@@ -114,7 +114,7 @@ def _windows(tokenizer, text: str, name: str, length: int, count: int, spread: b
     return torch.tensor([before + bare[i * inner : (i + 1) * inner] + after for i in chosen])
 
 
-def _special_tokens(tokenizer) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer adds before and after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

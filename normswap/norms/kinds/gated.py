@@ -28,6 +28,6 @@ class GatedLayerNorm(Gated, LayerNorm):
 
 
 KINDS = (
-    Kind("gated-rmsnorm", GatedRMSNorm),
-    Kind("gated-layernorm", GatedLayerNorm),
+    Kind("gated-rmsnorm", GatedRMSNorm, opened="rmsnorm"),
+    Kind("gated-layernorm", GatedLayerNorm, opened="layernorm"),
 )

@@ -1,0 +1,1 @@
+"""Recipes: conversions that are healed by a fine-tune."""

@@ -1,0 +1,255 @@
+"""The transformers Trainer, with a recipe's losses, stages, ramps and guards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from normswap.calibration.data import Progress
+from normswap.errors import DivergedError
+from normswap.tune.objectives import Losses
+from normswap.tune.recipe import Guards
+from normswap.tune.schedule import Schedule
+from normswap.tune.tapers import set_ramps
+
+WEIGHTS = "model.safetensors"
+
+
+class StagedTrainer(Trainer):
+    """Trains in stages with one optimizer: a parameter that a stage does not train has no gradient in it.
+
+    Args:
+        losses: what is minimised, and how held-out data are judged.
+        schedule: the stages.
+        trained: by name of each stage, the parameters that it trains.
+        More are those of `transformers.Trainer`.
+    """
+
+    def __init__(self, *args: Any, losses: Losses, schedule: Schedule, trained: Mapping[str, set[str]], **kwargs: Any):
+        self.losses, self.schedule, self.trained = losses, schedule, trained
+        super().__init__(*args, compute_metrics=judged, **kwargs)
+        # our losses are means over a batch: the Trainer divides by the number of batches in a step
+        self.model_accepts_loss_kwargs = False
+        self.can_return_loss = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = self.losses.loss(model, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        idle = self._idle()
+        for name, parameter in self._named(model):
+            if name in idle:
+                parameter.grad = None  # before gradients are clipped, so that they count for nothing
+        return loss
+
+    def _idle(self) -> set[str]:
+        """Parameters that some stage trains, and this one does not."""
+        now = self.trained[self.schedule.at(self.state.global_step).name]
+        return set().union(*self.trained.values()) - now
+
+    def _named(self, model: nn.Module):
+        """Parameters by the names that they have in the model, whatever it is wrapped in."""
+        for name, parameter in model.named_parameters():
+            parts = [p for p in name.split(".") if p not in ("_fsdp_wrapped_module", "_orig_mod")]
+            yield ".".join(parts[1:] if parts[0] == "module" else parts), parameter
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.lr_scheduler is None:
+            # relative to what the optimizer was made with
+            base = self.args.learning_rate
+            self.lr_scheduler = LambdaLR(
+                self.optimizer if optimizer is None else optimizer,
+                lambda step: self.schedule.at(step).rate(step) / base,
+            )
+        return self.lr_scheduler
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            scores = self.losses.scores(model, inputs)
+        return scores.nanmean().detach(), scores, scores
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # as the model has them: `save_pretrained` renames and regroups some models' tensors, and a checkpoint of a
+        # training is loaded by `load_state_dict`
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.model.state_dict() if state_dict is None else state_dict
+        seen: set[int] = set()
+        alone = {}
+        for name, tensor in state.items():
+            if tensor.data_ptr() not in seen or not tensor.numel():
+                alone[name] = tensor.contiguous()
+            seen.add(tensor.data_ptr())
+        save_file(alone, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # of tied tensors one is stored
+        tied = {name for group in tied_names(self.model) for name in group}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        if missing or load_result.unexpected_keys:
+            odd = (missing + load_result.unexpected_keys)[0]
+            raise RuntimeError(f"the checkpoint is of another model: {odd} is not in both.")
+
+
+def tied_names(model: nn.Module) -> list[set[str]]:
+    """Names that stand for one parameter."""
+    by_id: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_id.setdefault(id(parameter), set()).add(name)
+    return [names for names in by_id.values() if len(names) > 1]
+
+
+def judged(prediction: EvalPrediction) -> dict[str, float]:
+    """What is said of scores `(rows, n)`: their mean, and the 99.9th percentile."""
+    scores = np.asarray(prediction.predictions, dtype=np.float64)
+    scores = scores[scores > -99]  # the Trainer pads with -100; nan compares as false
+    if not len(scores) or not np.isfinite(scores).all():
+        return {"mean": float("nan"), "p99.9": float("nan")}
+    return {"mean": float(scores.mean()), "p99.9": float(np.quantile(scores, 0.999))}
+
+
+class Ramps(TrainerCallback):
+    """Sets the ramp of every site before each step; what is evaluated and saved has them as they stand.
+
+    Args:
+        model: before it is wrapped.
+        sites: paths of the modules with a ramp.
+        groups: which turn each takes.
+    """
+
+    def __init__(self, model: nn.Module, schedule: Schedule, sites: list[str], groups: list[int]):
+        self.model, self.schedule, self.sites, self.groups = model, schedule, sites, groups
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        ramps = self.schedule.ramps(state.global_step, self.groups)
+        set_ramps(self.model, dict(zip(self.sites, ramps, strict=True)))
+
+    def mean(self, step: int) -> float | None:
+        found = self.schedule.ramps(step, self.groups)
+        return sum(found) / len(found) if found else None
+
+
+class Guard(TrainerCallback):
+    """Stops a run that diverges, before its weights are saved.
+
+    Args:
+        run: the folder that has its checkpoints, for the message.
+    """
+
+    def __init__(self, guards: Guards, run: Path):
+        self.guards, self.run = guards, run
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "grad_norm"):
+            if name in (logs or {}) and not math.isfinite(logs[name]):
+                raise self._diverged(state, f"{name} is {logs[name]} in training")
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        past = [entry for entry in state.log_history if "eval_mean" in entry and entry["step"] < state.global_step]
+        for name, key, margin in (
+            ("held-out loss", "eval_mean", self.guards.loss),
+            ("p99.9", "eval_p99.9", self.guards.tail),
+        ):
+            now = metrics[key]
+            best = min((entry[key] for entry in past), default=math.inf)
+            if not math.isfinite(now):
+                raise self._diverged(state, f"the {name} is {now}")
+            if margin is not None and now > best + margin:
+                raise self._diverged(
+                    state, f"the {name} is {now:.3f}, {now - best:.3f} above its best ({margin:g} allowed)"
+                )
+
+    def _diverged(self, state, what: str) -> DivergedError:
+        last = max((int(p.name.rpartition("-")[2]) for p in self.run.glob("checkpoint-*")), default=None)
+        kept = (
+            f"the last good checkpoint is {self.run / f'checkpoint-{last}'}"
+            if last
+            else "no checkpoint was saved before"
+        )
+        return DivergedError(
+            f"the run diverged: in step {state.global_step} {what}; {kept}. Nothing was published. Lower the "
+            f"learning_rate of the stage, give it a warmup, or taper more slowly; guards.loss and guards.tail say what is "
+            f"allowed."
+        )
+
+
+class Told(TrainerCallback):
+    """Hands progress and log lines on.
+
+    Args:
+        what: is being trained.
+        say: called with each log entry.
+        ramps: to say how far the taper is.
+    """
+
+    def __init__(
+        self, what: str, progress: Progress, say: Callable[[dict[str, Any]], None], schedule: Schedule, ramps: Ramps
+    ):
+        self.what, self.progress, self.say, self.schedule, self.ramps = what, progress, say, schedule, ramps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.progress(self.what, state.global_step, state.max_steps)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        last = max(state.global_step - 1, 0)
+        entry = state.log_history[-1]
+        entry["tokens"] = state.global_step * self.schedule.tokens_per_step
+        entry["stage"] = self.schedule.at(last).name
+        ramp = self.ramps.mean(last) if state.global_step else None
+        if ramp is not None:
+            entry["ramp"] = ramp
+        if state.is_world_process_zero:
+            self.say({"run": self.what, **entry})
+
+
+def arguments(given: Mapping[str, Any], run: Path, steps: int, learning_rate: float) -> TrainingArguments:
+    """`TrainingArguments` of a recipe, with what it leaves out filled in.
+
+    Evaluation and checkpoints: ten times in the run, unless `eval_steps` or `save_steps` say otherwise; the two newest
+    checkpoints are kept.
+    """
+    tenth = max(1, steps // 10)
+    chosen = {
+        "eval_strategy": "steps",
+        "eval_steps": tenth,
+        "save_strategy": "steps",
+        "save_steps": given.get("eval_steps", tenth),
+        "save_total_limit": 2,
+        "logging_steps": max(1, steps // 50),
+        "learning_rate": learning_rate,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 16,
+        "weight_decay": 0.0,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_first_step": True,
+        "eval_on_start": True,
+        "seed": 42,
+        **given,
+        "output_dir": str(run),
+        "max_steps": steps,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "lr_scheduler_type": "constant",
+    }
+    return TrainingArguments(**chosen)
+
+
+def saves(args: TrainingArguments) -> bool:
+    return args.save_strategy != SaveStrategy.NO

@@ -1,0 +1,82 @@
+"""YAML without its traps: no key twice, and 1e-3 is a number. Values set by `key.sub=value`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from normswap.errors import RecipeError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML has it, but for floats, which are those of 1.2, and for keys, which come once."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: dict[Any, Any] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' is given twice, first in line {seen[key]}", key_node.start_mark
+                )
+            seen[key] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises RecipeError."""
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(found, dict):
+        raise RecipeError(
+            f"{path}: expected keys and values (model, surgery, stages, ...), found {type(found).__name__}."
+        )
+    return found
+
+
+def dump(value: dict[str, Any]) -> str:
+    """Plain data as YAML, in its own order."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+
+
+def set_key(tree: dict[str, Any], override: str) -> None:
+    """Set `key.sub=value` in place. What is on the way is made; items of lists are named by number.
+
+    Raises:
+        RecipeError: no `=`, a value that is no YAML, or a key below something that has none.
+    """
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"'{override}': expected key.sub=value, such as training.seed=1 or stages.0.tokens=100000.")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"'{override}': the value is no YAML: {' '.join(str(error).split())}.") from error
+    at: Any = tree
+    for depth, key in enumerate(keys):
+        if isinstance(at, list):
+            if not key.isdigit() or int(key) >= len(at):
+                raise RecipeError(f"'{override}': {'.'.join(keys[:depth])} is a list of {len(at)}; found item '{key}'.")
+            key = int(key)
+        elif not isinstance(at, dict):
+            raise RecipeError(f"'{override}': {'.'.join(keys[:depth])} is {at!r}, which has no keys.")
+        if depth == len(keys) - 1:
+            at[key] = value
+        elif isinstance(at, list) or at.get(key) is not None:
+            if isinstance(at[key], str) and depth == 0 and key == "model":
+                at[key] = {"path": at[key]}  # the short form
+            at = at[key]
+        else:
+            at = at.setdefault(key, {}) if key not in at else at.__setitem__(key, {}) or at[key]
