@@ -24,7 +24,7 @@ from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.kept import save_kept
 from normswap.checkpoint.keymap import KeyMap
 from normswap.checkpoint.publish import Staging, check_space, copy_side_files
-from normswap.checkpoint.record import RECORD
+from normswap.checkpoint.record import write_record
 from normswap.checkpoint.source import Source
 from normswap.drafting import draft
 from normswap.errors import PlanError, RefusedError, SourceError
@@ -212,7 +212,7 @@ def convert(
             check_space(folder, expected.bytes_after)
             skipped = copy_side_files(checkpoint, folder)
             raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-            config = _configure(raw, source, structure, plan, folder, dtype)
+            config = configure(raw, source, structure, plan, folder, dtype)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             keeper = Keeper() if plan.claim == "exact" else None
             written = write_tensors(
@@ -225,7 +225,6 @@ def convert(
                 keeper,
             )
             record = {
-                "normswap": _version(),
                 "source": {
                     "name": source.title,
                     "revision": revision,
@@ -237,11 +236,11 @@ def convert(
                 "files": written.hashes,
                 "undo": _keep(keeper, plan, folder),
             }
-            _write_record(folder, record)
+            write_record(folder, record)
             report = prove(source, plan, folder, verify, text, progress)
             # the result may be shared, the text it was measured on need not be
             numbers = report.model_dump(mode="json") if text is None else report.without_text()
-            _write_record(folder, record | {"report": numbers})
+            write_record(folder, record | {"report": numbers})
             counted = str(tokens) if tokens != TOKENS else None
             windows = str(window) if window != WINDOW else None
             options = {"--plan": plan_file, "--tokens": counted, "--window": windows}
@@ -289,7 +288,7 @@ def convert_model(
     return plan
 
 
-def _configure(
+def configure(
     raw: dict, source: Source, structure: PreTrainedModel, plan: Plan, folder: Path, dtype: str | None
 ) -> dict[str, object]:
     """The result's `config.json`: the source's, with what the plan and the modelling file change."""
@@ -336,17 +335,7 @@ def _keep(keeper: Keeper | None, plan: Plan, folder: Path) -> dict[str, object]:
     return save_kept(folder, keeper.tensors())
 
 
-def _write_record(folder: Path, record: dict) -> None:
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise SourceError(f"dtype '{name}' is not offered: expected one of {', '.join(DTYPES)}.")
     return DTYPES[name] if name else None
-
-
-def _version() -> str:
-    from normswap import __version__
-
-    return __version__

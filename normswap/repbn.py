@@ -18,6 +18,8 @@ from normswap.drafting import draft
 from normswap.errors import RefusedError
 from normswap.norms.kinds.affine import Affine
 from normswap.norms.kinds.layer_norm import LayerNorm
+from normswap.planning.edits import AnyEdit, Drop, Initialise, ModuleEdit, SetConfig, SwapNorm
+from normswap.planning.plans import Plan
 from normswap.planning.request import Request
 
 
@@ -72,6 +74,33 @@ def fold_repbn(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
     Raises:
         RefusedError: the model has no RepBN, or one whose ramp is not at 0, which is no affine map.
     """
+    gone, norms, _ = _fold(model, inputs)
+    return {path: path in gone for path in norms}
+
+
+def folded_plan(plan: Plan, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Plan:
+    """`fold_repbn`, and the plan of what is left of a model that `plan` made: its structure, without any RepBN."""
+    gone, norms, edits = _fold(model, inputs)
+    kept: list[AnyEdit] = []
+    for edit in plan.edits:
+        if isinstance(edit, Initialise) and edit.module in norms:
+            # a tensor of the source that nothing is left of
+            if edit.module in gone and edit.tensor in edit.reads():
+                kept.append(Drop(tensor=edit.tensor))
+            continue
+        if isinstance(edit, SwapNorm) and edit.module in norms:
+            left = {"kind": "identity", "gain": None, "bias": False}
+            left = left if edit.module in gone else {"kind": "affine", "gain": "w", "bias": True}
+            edit = edit.model_copy(update=left)
+        kept.append(edit)
+    structure = [edit for edit in edits if isinstance(edit, ModuleEdit | SetConfig)]
+    return plan.model_copy(update={"edits": (*kept, *structure)})
+
+
+def _fold(
+    model: nn.Module, inputs: Mapping[str, Any] | None
+) -> tuple[set[str], dict[str, nn.Module], tuple[AnyEdit, ...]]:
+    """Paths where nothing is left, the RepBNs that were there, and the edits that folded them."""
     norms = {path: model.get_submodule(path) for path in _paths(model)}
     on = [path for path, norm in norms.items() if bool(norm.ramp != 0)]
     if on:
@@ -87,18 +116,18 @@ def fold_repbn(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dic
         model.set_submodule(path, stand_in.to(norm.bn_weight.device).train(norm.training))
     try:
         plan = draft(model, Request(fold=True, partial=True), inputs)
-        edits = [edit for edit in plan.edits if getattr(edit, "module", None) not in norms]
-        apply_plan(model, plan.model_copy(update={"edits": tuple(edits)}))
+        edits = tuple(edit for edit in plan.edits if getattr(edit, "module", None) not in norms)
+        apply_plan(model, plan.model_copy(update={"edits": edits}))
         gone = set(plan.converted)
     except RefusedError:
-        gone = set()
+        gone, edits = set(), ()
     except BaseException:
         for path, norm in norms.items():
             model.set_submodule(path, norm)
         raise
     for path, rest in affine.items():
         model.set_submodule(path, nn.Identity() if path in gone else rest)
-    return {path: path in gone for path in norms}
+    return gone, norms, edits
 
 
 def _affine(norm: nn.Module) -> Affine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,19 @@ class Record:
     def history(self) -> str:
         """What was done, in words that follow "was"."""
         plan, sites = self.plan, len(self.plan.converted)
-        return f"converted by normswap {self.version}: {plan.request.words()} at {sites} sites ({plan.claim})"
+        done = f"converted by normswap {self.version}: {plan.request.words()} at {sites} sites ({plan.claim})"
+        if "training" not in self.raw:
+            return done
+        tokens = self.raw["training"].get("tokens")
+        return f"{done}, and fine-tuned on {tokens} tokens"
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write `normswap.json`: the version of normswap, and the rest."""
+    from normswap import __version__
+
+    text = json.dumps({"normswap": __version__, **record}, indent=1)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
 def stock_class(name: str, config_class: type[PretrainedConfig]) -> type[PreTrainedModel] | None:

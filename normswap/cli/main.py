@@ -17,6 +17,8 @@ COMMANDS = {
     "norms": "List the kinds of norm that can be asked for.",
     "convert": "Convert a checkpoint, verify the result and publish it.",
     "verify": "Measure how far two checkpoints are apart.",
+    "finetune": "Convert a checkpoint and heal it, as a recipe says.",
+    "recipe": "Look at recipes: list, show, validate, schema.",
 }
 
 
@@ -54,6 +56,7 @@ def main() -> None:
     normswap convert MODEL OUT --norm rmsnorm
     normswap convert MODEL OUT --placement post
     normswap verify MODEL OUT
+    normswap finetune RECIPE
 
     MODEL is a folder with config.json and *.safetensors, or a Hub id. Results go to stdout, messages to stderr.
     """

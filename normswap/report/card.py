@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import transformers
 from huggingface_hub import ModelCardData, metadata_load
@@ -14,8 +15,12 @@ from normswap.checkpoint.source import Source
 from normswap.planning.plans import Plan
 from normswap.report.claims import MEANINGS
 from normswap.report.moved import moved_markdown
-from normswap.report.proof import proof_markdown
+from normswap.report.proof import proof_markdown, reports_markdown
 from normswap.verification.proof import Proof
+from normswap.verification.run import Report
+
+if TYPE_CHECKING:
+    from normswap.tune.run import Finetuned
 
 #: what a source's card says that holds for the converted model as well
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
@@ -23,9 +28,6 @@ _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
 
 def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command: str) -> None:
     """Write `README.md` into `folder`, in the Hub's metadata format, with the source's licence carried over."""
-    loader = _loader(plan.architecture)
-    tokenizer = any(folder.glob("tokenizer*"))
-    trusted = ", trust_remote_code=True" if plan.module_edits() else ""
     unmeasured = ", **not verified**" if report.mode == "none" else ""
     lines = [
         f"# {source.title}{_with(plan)}",
@@ -40,11 +42,78 @@ def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command:
         lines += ["", f"{len(plan.refused)} norms are as they were, or not all that was asked for was done:", ""]
         lines += [f"- `{refusal.site}`: {refusal.reason}" for refusal in plan.refused]
     lines += _moved(plan) if plan.moved else []
-    lines += [
+    lines += ["", "## Measured", "", *proof_markdown(report), *_use(folder, plan)]
+    lines += ["## Made by", "", "```", command, "```", ""]
+    if plan.claim == "exact" and (folder / KEPT).exists():
+        lines += [
+            "`normswap convert path/to/this/folder path/to/another --undo` gives the source's own class back, with the "
+            f"weights as they are now; `{KEPT}` holds what that takes.",
+            "",
+        ]
+    _write(folder, source, lines)
+
+
+def write_trained_card(folder: Path, source: Source, plan: Plan, report: Report, done: Finetuned, data: str) -> None:
+    """Write `README.md` of a fine-tuned model into `folder`: before and after, the curves, the recipe."""
+    rows = [
+        f"| {name} | {values['mean']:.4f} | {values['p99.9']:.2f} |"
+        for name, values in ((label, done.scores.get(key)) for key, label in SCORES.items())
+        if values is not None
+    ]
+    lines = [
+        f"# {source.title}{_with(plan) if plan.edits else ''}, fine-tuned",
+        "",
+        f"Made from `{source.title}` by normswap, and fine-tuned on {done.tokens} tokens ({data}).",
+        "",
+        *(f"- {reason}" for reason in plan.reasons),
+        *_moved_table(plan),
         "",
         "## Measured",
         "",
-        *proof_markdown(report),
+        "Held-out data, by the first objective of the recipe (nats, or one minus a cosine):",
+        "",
+        "| model | mean | p99.9 |",
+        "|---|---|---|",
+        *rows,
+        "",
+        "![curves](training.png)",
+        "",
+        "Beside the source, on other text:",
+        "",
+        *reports_markdown({"as stored": report}),
+        *_use(folder, plan),
+        "## Made by",
+        "",
+        "```",
+        "normswap finetune recipe.yaml",
+        "```",
+        "",
+        "with the `recipe.yaml` beside this card, in which all that was left out is filled in.",
+        "",
+    ]
+    _write(folder, source, lines)
+
+
+#: what is measured of a fine-tune, and what it is called
+SCORES = {
+    "source": "the source",
+    "start": "converted, before training",
+    "healed": "converted and trained",
+    "control": "the source, trained as much (control)",
+}
+
+
+def _write(folder: Path, source: Source, lines: list[str]) -> None:
+    text = f"---\n{_metadata(source)}\n---\n\n" + "\n".join(lines)
+    (folder / README).write_text(text, encoding="utf-8")
+
+
+def _use(folder: Path, plan: Plan) -> list[str]:
+    """How to load the folder."""
+    loader = _loader(plan.architecture)
+    tokenizer = any(folder.glob("tokenizer*"))
+    trusted = ", trust_remote_code=True" if plan.module_edits() else ""
+    lines = [
         "",
         "## Use",
         "",
@@ -63,20 +132,16 @@ def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command:
             "`normswap.load(folder)` opens the same model without running it.",
             "",
         ]
-    lines += ["## Made by", "", "```", command, "```", ""]
-    if plan.claim == "exact" and (folder / KEPT).exists():
-        lines += [
-            "`normswap convert path/to/this/folder path/to/another --undo` gives the source's own class back, with the "
-            f"weights as they are now; `{KEPT}` holds what that takes.",
-            "",
-        ]
-    text = f"---\n{_metadata(source)}\n---\n\n" + "\n".join(lines)
-    (folder / README).write_text(text, encoding="utf-8")
+    return lines
+
+
+def _moved_table(plan: Plan) -> list[str]:
+    return ["", "## Moved norms", "", *moved_markdown(plan)] if plan.moved else []
 
 
 def _moved(plan: Plan) -> list[str]:
     """What moved, what that cost, and what to do about it."""
-    lines = ["", "## Moved norms", "", *moved_markdown(plan)]
+    lines = _moved_table(plan)
     if plan.claim == "exact":
         return lines
     left = "What is left of the difference (below, KL in nats per token) heals in a fine-tune."

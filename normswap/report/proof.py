@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from normswap.report.comparison import comparison_table, output_table
 from normswap.verification.proof import Proof
+from normswap.verification.run import Report
 
 
 def proof_view(proof: Proof) -> RenderableType:
@@ -37,13 +40,19 @@ def proof_markdown(proof: Proof) -> list[str]:
     """Lines of Markdown: a table of what was measured, and on what."""
     if proof.mathematics is None:
         return ["**Not verified**: nothing was measured (`--verify none`)."]
+    lines = reports_markdown({"mathematics": proof.mathematics, "as stored": proof.stored})
+    return [*lines, f"- {proof.tensors_checked} tensors of the files checked bit for bit"]
+
+
+def reports_markdown(reports: Mapping[str, Report | None]) -> list[str]:
+    """Lines of Markdown: a table of what was measured under each name, and on what."""
     rows = ["| | mean | median | p99.9 | worst |", "|---|---|---|---|---|"]
     lines = []
-    for report, what in ((proof.mathematics, "mathematics"), (proof.stored, "as stored")):
+    for what, report in reports.items():
         if report is None:
             continue
         output = report.comparison.output
-        stored = " and ".join(dict.fromkeys(report.stored)) if report is proof.stored else report.comparison.dtype
+        stored = " and ".join(dict.fromkeys(report.stored)) if what == "as stored" else report.comparison.dtype
         for name, stat in (
             ("relative error", output.error),
             ("KL, nats", output.kl),
@@ -60,7 +69,7 @@ def proof_markdown(proof: Proof) -> list[str]:
                 f"- {what}: mean cross-entropy {output.cross_entropy_a.mean:.6f} before, "
                 f"{output.cross_entropy_b.mean:.6f} after ({change:+.1e} nats)"
             )
-    sizes = " x ".join(map(str, proof.mathematics.inputs))
-    lines.append(f"- measured on {proof.mathematics.text}, {sizes}")
-    lines.append(f"- {proof.tensors_checked} tensors of the files checked bit for bit")
+    first = next(report for report in reports.values() if report is not None)
+    sizes = " x ".join(map(str, first.inputs))
+    lines.append(f"- measured on {first.text}, {sizes}")
     return [*rows, "", *lines]

@@ -28,7 +28,7 @@ class Corpus:
 
     Attributes:
         train, held_out: columns `input_ids`, `attention_mask`, and what the objective reads beside them.
-        collate: makes a batch of training rows.
+        collate: makes a batch of rows.
         described: what it is, in words.
     """
 
@@ -86,8 +86,12 @@ def corpus(recipe: Recipe, tokenizer, takes: set[str], longest: int | None) -> C
     held_out = held_out.select(range(min(len(held_out), data.held_out_blocks)))
     masked = next((o for o in recipe.objective if isinstance(o, MaskedLanguageModelling)), None)
     if masked is not None:
-        collate = _masking(tokenizer, masked.probability, None, recipe)
+        drawn = _masking(tokenizer, masked.probability, None, recipe)
         held_out = _masked(held_out, _masking(tokenizer, masked.probability, _SEED, recipe))
+
+        def collate(rows):
+            return default_data_collator(rows) if "labels" in rows[0] else drawn(rows)
+
     else:
         collate = default_data_collator if data.pack else _padding(tokenizer, recipe)
     return Corpus(train, held_out, collate, f"{len(train)} rows of up to {data.block} tokens of {described}")
@@ -153,7 +157,7 @@ def _checked(found: Dataset, data: Data, source: str) -> Dataset:
 
 
 def _packed(rows: Dataset, data: Data, tokenizer) -> Dataset:
-    """All texts one after another, cut to blocks, each with the special tokens that the tokenizer puts around a text."""
+    """All texts one after another, cut to blocks, each within the special tokens that a text has."""
     before, after = special_tokens(tokenizer)
     inner = data.block - len(before) - len(after)
     # one text ends, another begins

@@ -52,7 +52,7 @@ class Losses:
 
     @torch.no_grad()
     def scores(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """How well `model` does, `(rows, n)` in float32, lower is better: nats, or one minus a cosine; nan: no score."""
+        """How well `model` does, `(rows, n)` in float32, lower is better: nats, or 1 - cosine; nan: there is none."""
         judge = self.judge
         taught = self._taught(batch) if judge.kind in TAUGHT else None
         found = self._scores(judge, self._run(model, batch), taught, batch).float()
@@ -126,8 +126,8 @@ def _logits(outputs: Any) -> torch.Tensor:
     found = getattr(outputs, "logits", None)
     if found is None:
         raise RecipeError(
-            f"the objective is on logits, and the model gives {', '.join(outputs.keys())}: expected a checkpoint with a "
-            f"head, or objectives on hidden states or embeddings."
+            f"the objective is on logits, and the model gives {', '.join(outputs.keys())}: expected a checkpoint "
+            f"with a head, or objectives on hidden states or embeddings."
         )
     return found
 

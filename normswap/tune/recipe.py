@@ -30,14 +30,14 @@ class Model(Strict):
         revision: of a Hub id.
         dtype: of the weights in training; `training.bf16` computes in bfloat16 on weights in float32.
         attn_implementation: as of `from_pretrained`; None: what transformers chooses.
-        dropout: of every dropout layer in training; None: what the model's configuration says.
+        config: keys of its configuration that are others in training, such as dropouts; the result has the source's.
     """
 
     path: str
     revision: str | None = None
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
     attn_implementation: str | None = None
-    dropout: float | None = Field(None, ge=0, lt=1)
+    config: dict[str, Any] = {}
 
 
 class Data(Strict):

@@ -49,7 +49,7 @@ def select(model: nn.Module, train: str | Sequence[str], plan: Plan | None, norm
 
 _NAMES = "Expected all, norms, skips, moved, or a pattern of parameter names such as '*.mlp.*'."
 _WHY = {
-    "skips": "Skips have scales while a taper moves norms; elsewhere these are in the weights that write to the stream.",
+    "skips": "Skips have scales while a taper moves norms; else these are in the weights that write to the stream.",
     "moved": "Blocks move where the surgery has a placement.",
     "norms": "None of its norms has a weight.",
 }

@@ -78,7 +78,7 @@ def plan_surgery(source: nn.Module, request: Request, data: Data, tapers: bool) 
 
 
 def _unscaled(request: Request) -> Request:
-    """The same with no constants on skips: whether they stand there or in the weights, they are what a taper ends in."""
+    """The same with no constants on skips: there or in the weights, they are what a taper ends in."""
     same = {row: name for name, row in reversed(ROWS.items()) if not row.scaled}
     places = (
         place.model_copy(update={"name": same.get(replace(ROWS[place.name], scaled=False), place.name)})
@@ -221,8 +221,8 @@ def check_start(source: nn.Module, model: nn.Module, batches: Sequence[Mapping[s
     dtype = next(p.dtype for p in source.parameters() if p.is_floating_point())
     if found > (limit := _SAME.get(dtype, 0.1)):
         raise VerificationError(
-            f"the taper was to start from the source's function, and starts {found:.1e} away from it (expected {limit:.0e} "
-            f"at most). Nothing was trained. Please report the model: this is a fault of normswap."
+            f"the taper was to start from the source's function, and starts {found:.1e} away from it (expected "
+            f"{limit:.0e} at most). Nothing was trained. Please report the model: this is a fault of normswap."
         )
     return found
 

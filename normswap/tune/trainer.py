@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from normswap.calibration.data import Progress
@@ -41,6 +41,20 @@ class StagedTrainer(Trainer):
         # our losses are means over a batch: the Trainer divides by the number of batches in a step
         self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
+        self.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+
+    def result(self, spare: nn.Module | None) -> nn.Module:
+        """The model with its trained weights, on the CPU.
+
+        Args:
+            spare: of the same structure, which gets the weights where those of the model are in parts (FSDP).
+        """
+        if spare is None:
+            return self.accelerator.unwrap_model(self.model).to("cpu")
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if state:  # the main process has it
+            spare.load_state_dict(state, strict=False)
+        return spare
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = self.losses.loss(model, inputs)
@@ -183,8 +197,8 @@ class Guard(TrainerCallback):
         )
         return DivergedError(
             f"the run diverged: in step {state.global_step} {what}; {kept}. Nothing was published. Lower the "
-            f"learning_rate of the stage, give it a warmup, or taper more slowly; guards.loss and guards.tail say what is "
-            f"allowed."
+            f"learning_rate of the stage, give it a warmup, or taper more slowly; guards.loss and guards.tail say what "
+            f"is allowed."
         )
 
 
@@ -240,6 +254,7 @@ def arguments(given: Mapping[str, Any], run: Path, steps: int, learning_rate: fl
         "disable_tqdm": True,
         "logging_first_step": True,
         "eval_on_start": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": 42,
         **given,
         "output_dir": str(run),

@@ -124,7 +124,7 @@ def prove(
         stored = measure("comparing as stored", *wide, dtypes)
         del wide
     mathematics, converted = _mathematics(original, plan, measure)
-    checked = _check_files(converted, result)
+    checked = check_files(converted, result)
     if plan.claim == "exact":
         _check_exact(mathematics)
         # the published class on the unrounded weights: what it decides from its configuration counts too
@@ -220,7 +220,7 @@ def _check_plain(original: nn.Module, converted: nn.Module, inputs: Mapping[str,
             )
 
 
-def _check_files(expected: nn.Module, result: nn.Module) -> int:
+def check_files(expected: nn.Module, result: nn.Module) -> int:
     """The loaded folder holds the plan's results, rounded once. Returns how many tensors were compared."""
     want, have = expected.state_dict(), result.state_dict()
     if want.keys() != have.keys():
@@ -301,7 +301,7 @@ def prove_undone(
             f"something else, from {at} on. Was it trained after it was converted? Nothing was published."
         )
     return Proof(
-        mode=mode, claim="exact", mathematics=mathematics, stored=stored, tensors_checked=_check_files(wide, result)
+        mode=mode, claim="exact", mathematics=mathematics, stored=stored, tensors_checked=check_files(wide, result)
     )
 
 

@@ -1,0 +1,124 @@
+"""A trained model as a folder that stock transformers loads, with what was measured, the recipe and the curves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from normswap.apply.modelling import load_generated
+from normswap.calibration.data import Progress
+from normswap.checkpoint.files import CONFIG, Checkpoint
+from normswap.checkpoint.publish import copy_side_files
+from normswap.checkpoint.record import write_record
+from normswap.checkpoint.source import Source
+from normswap.conversion import configure
+from normswap.planning.plans import Plan
+from normswap.report.card import write_trained_card
+from normswap.report.curves import draw
+from normswap.tune.recipe import Recipe
+from normswap.verification.proof import check_files, open_published
+from normswap.verification.run import Report, verify
+
+if TYPE_CHECKING:
+    from normswap.tune.run import Finetuned
+
+RECIPE, CURVES = "recipe.yaml", "training.png"
+
+
+def publish(
+    folder: Path, source: Source, recipe: Recipe, done: Finetuned, model: nn.Module, data: str, progress: Progress
+) -> None:
+    """Write all of the result into the unpublished `folder`.
+
+    The weights are stored as the source's are, or in `recipe.dtype`; reopened, they must be the trained ones, rounded
+    once.
+
+    Args:
+        done: what was measured.
+        model: trained, without scaffolding.
+        data: what it was trained on, in words.
+
+    Raises:
+        VerificationError: the folder does not hold the model.
+    """
+    plan = done.plan or _unchanged(source)
+    with Checkpoint.open(source.folder) as checkpoint:
+        copy_side_files(checkpoint, folder)
+        origin = {"name": source.title, "revision": source_revision(recipe), "headers": checkpoint.fingerprint()}
+        largest = max((source.folder / shard.name).stat().st_size for shard in checkpoint.shards)
+    raw = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
+    config = configure(raw, source, source.build(), plan, folder, recipe.dtype)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_weights(folder, source, plan, model, largest, recipe.dtype)
+    (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    training = {
+        "recipe": recipe.model_dump(mode="json"),
+        "data": data,
+        "scores": done.scores,
+        "tokens": done.tokens,
+        "minutes": round(done.minutes, 2),
+        "folded": done.folded,
+        "history": done.history,
+    }
+    record: dict[str, Any] = {
+        "source": origin,
+        "source_config": raw,
+        "plan": plan.model_dump(mode="json"),
+        "undo": {"impossible": "it was trained: it is not the function that the source computes"},
+        "training": training,
+    }
+    write_record(folder, record)
+    progress("comparing with the source", 0, 1)
+    report = _compared(source, folder)
+    progress("comparing with the source", 1, 1)
+    write_record(folder, record | {"report": report.model_dump(mode="json")})
+    draw(folder / CURVES, done.history, done.scores)
+    write_trained_card(folder, source, plan, report, done, data)
+
+
+def source_revision(recipe: Recipe) -> str | None:
+    return recipe.model.revision
+
+
+def _unchanged(source: Source) -> Plan:
+    """The plan of a run that changes no norm."""
+    from normswap.planning.request import Request
+
+    return Plan(
+        architecture=source.model_class.__name__,
+        model_type=source.config.model_type,
+        request=Request(),
+        claim="exact",
+        reasons=(),
+        converted=(),
+        edits=(),
+    )
+
+
+def _write_weights(
+    folder: Path, source: Source, plan: Plan, model: nn.Module, shard: int, dtype: str | None
+) -> PreTrainedModel:
+    cls = load_generated(folder) if plan.module_edits() else source.model_class
+    config = cls.config_class.from_pretrained(folder)
+    published = cls(config)
+    published.load_state_dict(model.state_dict())
+    wanted = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        published.to(wanted).save_pretrained(inside, max_shard_size=max(shard, 1 << 20))
+        for path in Path(inside).glob("model*.safetensors*"):
+            shutil.move(path, folder / path.name)
+    check_files(model, open_published(folder, plan, source.model_class))
+    return published
+
+
+def _compared(source: Source, folder: Path) -> Report:
+    """Source and result on the text that ships with normswap, by the names that are published."""
+    found = verify(source.folder, folder)
+    return found.model_copy(update={"a": source.title, "b": "the trained folder"})
