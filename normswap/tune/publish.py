@@ -23,7 +23,7 @@ from normswap.planning.plans import Plan
 from normswap.report.card import write_trained_card
 from normswap.report.curves import draw
 from normswap.tune.recipe import Recipe
-from normswap.verification.proof import check_files, open_published
+from normswap.verification.proof import TOKENS, check_files, open_published
 from normswap.verification.run import Report, verify
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def publish(
     }
     write_record(folder, record)
     progress("comparing with the source", 0, 1)
-    report = _compared(source, folder)
+    report = _compared(source, folder, TOKENS[recipe.verify])
     progress("comparing with the source", 1, 1)
     write_record(folder, record | {"report": report.model_dump(mode="json")})
     draw(folder / CURVES, done.history, done.scores)
@@ -118,7 +118,7 @@ def _write_weights(
     return published
 
 
-def _compared(source: Source, folder: Path) -> Report:
+def _compared(source: Source, folder: Path, tokens: int) -> Report:
     """Source and result on the text that ships with normswap, by the names that are published."""
-    found = verify(source.folder, folder)
+    found = verify(source.folder, folder, tokens=tokens)
     return found.model_copy(update={"a": source.title, "b": "the trained folder"})

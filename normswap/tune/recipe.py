@@ -224,6 +224,7 @@ class Recipe(Strict):
         control: fine-tune the unconverted model as well, with the same data and budget, to compare with.
         output: the folder to make.
         dtype: of the result's tensors; None: as the source stores them.
+        verify: how much source and result are compared on the text that ships with normswap, as for `convert`.
     """
 
     model: Model
@@ -238,6 +239,7 @@ class Recipe(Strict):
     control: bool = False
     output: str
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
+    verify: Literal["full", "fast"] = "full"
 
     @field_validator("model", mode="before")
     @classmethod
