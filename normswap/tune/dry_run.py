@@ -8,6 +8,7 @@ from normswap.calibration.data import Progress, silent
 from normswap.checkpoint.source import Source
 from normswap.planning.plans import Plan
 from normswap.tune.objectives import TAUGHT
+from normswap.tune.processes import start
 from normswap.tune.recipe import Recipe
 from normswap.tune.run import open_source, prepare
 from normswap.tune.selection import select
@@ -43,6 +44,7 @@ def foresee(recipe: Recipe, progress: Progress | None = None) -> Foreseen:
     Raises:
         As `finetune`, for all that is wrong before training.
     """
+    start(recipe.training)
     source: Source = open_source(recipe)
     setup = prepare(recipe, source, progress or silent)
     surgery = setup.surgery
