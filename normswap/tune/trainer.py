@@ -123,11 +123,12 @@ class StagedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:  # the rates are the recipe's, which may have others than when it was saved
-            scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-            scheduler.base_lrs = [self.args.learning_rate] * len(scheduler.base_lrs)
+            groups = self.optimizer.param_groups
             rate = self.schedule.at(self.state.global_step).rate(self.state.global_step)
-            for group in self.optimizer.param_groups:
+            for group in groups:
                 group["initial_lr"], group["lr"] = self.args.learning_rate, rate
+            self.lr_scheduler.base_lrs = [self.args.learning_rate] * len(groups)
+            self.lr_scheduler._last_lr = [rate] * len(groups)
 
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._written is None else str(self._written)
