@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from normswap.errors import RecipeError
+
 T = TypeVar("T")
 
 #: how long a process waits for one that converts, compares or writes for all; `training.ddp_timeout` says otherwise
@@ -15,13 +17,34 @@ PATIENCE = timedelta(hours=6)
 _END = timedelta(seconds=20)
 
 
-def start(training: Mapping[str, Any]):
-    """The `accelerate.PartialState` of this process, made as `transformers.TrainingArguments` will want it."""
+def start(training: Mapping[str, Any]) -> None:
+    """Have `accelerate` find the other processes, as `transformers.TrainingArguments` will want it.
+
+    Raises:
+        RecipeError: it does not find them.
+    """
     from accelerate import PartialState
 
     wait = training.get("ddp_timeout")
     options = {"backend": training.get("ddp_backend"), "timeout": timedelta(seconds=wait) if wait else PATIENCE}
-    return PartialState(cpu=bool(training.get("use_cpu", False)), **options)
+    state = PartialState(cpu=on_cpu(training), **options)
+    if state.num_processes != _count():
+        raise RecipeError(
+            f"{_count()} processes were started, and accelerate knows of {state.num_processes}. Start them with "
+            f"torchrun or accelerate launch, on devices of one kind; for the CPU, set training.use_cpu."
+        )
+
+
+def on_cpu(training: Mapping[str, Any]) -> bool:
+    """Whether a recipe trains on the CPU: it says so, or several processes have nothing else. (accelerate, not told,
+    would have each of them train alone.)"""
+    import torch
+
+    return bool(training.get("use_cpu", _count() > 1 and not torch.accelerator.is_available()))
+
+
+def _count() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main() -> bool:

@@ -22,7 +22,7 @@ from normswap.errors import DivergedError
 from normswap.tune import checkpoints
 from normswap.tune.objectives import Losses
 from normswap.tune.passes import Passes
-from normswap.tune.processes import on_main
+from normswap.tune.processes import on_cpu, on_main
 from normswap.tune.recipe import Guards
 from normswap.tune.schedule import Schedule
 from normswap.tune.tapers import set_ramps
@@ -332,6 +332,7 @@ def arguments(given: Mapping[str, Any], run: Path, steps: int, learning_rate: fl
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "lr_scheduler_type": "constant",
+        "use_cpu": on_cpu(given),
     }
     made = TrainingArguments(**chosen)
     made._n_gpu = min(made.n_gpu, 1)
