@@ -43,6 +43,18 @@ def on_cpu(training: Mapping[str, Any]) -> bool:
     return bool(training.get("use_cpu", _count() > 1 and not torch.accelerator.is_available()))
 
 
+def shard_on_cpu(accelerator: Any, plugin: Any) -> None:
+    """Have FSDP on the CPU. accelerate shards on accelerators alone; on the CPU it leaves the sharding out, unsaid."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    state = accelerator.state
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
+    state.fsdp_plugin, state.distributed_type = plugin, DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
 def _count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 

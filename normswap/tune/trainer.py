@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,7 +23,7 @@ from normswap.errors import DivergedError
 from normswap.tune import checkpoints
 from normswap.tune.objectives import Losses
 from normswap.tune.passes import Passes
-from normswap.tune.processes import on_cpu, on_main
+from normswap.tune.processes import on_cpu, on_main, shard_on_cpu
 from normswap.tune.recipe import Guards
 from normswap.tune.schedule import Schedule
 from normswap.tune.tapers import set_ramps
@@ -78,6 +79,14 @@ class StagedTrainer(Trainer):
             _check_loaded(spare, spare.load_state_dict(state, strict=False))
         return spare
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env(
+            "ACCELERATE_USE_FSDP"
+        ):
+            shard_on_cpu(self.accelerator, FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {})))
+            self.is_fsdp_enabled = True
+
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
@@ -121,7 +130,15 @@ class StagedTrainer(Trainer):
         return scores.nanmean().detach(), scores, scores
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # FSDP asks for a state of all that has gradients, and what no stage has trained yet has none
+        begun = set().union(*(self.trained[s.name] for s in self.schedule.spans if s.start < self.state.global_step))
+        ever = set().union(*self.trained.values())
+        waiting = [p for name, p in self._named(self.model) if name in ever - begun]
+        for parameter in waiting:
+            parameter.requires_grad_(False)
         super()._load_optimizer_and_scheduler(checkpoint)
+        for parameter in waiting:
+            parameter.requires_grad_(True)
         if checkpoint is not None:  # the rates are the recipe's, which may have others than when it was saved
             groups = self.optimizer.param_groups
             rate = self.schedule.at(self.state.global_step).rate(self.state.global_step)
