@@ -302,8 +302,6 @@ def _train(
         parameter.data = parameter.data.clone()
     if losses.teacher is not None:
         losses.teacher.to("cpu")
-    if recipe.lora is not None:
-        model = model.merge_and_unload()
     return trainer.state.log_history, model
 
 
@@ -373,14 +371,19 @@ def _measure(setup: Setup, model: nn.Module) -> dict[str, float]:
 
 
 def _without_scaffolding(setup: Setup, trained: nn.Module) -> tuple[Plan | None, nn.Module, float | None]:
-    """What is left of the trained model, and the difference that it makes; RepBN is measured anew and folded first."""
-    if setup.surgery is None:
+    """What is left of the trained model without adapters and tapers, and the difference that it makes.
+
+    RepBN is measured anew, and folded.
+    """
+    surgery, lora = setup.surgery, setup.recipe.lora
+    if surgery is None and lora is None:
         return None, trained, None
     trained = trained.eval()
     calibration = setup.calibration
     batches = calibration[-1:]
     with_all = copy.deepcopy(trained)
-    plan, final = finish(setup.original, setup.surgery, trained)
+    final = trained if lora is None else trained.merge_and_unload()
+    plan, final = (None, final) if surgery is None else finish(setup.original, surgery, final)
     found = difference(with_all, final, batches)
     if any(hasattr(module, "bn_mean") for module in final.modules()):
         reestimate(final, calibration)
