@@ -113,8 +113,8 @@ def finetune(
         resume: go on from the last checkpoint of a run that was interrupted.
         restart: throw such a run away.
         overwrite: replace a model folder at the output.
-        progress: called with (what, done, total) while long work runs.
-        say: called with each log entry of the training, in the main process.
+        progress: called with (what, done, total) while long work runs; as `say`, in the main process alone.
+        say: called with each log entry of the training, and with notes (`run` and `note`).
 
     Raises:
         RecipeError: the recipe does not fit its model or data, or a run of another recipe is there.
@@ -123,8 +123,10 @@ def finetune(
         VerificationError: a taper that does not start from the source, or scaffolding that was not taken away exactly.
         DestinationError: the output cannot be written.
     """
-    progress, say = progress or silent, say or (lambda entry: None)
     start(recipe.training)
+    if not PartialState().is_main_process:
+        progress = say = None
+    progress, say = progress or silent, say or (lambda entry: None)
     source = open_source(recipe)
     staging = Staging(recipe.output, source.folder, overwrite)
     staging.check()
