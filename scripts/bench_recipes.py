@@ -74,7 +74,7 @@ def _table(work: Path, lines: dict[str, list[str]]) -> str:
         "<!-- scripts/bench_recipes.py -->",
         f"{versions}, {os.cpu_count()} CPU cores",
         "",
-        "| recipe | checkpoint | source | before | after | control | after - control | wanted | tokens | minutes | fold |",
+        "| recipe | checkpoint | source | before | after | control | beside it | wanted | tokens | minutes | fold |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in lines:

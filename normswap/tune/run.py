@@ -6,7 +6,7 @@ import copy
 import inspect as signatures
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from normswap.calibration.data import Data, Progress, silent
@@ -126,7 +126,7 @@ def finetune(
     histories: dict[str, list[dict[str, Any]]] = {}
     if recipe.control:
         control = copy.deepcopy(setup.original)
-        histories["control"], control, _ = _train(
+        histories["control"], control, _ = train(
             setup, control, None, run / "control", "control", resume, progress, say
         )
         scores["control"] = _measure(setup, control, state.device)
@@ -137,7 +137,7 @@ def finetune(
         check_start(setup.original, model, calibration[-1:])
     scores["start"] = _measure(setup, model, state.device)
     began = time.monotonic()
-    histories["healed"], trained, tokens = _train(setup, model, setup.surgery, run, "healing", resume, progress, say)
+    histories["healed"], trained, tokens = train(setup, model, setup.surgery, run, "healing", resume, progress, say)
     minutes = (time.monotonic() - began) / 60
     done = Finetuned(Path(recipe.output), recipe, None, scores, histories, minutes=minutes, tokens=tokens)
     if state.is_main_process:
@@ -222,7 +222,7 @@ def _surgery(recipe: Recipe, source: Source, data: Corpus, progress: Progress, r
     return Surgery(Plan.load(files["target"]), exact, tapers)
 
 
-def _train(
+def train(
     setup: Setup,
     model: PreTrainedModel,
     surgery: Surgery | None,
@@ -231,8 +231,16 @@ def _train(
     resume: bool,
     progress: Progress,
     say: Say,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[list[dict[str, Any]], nn.Module, int]:
-    """Train a model in place. Returns the log, the model with its trained weights, and how many tokens it saw."""
+    """Train a model in place. Returns the log, the model with its trained weights, and how many tokens it saw.
+
+    Args:
+        model: `operate` made it; or the source's, with `surgery` None.
+        run: folder of its checkpoints.
+        what: it is called in logs.
+        callbacks: beside those of a recipe.
+    """
     recipe, schedule = setup.recipe, setup.schedule
     plan = (surgery.exact or surgery.target) if surgery is not None else None
     chosen = {span.name: span.stage.train for span in schedule.spans}
@@ -261,7 +269,7 @@ def _train(
         losses=losses,
         schedule=schedule,
         trained=trained,
-        callbacks=[ramps, Guard(recipe.guards, run), Told(what, progress, say, schedule, ramps)],
+        callbacks=[ramps, Guard(recipe.guards, run), Told(what, progress, say, schedule, ramps), *callbacks],
     )
     spare = copy.deepcopy(model) if trainer.is_fsdp_enabled else None
     if losses.teacher is not None and spare is None:
