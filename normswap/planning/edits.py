@@ -527,6 +527,7 @@ class Change(BaseModel):
     - `wrap`: `x` becomes `self.name(x)`; where the expression is a statement `x += y`, that becomes
       `x = self.name(x + y)`;
     - `scale`: `x` becomes `self.name * x`, in parentheses where the source needs them;
+    - `left`, `right`: the product `x * y` (of `left`, the quotient `x / y` too) becomes that side of it;
     - `enter`: `argument = self.name(argument)` becomes the first statement of the method.
 
     Attributes:
@@ -538,7 +539,7 @@ class Change(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["unwrap", "wrap", "scale", "enter"]
+    kind: Literal["unwrap", "wrap", "scale", "left", "right", "enter"]
     span: tuple[int, int, int, int] | None = None
     name: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     argument: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
