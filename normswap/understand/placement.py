@@ -41,6 +41,7 @@ class Block:
         scales: what the skip alone is multiplied by on its way to the sum.
         damping: per norm of `n_in`, the numbers that what it gives is multiplied by before anything else reads it.
         parallel: several branches read the same value and are added together.
+        beside: it reads what the sum before it read.
         result: the value after the sum.
         operands: the values that the sum adds, the skip's and the branch's.
         read: per norm of `n_in`, the value of the stream that it reads.
@@ -63,6 +64,7 @@ class Block:
     scales: tuple[Factor, ...] = ()
     damping: dict[str, list[Factor]] = field(default_factory=dict)
     layer: int | None = None
+    beside: bool = False
 
     @property
     def is_scaled(self) -> bool:
@@ -305,7 +307,7 @@ class Streams:
             claimed |= block.inside | set(block.n_in) | set(block.n_branch)
             earlier = by_result.get(self.base(block.operands[0]))
             if earlier is not None and touched & own[stream.start] and earlier.result not in touched:
-                block.parallel = earlier.parallel = True  # it read what the sum before it read
+                block.parallel = earlier.parallel = block.beside = True
             elif self._two_branches(branch):
                 block.parallel = True
         for op in self.trace.norm_operations():

@@ -2,8 +2,8 @@
 
     x' = x + F(N(x) / sqrt(l)),        l = 1, 2, ...
 
-A pre-norm model is one exactly, with sqrt(l) times the gain and bias of its norms, `N(x) = (sqrt(l) N(x)) / sqrt(l)`, and
-in training behaves as one. The other way the division goes from the source, and the gain and bias are divided.
+A pre-norm model is one exactly, with sqrt(l) times the gain and bias of its norms, `N(x) = (sqrt(l) N(x)) / sqrt(l)`,
+and in training behaves as one. The other way the division goes from the source, and the gain and bias are divided.
 """
 
 from __future__ import annotations

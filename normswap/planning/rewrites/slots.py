@@ -140,7 +140,7 @@ class Slots:
                 self.edits.append(Scale(tensor=f"{path}.{name}", factor=c, form=form))
 
     def swap(self, path: str, kind: str, eps: float | None = None, gain: GainForm | None = None) -> None:
-        """A norm of `kind` in the place of the one at `path`: with its eps and form of gain, where no other is given."""
+        """A norm of `kind` in the place of the one at `path`: with its eps and gain, where no other is given."""
         spec = self.spec(path)
         if spec.weight not in (None, "weight") or spec.bias not in (None, "bias"):
             raise NoPlace(f"{path}: expected parameters named weight and bias, found {spec.weight} and {spec.bias}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from normswap.errors import RefusedError
 from normswap.planning.request import Placement, parse_layers
@@ -84,11 +84,17 @@ class Step:
 
     @property
     def stays(self) -> bool:
-        """Whether it stands as it is to stand, or is not to be moved: in the first layer a damped norm is any norm."""
-        if self.target is None or self.target == self.source:
+        """Whether it stands as it is to stand, or is not to be moved.
+
+        Norms on branches are no matter where the norm behind the sum stays, or the one in front of the branch; in the
+        first layer a damped norm is any norm.
+        """
+        source, target = self.source, self.target
+        if target is None or target == source:
             return True
-        raw = self.n_in and not self.n_out and not self.source.scaled
-        return self.target.damped and raw and (self.source.damped or self.layer == 0)
+        if target.damped and self.layer == 0:
+            source = replace(source, damped=True)
+        return (target.damped or (target.n_out and source.n_out)) and replace(source, n_branch=False) == target
 
 
 def steps_of(normmap: NormMap, stream: StreamInfo) -> list[Step]:
@@ -98,7 +104,8 @@ def steps_of(normmap: NormMap, stream: StreamInfo) -> list[Step]:
     for block in stream.blocks:
         before = steps[-1].blocks if steps else []
         reads = {base(v) for v in block.read.values()}
-        if before and reads and base(before[-1].result) not in reads and not before[-1].n_out:
+        beside = base(before[-1].result) not in reads if before and reads else block.beside
+        if before and beside and not before[-1].n_out:
             before.append(block)
             continue
         steps.append(Step(f"{stream.name}[{len(steps)}]", block.layer, [block]))

@@ -88,8 +88,7 @@ def _ends(
 ) -> tuple[list[str], list[str]]:
     """What ends the branches: names of parameters and buffers, and paths of norms."""
     centring = normmap.centrings[stream.width]
-    parameters: dict[str, None] = {}
-    norms: dict[str, None] = {}
+    parameters, norms = set(), set()
     for block in runs:
         value = block.operands[1]
         terms = centring.leaves(centring.terms.get((value, axis % len(normmap.trace.values[value].shape))))
@@ -97,10 +96,10 @@ def _ends(
             raise NoPlace(f"{step.name}: what ends its branch is not known; expected linear maps or a norm.")
         for term in terms:
             if isinstance(term, Writer) and term.kind in ("parameter", "buffer") and term.name in normmap.stored:
-                parameters[term.name] = None
+                parameters.add(term.name)
             elif isinstance(term, Writer) and term.kind == "output" and term.name in normmap.sites:
-                norms[term.name] = None
+                norms.add(term.name)
             else:
                 why = f"{term.kind} of {term.name}" if isinstance(term, Writer) else term.reason
                 raise NoPlace(f"{step.name}: its branch does not end in linear maps or a norm alone: {why}.")
-    return [*parameters], [*norms]
+    return sorted(parameters), sorted(norms)
