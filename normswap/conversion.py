@@ -119,7 +119,8 @@ def _refuse_twice(source: Source) -> None:
     if source.record is not None:
         raise RefusedError(
             f"{source.name} was {source.record.history()}; it is not converted twice. Convert the checkpoint it "
-            f"was made from, asking for everything at once."
+            f"was made from, asking for everything at once. If this one was trained since, load it with "
+            f"trust_remote_code=True and give the model to normswap.convert_model."
         )
 
 

@@ -85,6 +85,7 @@ class NormMap:
         stored: names of all parameters and buffers a checkpoint of this model holds, aliases included.
         biasless: modules that were built without the bias their class can have.
         classes: class of each module by its path.
+        attributes: names of all that modules hold: modules, parameters, buffers, numbers, ...
         centrings, readings, writings: per width, and per number of channels, the analyses behind the map.
         bypasses: by path of a batch norm beside a convolution, what can carry it.
         loose: per module, the kind of a norm that it calls as a function; such a norm is no site.
@@ -102,6 +103,7 @@ class NormMap:
     stored: set[str]
     biasless: set[str]
     classes: dict[str, type[nn.Module]]
+    attributes: set[str]
     trace: Trace
     centrings: dict[int, Centring] = field(default_factory=dict)
     readings: dict[int, Readings] = field(default_factory=dict)
@@ -146,6 +148,7 @@ class NormMap:
             stored=set(model.state_dict()),
             biasless={path for path, m in model.named_modules() if m._parameters.get("bias", m) is None},
             classes={path: type(m) for path, m in model.named_modules()},
+            attributes={f"{path}.{name}" for path, m in model.named_modules() for name in _held(m)},
             trace=trace,
             centrings={width: centring(trace, norms, probers[width]) for width in widths},
             readings={width: readings(trace, norms, probers[width]) for width in sorted(channels)},
@@ -181,6 +184,7 @@ class NormMap:
             name = name if taken[name] == 1 else f"{name}#{taken[name]}"
             self.streams.append(StreamInfo(name, stream.width, self._writers(stream), stream.blocks, stream))
             for block in stream.blocks:
+                block.layer = _layer(name, block.module)
                 inside |= block.inside
                 roles.update({path: ("branch", name) for path in block.n_branch})
                 roles.update({path: ("stream", name) for path in (*block.n_in, *block.n_out)})
@@ -292,6 +296,16 @@ class NormMap:
             "tied": self.aliases,
             "notes": self.notes,
         }
+
+
+def _layer(stream: str, path: str) -> int | None:
+    """The first number of `path` below the stream's own."""
+    numbers = [int(part) for part in path.removeprefix(f"{stream.partition('#')[0]}.").split(".") if part.isdigit()]
+    return numbers[0] if numbers else None
+
+
+def _held(module: nn.Module) -> list[str]:
+    return [*vars(module), *module._parameters, *module._buffers, *module._modules]
 
 
 def _common_path(paths: list[str]) -> str:
