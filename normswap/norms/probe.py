@@ -124,7 +124,7 @@ class _Probe:
     def __init__(self, module: nn.Module, shape: tuple[int, ...], gated: bool):
         self.shape, self.gated = shape, gated
         self.original = module
-        self.module = _randomised(module)
+        self.module = randomised(module)
         self.parameters = dict(self.module.named_parameters())
         self.z = torch.full(shape, _OPENING, dtype=torch.float64)
         self.x = torch.randn(shape, dtype=torch.float64) * _SCALE
@@ -245,7 +245,7 @@ class _Probe:
         return max(agree, key=agree.get)
 
 
-def _randomised(module: nn.Module) -> nn.Module:
+def randomised(module: nn.Module) -> nn.Module:
     """A float64 copy on the CPU with random parameters and plausible statistics."""
     real = copy.deepcopy(module).to_empty(device="cpu").double().eval()
     for p in real.parameters():

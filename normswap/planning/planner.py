@@ -91,6 +91,11 @@ def plan_moves(
             f"{request.words()}: the gains of {', '.join(site.path for site in exchanged.sites[:3])} ... are made anew "
             f"and cannot be folded in the same run. Leave --fold out."
         )
+    if request.placements and (own := [path for path in normmap.own if normmap.sites[path].stream is not None]):
+        raise RefusedError(
+            f"{request.words()}: {own[0]} was put in by a conversion and is a {normmap.sites[own[0]].spec.kind}; only "
+            f"LayerNorm and RMSNorm can move. Move the norms of the model that it was made from."
+        )
     lowered = chosen.by_rewrite(normmap.sites, "rotate")
     _check_rotation(request, lowered)
     rotator = Rotator(normmap, request, lowered, [site.path for site in exchanged.sites])
