@@ -98,6 +98,8 @@ class Kind:
             other rewrites put in, and cannot be asked for.
         exact: name of the kind that takes its place where only the same function will do, and for norms on no stream,
             which a rewrite of streams does not reach.
+        inserted: of a kind that stands where there was no norm: called with its `normalised` x and x, each
+            `(rows, width)`, and weights, `(rows,)`, gives the gain and bias with which it changes x least.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Kind:
     about: str = ""
     routes: Mapping[str, Route] = field(default_factory=dict)
     exact: str | None = None
+    inserted: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Values] | None = None
 
     def builds(self, replaced: str) -> str:
         """The kind of module that stands where a norm of the kind `replaced` was."""
