@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from normswap.calibration.by_eps import by_eps, express
 from normswap.calibration.data import Data
 from normswap.calibration.inserted import inserted
 from normswap.calibration.run import calibrated
@@ -46,10 +47,15 @@ def draft(
             f"{normmap.architecture}: no form of {request.words()} computes the same function. Leave out --exact to "
             f"have it calibrated."
         )
+    asked = by_eps(model, normmap, made, inputs)
+    if asked is not None and data is None:
+        return express(made, asked, None)
     if data is None or (made.claim == "exact" and not made.lacks() and not inserted(made)):
         return made
 
     def make(asked: Request, scales: Scales | None) -> tuple[Plan, tuple[MovedStep, ...]]:
         return plan_moves(normmap, asked, model_type, prefix, stays_tied, scales)
 
-    return calibrated(normmap, request, make, data(), moves=bool(request.placements) and made.claim != "exact")
+    data = data()
+    made = calibrated(normmap, request, make, data, moves=bool(request.placements) and made.claim != "exact")
+    return made if asked is None else express(made, asked, data)

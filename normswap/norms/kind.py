@@ -98,6 +98,8 @@ class Kind:
             other rewrites put in, and cannot be asked for.
         exact: name of the kind that takes its place where only the same function will do, and for norms on no stream,
             which a rewrite of streams does not reach.
+        by_eps: whether it is expressed by the norm that was there, with an eps that outweighs every variance: what is
+            fitted has `weight`, `bias` and `scale`.
         inserted: of a kind that stands where there was no norm: called with its `normalised` x and x, each
             `(rows, width)`, and weights, `(rows,)`, gives the gain and bias with which it changes x least.
     """
@@ -107,6 +109,7 @@ class Kind:
     about: str = ""
     routes: Mapping[str, Route] = field(default_factory=dict)
     exact: str | None = None
+    by_eps: bool = False
     inserted: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Values] | None = None
 
     def builds(self, replaced: str) -> str:

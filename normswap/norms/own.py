@@ -21,7 +21,8 @@ from normswap.observe.trace import Trace
 def _words() -> dict[type[nn.Module], str]:
     """By class the kind as it is asked for, of several forms one word; of what cannot be asked for, its own name."""
     found = {kind.module: kind.name for kind in KINDS.values() if issubclass(kind.module, Affine)}
-    for kind in OFFERED.values():
+    for kind in (kind for kind in OFFERED.values() if not kind.by_eps):
+        found[kind.module] = kind.name
         for replaced, route in kind.routes.items():
             if isinstance(route, Fitted):
                 found |= {KINDS[form].module: kind.name for form in kind.forms(replaced)}

@@ -601,6 +601,18 @@ class SetConfig(Edit):
     value: Any
 
 
+class SetEps(SetConfig):
+    """One key of the configuration that is the eps of norms gets another value, and so do the norms of a live model.
+
+    Attributes:
+        modules: path of each norm, and the attribute that holds its eps.
+    """
+
+    edit: Literal["set_eps"] = "set_eps"
+    value: float
+    modules: tuple[tuple[str, str], ...]
+
+
 AnyEdit = Annotated[
     Centre
     | Untie
@@ -627,6 +639,7 @@ AnyEdit = Annotated[
     | CentreInput
     | NormOutput
     | GrowBias
-    | SetConfig,
+    | SetConfig
+    | SetEps,
     Field(discriminator="edit"),
 ]

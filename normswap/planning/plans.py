@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -157,6 +157,13 @@ class Plan(BaseModel):
         """The same plan with tensors that its edits read by name."""
         plan = self.model_copy()
         plan._fitted = {**self._fitted, **{name: tensor.detach().cpu() for name, tensor in tensors.items()}}
+        return plan
+
+    def restated(self, edits: Iterable[AnyEdit], tensors: Mapping[str, torch.Tensor]) -> Plan:
+        """The same plan with other edits, and of its fitted tensors and `tensors` those that these ask for."""
+        plan = self.model_copy(update={"edits": tuple(edits)}).keeping(tensors)
+        asked = plan.asks_for()
+        plan._fitted = {name: tensor for name, tensor in plan._fitted.items() if name in asked}
         return plan
 
     def asks_for(self) -> set[str]:
