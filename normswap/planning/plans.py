@@ -182,9 +182,9 @@ class Plan(BaseModel):
                 f"(--calibrate, or `calibrate=` for a live model), or load it with Plan.load from where it was saved."
             )
 
-    def fitted_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the fitted tensors, by name."""
-        return {name: tuple(tensor.shape) for name, tensor in self._fitted.items()}
+    def fitted_likes(self) -> dict[str, torch.Tensor]:
+        """Shapes and dtypes of the fitted tensors, by name, as tensors without values."""
+        return {name: torch.empty_like(tensor, device="meta") for name, tensor in self._fitted.items()}
 
     def reading(self, read: Read) -> Read:
         """`read`, with the fitted tensors."""
