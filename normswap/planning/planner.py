@@ -118,7 +118,7 @@ def _rewrite(
     """What each rewrite asks for, in the order in which it is told, and what was refused before."""
     exchanged = exchange(normmap, chosen.by_themselves(normmap.sites), chosen)
     lowered = chosen.by_rewrite(normmap.sites, "rotate")
-    _check_together(request, exchanged, lowered)
+    _check_together(normmap, request, exchanged, lowered)
     swaps, wanted = chosen.by_rewrite(normmap.sites, "centre"), _sites_to_fold(normmap, request, chosen)
     rotator = Rotator(normmap, request, lowered, exchanged.sites)
     idle = Idle(normmap)
@@ -166,7 +166,7 @@ def _in_order(rewritings: list[Rewriting]) -> Iterator[AnyEdit]:
     yield from dict.fromkeys(e for rewriting in rewritings for e in rewriting.edits if isinstance(e, ModuleEdit))
 
 
-def _check_together(request: Request, exchanged: Exchanged, lowered: list[Site]) -> None:
+def _check_together(normmap: NormMap, request: Request, exchanged: Exchanged, lowered: list[Site]) -> None:
     """Raises RefusedError where two things are asked for that do not go together."""
     if exchanged.sites and request.placements:
         raise RefusedError(
@@ -177,6 +177,11 @@ def _check_together(request: Request, exchanged: Exchanged, lowered: list[Site])
         raise RefusedError(
             f"{request.words()}: the gains of {', '.join(exchanged.sites[:3])} ... are made anew and cannot be folded "
             f"in the same run. Leave --fold out."
+        )
+    if request.placements and (own := [path for path in normmap.own if normmap.sites[path].stream is not None]):
+        raise RefusedError(
+            f"{request.words()}: {own[0]} was put in by a conversion and is a {normmap.sites[own[0]].spec.kind}; only "
+            f"LayerNorm and RMSNorm can move. Move the norms of the model that it was made from."
         )
     if (request.rotate or lowered) and request.placements:
         raise RefusedError(

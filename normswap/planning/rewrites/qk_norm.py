@@ -2,7 +2,7 @@
 
 Each head is normalised by itself, before positions are turned into it, as in models that are trained so (Henry et al.,
 2020; Dehghani et al., 2023). With `x + gate (N(x) - x)` and a gate of 0 the model is the same function; trained to 1,
-the gate leaves the norm.
+the gate leaves the norm. Its gain is fitted on data, so that opening the gate changes least (`calibration.inserted`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from normswap.understand.normmap import NormMap
 KINDS = ("rmsnorm", "layernorm")
 #: of a norm in a model that has none to take it from
 EPS = 1e-6
+#: said of a plan that no data were given for
+NEUTRAL = "Their gains are 1, as there are no data: opening the gates gives every head one scale, whatever it had."
 
 
 @dataclass
@@ -28,7 +30,8 @@ class Inserted(Rewriting):
     def reasons(self) -> list[str]:
         if not self.sites:
             return []
-        return [f"{len(self.sites)} norms on heads of queries and keys stand behind a gate, which is 0: the identity."]
+        what = f"{len(self.sites)} norms on heads of queries and keys stand behind a gate, which is 0: the identity."
+        return [what, NEUTRAL]
 
 
 def insert_qk_norms(normmap: NormMap, kind: str) -> Inserted:
