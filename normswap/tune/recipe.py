@@ -218,12 +218,12 @@ def _objectives(value: Any) -> Any:
 
 
 def _conversions(value: Any) -> Any:
-    """One conversion in the place of a list of one."""
-    if isinstance(value, dict):
-        return [value]
-    if not isinstance(value, list | tuple):
+    """One conversion in the place of a list of one; numbers in YAML that are layers."""
+    several = [value] if isinstance(value, dict) else value
+    if not isinstance(several, list | tuple):
         raise ValueError("expected options of `normswap convert`, such as {norm: dyt}, or a list of such")
-    return value
+    single = [isinstance(words, dict) and type(words.get("layers")) is int for words in several]
+    return [w | {"layers": str(w["layers"])} if one else w for w, one in zip(several, single, strict=True)]
 
 
 # What may stand in a file, beside what it is read as.

@@ -6,7 +6,7 @@ import re
 import types
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ValidationError
 from typing_extensions import is_typeddict
@@ -20,6 +20,7 @@ _EXPECTED = {
     "model_type": "keys and values",
     "dict_type": "keys and values",
     "tuple_type": "a list",
+    "is_instance_of": "a list",
     "too_short": "one item at least",
     "string_type": "text",
     "int_type": "a whole number",
@@ -114,7 +115,7 @@ def _fields(annotation: Any) -> dict[str, Any]:
     """Of a model or a typed dictionary, its keys and what they hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {name: field.annotation for name, field in annotation.model_fields.items()}
-    return dict(annotation.__annotations__) if is_typeddict(annotation) else {}
+    return get_type_hints(annotation) if is_typeddict(annotation) else {}
 
 
 def _kind(model: Any) -> str | None:
