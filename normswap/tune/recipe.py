@@ -317,8 +317,8 @@ class Recipe(Strict):
         except RefusedError as error:
             return [f"`surgery`: {error}"]
         checks = [partial(kind_of, choice) for choice in request.norms]
-        checks += [partial(row_of, placement.name) for placement in request.placements]
-        checks += [partial(placement.everywhere().takes, None) for placement in request.placements]
+        for placement in request.placements:
+            checks += [partial(row_of, placement.name), placement.check_layers]
         found = []
         for check in checks:
             try:
