@@ -84,7 +84,8 @@ def _exact_move(source: nn.Module, request: Request, target: Plan) -> Plan:
     try:
         exact = draft(source, _unscaled(request).model_copy(update={"exact": True}), None)
     except RefusedError as error:
-        why = f" ({error.refusals[0][1].rstrip(".")})" if error.refusals else ""
+        reason = error.refusals[0][1].rstrip(".") if error.refusals else ""
+        why = f" ({reason})" if reason else ""
         raise RefusedError(
             f"{request.words()}: there is no exact form that a taper could start from{why}. Leave `taper` out: "
             f"training then starts from the calibrated form.",
