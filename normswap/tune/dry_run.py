@@ -9,10 +9,10 @@ from normswap.checkpoint.source import Source
 from normswap.planning.plans import Plan
 from normswap.tune.objectives import TAUGHT
 from normswap.tune.recipe import Recipe
-from normswap.tune.run import open_source, prepare
+from normswap.tune.run import open_source, prepare, running_order
 from normswap.tune.selection import select
 from normswap.tune.surgery import operate
-from normswap.tune.tapers import ramped
+from normswap.tune.tapers import ramped, turns
 
 #: to calibrate on, which shows what is made and takes seconds
 _TOKENS = 512
@@ -71,6 +71,9 @@ def foresee(recipe: Recipe, progress: Progress | None = None) -> Foreseen:
                 "taper": "" if taper is None else f"{taper.shape}, {taper.order}",
             }
         )
+    tapered = running_order(list(ramped(model)), setup) if surgery is not None and surgery.tapers else []
+    if recipe.taper is not None:
+        turns(tapered, recipe.taper.order)
     size = next(model.parameters()).element_size()
     trained = sum(sizes[name] for name in ever)
     memory = {"weights": sum(sizes.values()) * size, "gradients": trained * size, "optimizer": 2 * trained * size}
@@ -83,7 +86,7 @@ def foresee(recipe: Recipe, progress: Progress | None = None) -> Foreseen:
         data_tokens=setup.data.train_tokens,
         data=setup.data.described,
         memory=memory,
-        tapered=list(ramped(model)) if surgery is not None and surgery.tapers else [],
+        tapered=tapered,
         warnings=warnings(recipe),
     )
 

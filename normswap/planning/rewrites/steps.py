@@ -121,8 +121,7 @@ def choose(steps: list[Step], placements: tuple[Placement, ...]) -> None:
     there = {step.layer for step in steps if step.layer is not None}
     for placement in placements:
         name, layers = placement.name, placement.layers
-        if name not in ROWS:
-            raise RefusedError(f"placement '{name}' is not offered: expected one of {', '.join(ROWS)}.")
+        row_of(name)
         odd = sorted(parse_layers(layers) - there) if layers is not None else []
         if odd:
             raise RefusedError(
@@ -132,3 +131,10 @@ def choose(steps: list[Step], placements: tuple[Placement, ...]) -> None:
         for step in steps:
             if placement.takes(step.layer):
                 step.placement = name
+
+
+def row_of(name: str) -> Row:
+    """The slots of a placement. Raises RefusedError where it is not known."""
+    if name not in ROWS:
+        raise RefusedError(f"placement '{name}' is not offered: expected one of {', '.join(ROWS)}.")
+    return ROWS[name]
