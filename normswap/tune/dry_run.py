@@ -8,6 +8,7 @@ from normswap.calibration.data import Progress, silent
 from normswap.checkpoint.source import Source
 from normswap.planning.plans import Plan
 from normswap.tune.objectives import TAUGHT
+from normswap.tune.processes import start
 from normswap.tune.recipe import Recipe
 from normswap.tune.run import open_source, prepare, running_order
 from normswap.tune.selection import select
@@ -46,6 +47,7 @@ def foresee(recipe: Recipe, progress: Progress | None = None) -> Foreseen:
     Raises:
         As `finetune`, for all that is wrong before training.
     """
+    start(recipe.training)
     source: Source = open_source(recipe)
     few = recipe.data.model_copy(update={"calibration_tokens": min(recipe.data.calibration_tokens, _TOKENS)})
     setup = prepare(recipe.model_copy(update={"data": few}), source, progress or silent)
