@@ -11,7 +11,7 @@ from pydantic import Field
 
 from normswap.planning.edits.bases import Compensate, Rotate
 from normswap.planning.edits.centring import Centre, CentreInput, CentreOutput
-from normswap.planning.edits.config import SetConfig
+from normswap.planning.edits.config import SetConfig, SetEps
 from normswap.planning.edits.edit import FITTED, Edit, Read, TensorEdit
 from normswap.planning.edits.folding import FoldBias, FoldGain
 from normswap.planning.edits.gains import Gain, Running, Unscale
@@ -47,7 +47,8 @@ AnyEdit = Annotated[
     | CentreInput
     | NormOutput
     | GrowBias
-    | SetConfig,
+    | SetConfig
+    | SetEps,
     Field(discriminator="edit"),
 ]
 
@@ -84,6 +85,7 @@ __all__ = [
     "Running",
     "Scale",
     "SetConfig",
+    "SetEps",
     "SetScale",
     "SwapNorm",
     "TensorEdit",

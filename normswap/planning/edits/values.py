@@ -103,6 +103,9 @@ class Restore(TensorEdit):
     axis: int = 0
     runs: int = 1
 
+    def fitted(self):
+        return (self.kept,)
+
     def apply(self, value, read):
         k = read(FITTED + self.kept)
         if self.how == "replace":
