@@ -60,7 +60,7 @@ def validate(recipes: tuple[str, ...]) -> None:
     faults = []
     for recipe in recipes:
         try:
-            Recipe.of(recipe).request()
+            Recipe.of(recipe)
             err().print(f"{recipe}: in order")
         except RecipeError as error:
             faults.append(str(error))

@@ -47,7 +47,7 @@ def choose_norms(normmap: NormMap, request: Request) -> Chosen:
     """
     chosen = Chosen()
     for choice in request.norms:
-        kind = _kind(choice)
+        kind = kind_of(choice)
         named = [site for site in normmap.sites.values() if choice.takes(site.path, site.role)]
         able = [site for site in named if site.spec.kind in kind.routes]
         others = [site for site in named if site.spec.kind not in (*kind.routes, kind.name)]
@@ -77,7 +77,8 @@ def _form(kind: Kind, site: Site, request: Request) -> Kind:
     return exact if fits and (request.exact or site.stream is None) else kind
 
 
-def _kind(choice: NormChoice) -> Kind:
+def kind_of(choice: NormChoice) -> Kind:
+    """The kind that is asked for. Raises RefusedError where it, or the role, is not known."""
     if choice.kind not in OFFERED:
         near = get_close_matches(choice.kind, OFFERED, 1)
         meant = f" Did you mean {near[0]}?" if near else ""

@@ -53,6 +53,10 @@ class Placement(BaseModel):
         """The same for all layers, where they are yet to be chosen."""
         return self if self.budget is None else self.model_copy(update={"layers": None})
 
+    def check_layers(self) -> None:
+        """Raises RefusedError where `layers` is neither numbers nor a budget."""
+        self.everywhere().takes(None)
+
     def takes(self, layer: int | None) -> bool:
         """Whether a layer is among those that get it. Raises RefusedError where `layers` is no list of numbers."""
         return self.layers is None or layer in parse_layers(self.layers)

@@ -83,9 +83,9 @@ def corpus(recipe: Recipe, tokenizer, takes: set[str], longest: int | None) -> C
     make = _packed if data.pack else _each
     if data.held_out_source is not None:
         kept, _ = _load(data, data.held_out_source)
-        train, held_out = make(rows, data, tokenizer), make(kept, data, tokenizer)
+        train, held_out = make(rows, data, tokenizer, data.source), make(kept, data, tokenizer, data.held_out_source)
     else:
-        train, held_out = _split(make(rows, data, tokenizer), data)
+        train, held_out = _split(make(rows, data, tokenizer, data.source), data)
     train, held_out = (_fitting(part, takes) for part in (train, held_out))
     held_out = held_out.select(range(min(len(held_out), data.held_out_blocks)))
     masked = next((o for o in recipe.objective if isinstance(o, MaskedLanguageModelling)), None)
@@ -157,7 +157,7 @@ def _checked(found: Dataset, data: Data, source: str) -> Dataset:
     return found
 
 
-def _packed(rows: Dataset, data: Data, tokenizer) -> Dataset:
+def _packed(rows: Dataset, data: Data, tokenizer, source: str) -> Dataset:
     """All texts one after another, cut to blocks, each within the special tokens that a text has."""
     before, after = special_tokens(tokenizer)
     inner = data.block - len(before) - len(after)
@@ -172,11 +172,11 @@ def _packed(rows: Dataset, data: Data, tokenizer) -> Dataset:
 
     made = rows.map(cut, batched=True, with_indices=True, remove_columns=rows.column_names)
     if len(made) < 2:
-        raise RecipeError(f"data: {data.source} gives {len(made)} blocks of {data.block} tokens; expected 2 at least.")
+        raise RecipeError(f"data: {source} gives {len(made)} blocks of {data.block} tokens; expected 2 at least.")
     return made
 
 
-def _each(rows: Dataset, data: Data, tokenizer) -> Dataset:
+def _each(rows: Dataset, data: Data, tokenizer, source: str) -> Dataset:
     """Each text a row, cut off at `block` tokens."""
 
     def cut(batch: dict[str, list]) -> dict[str, list]:
@@ -184,7 +184,10 @@ def _each(rows: Dataset, data: Data, tokenizer) -> Dataset:
         return made | ({"labels": batch[data.label]} if data.label is not None else {})
 
     made = rows.map(cut, batched=True, remove_columns=rows.column_names)
-    return made.filter(lambda row: len(row["input_ids"]) > 1)
+    made = made.filter(lambda row: len(row["input_ids"]) > 1)
+    if not len(made):
+        raise RecipeError(f"data: no row of {source} has two tokens in its column '{data.column}'.")
+    return made
 
 
 def _split(rows: Dataset, data: Data) -> tuple[Dataset, Dataset]:

@@ -5,13 +5,27 @@ The YAML and the Python form are one object; what a file leaves out is filled in
 
 from __future__ import annotations
 
+import copy
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from normswap.errors import RecipeError
+from normswap.errors import RecipeError, RefusedError
+from normswap.planning.choice import kind_of
 from normswap.planning.request import Request, Words
+from normswap.planning.rewrites.steps import row_of
+from normswap.tune.training_arguments import unknown
 from normswap.tune.yaml import dump, read, set_key
 from normswap.tune.yaml_errors import explain
 
@@ -149,7 +163,7 @@ class Stage(Strict):
     """
 
     name: str = ""
-    train: str | tuple[str, ...] = "all"
+    train: str | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
     tokens: int | None = Field(None, gt=0)
     steps: int | None = Field(None, gt=0)
     learning_rate: float | None = Field(None, gt=0)
@@ -160,7 +174,9 @@ class Stage(Strict):
     @model_validator(mode="after")
     def _one_length(self) -> Stage:
         if (self.tokens is None) == (self.steps is None):
-            raise ValueError("expected a length, either `tokens` or `steps`")
+            raise ValueError(
+                f"expected a length, either `tokens` or `steps`; found {'neither' if self.steps is None else 'both'}"
+            )
         return self
 
 
@@ -190,25 +206,37 @@ class Lora(Strict):
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
-def _as_list(value: Any) -> Any:
-    """One thing in the place of a list of one; a bare word for an objective's kind."""
+def _path_alone(value: Any) -> Any:
+    """A path in the place of a model."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _objectives(value: Any) -> Any:
+    """One objective in the place of a list of one; a bare word for its kind."""
     several = value if isinstance(value, list | tuple) else [value]
     return [{"kind": part} if isinstance(part, str) else part for part in several]
 
 
-#: what `stages` and `output` decide, or what our Trainer cannot do without
-RESERVED = {
-    "output_dir": "`output`",
-    "max_steps": "the lengths of `stages`",
-    "num_train_epochs": "the lengths of `stages`",
-    "lr_scheduler_type": "`schedule` of each of the `stages`",
-    "warmup_steps": "`warmup` of each of the `stages`",
-    "warmup_ratio": "`warmup` of each of the `stages`",
-    "resume_from_checkpoint": "--resume",
-    "label_names": "`objective`",
-    "remove_unused_columns": "`data`",
-    "load_best_model_at_end": "`guards`",
-}
+def _conversions(value: Any) -> Any:
+    """One conversion in the place of a list of one; numbers in YAML that are layers."""
+    several = [value] if isinstance(value, dict) else value
+    if not isinstance(several, list | tuple):
+        raise ValueError("expected options of `normswap convert`, such as {norm: dyt}, or a list of such")
+    single = [isinstance(words, dict) and type(words.get("layers")) is int for words in several]
+    return [w | {"layers": str(w["layers"])} if one else w for w, one in zip(several, single, strict=True)]
+
+
+# What may stand in a file, beside what it is read as.
+Short = Literal["lm", "mlm", "classification", "distill", "hidden", "embedding"]
+Models = Annotated[Model, BeforeValidator(_path_alone, json_schema_input_type=Model | str)]
+Conversions = Annotated[
+    tuple[Words, ...], BeforeValidator(_conversions, json_schema_input_type=Words | tuple[Words, ...])
+]
+Objectives = Annotated[
+    tuple[Objective, ...],
+    BeforeValidator(_objectives, json_schema_input_type=Short | Objective | tuple[Short | Objective, ...]),
+    Field(min_length=1),
+]
 
 
 class Recipe(Strict):
@@ -227,11 +255,11 @@ class Recipe(Strict):
         verify: how much source and result are compared on the text that ships with normswap, as for `convert`.
     """
 
-    model: Model
-    surgery: tuple[Words, ...] = ()
+    model: Models
+    surgery: Conversions = ()
     kernels: None = None
     data: Data = Data()
-    objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_list), Field(min_length=1)] = (LanguageModelling(),)
+    objective: Objectives = (LanguageModelling(),)
     stages: tuple[Stage, ...] = Field(min_length=1)
     training: dict[str, Any] = {}
     guards: Guards = Guards()
@@ -240,16 +268,6 @@ class Recipe(Strict):
     output: str
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     verify: Literal["full", "fast"] = "full"
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-    @field_validator("surgery", mode="before")
-    @classmethod
-    def _one_conversion(cls, value: Any) -> Any:
-        return [value] if isinstance(value, dict) else value
 
     @field_validator("kernels", mode="before")
     @classmethod
@@ -261,20 +279,8 @@ class Recipe(Strict):
     @field_validator("training")
     @classmethod
     def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        from dataclasses import fields
-
-        from transformers import TrainingArguments
-
-        known = {field.name for field in fields(TrainingArguments) if field.init}
-        problems = [f"`{name}` is decided by {RESERVED[name]}" for name in value if name in RESERVED]
-        for name in value.keys() - known:
-            from difflib import get_close_matches
-
-            near = get_close_matches(name, known - RESERVED.keys(), 1)
-            meant = f"; did you mean `{near[0]}`?" if near else ""
-            problems.append(f"`{name}` is no argument of transformers.TrainingArguments{meant}")
-        if problems:
-            raise ValueError("; ".join(problems))
+        if problems := unknown(value):
+            raise ValueError("\n".join(problems))
         return value
 
     @model_validator(mode="after")
@@ -299,9 +305,27 @@ class Recipe(Strict):
         rates = [stage for stage in self.stages if stage.learning_rate is None]
         if rates and "learning_rate" not in self.training:
             problems.append("`stages`: expected a learning_rate in each, or one in `training`")
+        problems += self._unknown_words()
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
+
+    def _unknown_words(self) -> list[str]:
+        """What of the surgery no model could be given."""
+        try:
+            request = self.request()
+        except RefusedError as error:
+            return [f"`surgery`: {error}"]
+        checks = [partial(kind_of, choice) for choice in request.norms]
+        for placement in request.placements:
+            checks += [partial(row_of, placement.name), placement.check_layers]
+        found = []
+        for check in checks:
+            try:
+                check()
+            except RefusedError as error:
+                found.append(f"`surgery`: {error}")
+        return found
 
     def request(self) -> Request:
         """The conversions of `surgery` as one. Raises RefusedError where they do not go together."""
@@ -325,7 +349,7 @@ class Recipe(Strict):
         Raises:
             RecipeError: with all that is wrong with it.
         """
-        raw = dict(source) if isinstance(source, dict) else read(find(source))
+        raw = copy.deepcopy(source) if isinstance(source, dict) else read(find(source))
         for override in overrides:
             set_key(raw, override)
         try:
@@ -347,8 +371,6 @@ def find(name: str | Path) -> Path:
     if str(name) in known:
         return known[str(name)]
     if not Path(name).is_file():
-        from difflib import get_close_matches
-
         near = get_close_matches(str(name), known, 1)
         meant = f" Did you mean {near[0]}?" if near else ""
         raise RecipeError(

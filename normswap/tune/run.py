@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect as signatures
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from normswap.calibration.data import Data, Progress, silent
 from normswap.checkpoint.publish import Staging
@@ -157,14 +157,14 @@ def _trained(setup: Setup, run: Path, resume: bool, progress: Progress, say: Say
     histories: dict[str, list[dict[str, Any]]] = {}
     if recipe.control:
         control = copy.deepcopy(setup.original)
-        histories["control"], control = _train(setup, control, None, control_of(run), "control", resume, progress, say)
+        histories["control"], control = train(setup, control, None, control_of(run), "control", resume, progress, say)
         scores["control"] = _measure(setup, control)
         del control
     model = copy.deepcopy(setup.original) if surgery is None else operate(setup.original, surgery)
     if surgery is not None and surgery.tapers:
         check_start(setup.original, model, setup.calibration[-1:])
     scores["start"] = _measure(setup, model)
-    histories["healed"], trained = _train(setup, model, surgery, run, "healing", resume, progress, say)
+    histories["healed"], trained = train(setup, model, surgery, run, "healing", resume, progress, say)
     minutes = max(entry["minutes"] for entry in histories["healed"])
     tokens = setup.schedule.steps * setup.schedule.tokens_per_step
     return Finetuned(Path(recipe.output), recipe, None, scores, histories, minutes=minutes, tokens=tokens), trained
@@ -245,7 +245,7 @@ def _surgery(recipe: Recipe, source: Source, data: Corpus, progress: Progress, r
     return made if run is None else load_plans(run, tapers)
 
 
-def _train(
+def train(
     setup: Setup,
     model: PreTrainedModel,
     surgery: Surgery | None,
@@ -254,8 +254,16 @@ def _train(
     resume: bool,
     progress: Progress,
     say: Say,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[list[dict[str, Any]], nn.Module]:
-    """Train a model in place. Returns the log, and the model with its trained weights, on the CPU."""
+    """Train a model in place. Returns the log, and the model with its trained weights, on the CPU.
+
+    Args:
+        model: `operate` made it; or the source's, with `surgery` None.
+        run: folder of its checkpoints.
+        what: it is called in logs.
+        callbacks: beside those of a recipe.
+    """
     recipe, schedule = setup.recipe, setup.schedule
     plan = (surgery.exact or surgery.target) if surgery is not None else None
     chosen = {span.name: span.stage.train for span in schedule.spans}
@@ -289,7 +297,7 @@ def _train(
         losses=losses,
         schedule=schedule,
         trained=trained,
-        callbacks=[ramps, Guard(recipe.guards, run, schedule), Told(what, progress, say, schedule, ramps)],
+        callbacks=[ramps, Guard(recipe.guards, run, schedule), Told(what, progress, say, schedule, ramps), *callbacks],
     )
     spare = copy.deepcopy(model) if trainer.is_fsdp_enabled else None
     shared: list[nn.Parameter] = []

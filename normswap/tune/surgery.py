@@ -25,7 +25,7 @@ from normswap.calibration.data import Data
 from normswap.drafting import draft
 from normswap.errors import RefusedError, VerificationError
 from normswap.norms.kinds import KINDS
-from normswap.planning.edits import AddNorm, Initialise, SwapNorm
+from normswap.planning.edits import AddNorm, GrowBias, Initialise, SwapNorm, TensorEdit, Untie
 from normswap.planning.planner import make_plan
 from normswap.planning.plans import Plan
 from normswap.planning.request import Request
@@ -67,14 +67,41 @@ def plan_surgery(source: nn.Module, request: Request, data: Data, tapers: bool) 
         return Surgery(draft(source, request, None, lambda: data))
     target = draft(source, request, None, lambda: replace(data, refit=False))
     if target.moved:
-        exact = draft(source, _unscaled(request).model_copy(update={"exact": True}), None)
-        return Surgery(target, exact, True)
+        return Surgery(target, _exact_move(source, request, target), True)
     if target.claim != "exact" and not _exchanged(target):
         raise RefusedError(
             f"{request.words()}: there is no exact form that a taper could start from. Leave `taper` out: training "
             f"then starts from the calibrated form."
         )
     return Surgery(target, None, True)
+
+
+def _exact_move(source: nn.Module, request: Request, target: Plan) -> Plan:
+    """The plan of the same move that computes the same function. Raises RefusedError where it is no way to the target.
+
+    Weights of the source's names are what is trained, so that the target's constants can go into them in the end.
+    """
+    try:
+        exact = draft(source, _unscaled(request).model_copy(update={"exact": True}), None)
+    except RefusedError as error:
+        reason = error.refusals[0][1].rstrip(".") if error.refusals else ""
+        why = f" ({reason})" if reason else ""
+        raise RefusedError(
+            f"{request.words()}: there is no exact form that a taper could start from{why}. Leave `taper` out: "
+            f"training then starts from the calibrated form.",
+            error.refusals,
+        ) from error
+    gates = {edit.module for edit in _gated(exact)}
+    lost = [edit.tensor for edit in exact.edits if isinstance(edit, TensorEdit) and edit not in target.edits]
+    lost = [tensor for tensor in lost if tensor.rpartition(".")[0] not in gates]
+    lost += [edit.tensor for edit in exact.edits if isinstance(edit, Untie)]
+    lost += [f"{edit.module}.bias" for edit in exact.edits if isinstance(edit, GrowBias)]
+    if lost and _lanes(exact):
+        raise RefusedError(
+            f"{request.words()}: the exact form that a taper would start from has a {lost[0]} of its own, which is not "
+            f"in the target. Ask for the move alone, or leave `taper` out."
+        )
+    return exact
 
 
 def _unscaled(request: Request) -> Request:
@@ -164,24 +191,27 @@ def finish(source: nn.Module, surgery: Surgery, trained: nn.Module) -> tuple[Pla
         return surgery.target, trained
     if any(float(module.ramp) for module in ramped(trained).values()):
         raise AssertionError("the taper has not ended")
-    plan = surgery.target
     if surgery.exact is not None and _lanes(surgery.exact):
         return _without_lanes(source, surgery, trained)
-    opened = {edit.module: _ungated(edit) for edit in _gated(surgery.exact or plan)}
-    plan = surgery.exact or plan
-    edits = [
-        opened.get(getattr(edit, "module", None), edit) if isinstance(edit, AddNorm) else edit for edit in plan.edits
-    ]
-    gates = {f"{path}.gate" for path in opened}
-    edits = [edit for edit in edits if getattr(edit, "tensor", None) not in gates]
     for path, module in list(trained.named_modules()):
         if isinstance(module, Tapered):
             trained.set_submodule(path, module.new)
-    return plan.model_copy(update={"edits": tuple(edits)}), trained
+    return _opened(surgery.exact or surgery.target), trained
+
+
+def _opened(plan: Plan) -> Plan:
+    """The same with norms in the place of gated ones."""
+    opened = {edit.module: _ungated(edit) for edit in _gated(plan)}
+    gates = {f"{path}.gate" for path in opened}
+    edits = [opened.get(edit.module, edit) if isinstance(edit, AddNorm) else edit for edit in plan.edits]
+    return plan.model_copy(update={"edits": tuple(e for e in edits if getattr(e, "tensor", None) not in gates)})
 
 
 def _without_lanes(source: nn.Module, surgery: Surgery, trained: nn.Module) -> tuple[Plan, nn.Module]:
-    """The target's plan, with the constants as trained, carried out on the trained weights of the source's names."""
+    """The target's plan, with the constants as trained, carried out on the trained weights of the source's names.
+
+    What the exact form has in common with it, such as centring, was done before training and is not done again.
+    """
     scales = {
         step.name: trained.get_submodule(path).scale
         for path, step in zip(_lanes(surgery.exact), surgery.target.moved, strict=True)
@@ -193,10 +223,16 @@ def _without_lanes(source: nn.Module, surgery: Surgery, trained: nn.Module) -> t
     told = {block.name: block for block in target.moved}
     moved = tuple(told[block.name].model_copy(update={"scale": block.scale}) for block in plan.moved)
     plan = plan.model_copy(update={"moved": moved, "claim": target.claim, "calibrated_on": target.calibrated_on})
+    gates = [edit.module for edit in _gated(plan)]
+    plan = _opened(plan)
+    left = [e for e in plan.edits if not (isinstance(e, TensorEdit) and e in surgery.exact.edits)]
     state = trained.state_dict()
     result = copy.deepcopy(source)
     result.load_state_dict({name: state[name] for name in result.state_dict()})
-    return plan, apply_plan(result, plan)
+    apply_plan(result, plan.model_copy(update={"edits": tuple(left)}))
+    for path in gates:
+        result.get_submodule(path).load_state_dict(trained.get_submodule(path).new.state_dict())
+    return plan, result
 
 
 @torch.no_grad()

@@ -51,7 +51,8 @@ def dump(value: dict[str, Any]) -> str:
 
 
 def set_key(tree: dict[str, Any], override: str) -> None:
-    """Set `key.sub=value` in place. What is on the way is made; items of lists are named by number.
+    """Set `key.sub=value` in place. What is on the way is made; items of lists are named by number, which the only one
+    of a list does not need.
 
     Raises:
         RecipeError: no `=`, a value that is no YAML, or a key below something that has none.
@@ -66,17 +67,24 @@ def set_key(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"'{override}': the value is no YAML: {' '.join(str(error).split())}.") from error
     at: Any = tree
     for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(at, list) and len(at) == 1 and not key.isdigit():
+            at = at[0]  # one thing is meant as a list of one, and the other way round
+        elif isinstance(at, dict) and key == "0" and at and depth and not last:
+            continue
         if isinstance(at, list):
             if not key.isdigit() or int(key) >= len(at):
                 raise RecipeError(f"'{override}': {'.'.join(keys[:depth])} is a list of {len(at)}; found item '{key}'.")
             key = int(key)
         elif not isinstance(at, dict):
             raise RecipeError(f"'{override}': {'.'.join(keys[:depth])} is {at!r}, which has no keys.")
-        if depth == len(keys) - 1:
+        if last:
             at[key] = value
-        elif isinstance(at, list) or at.get(key) is not None:
-            if isinstance(at[key], str) and depth == 0 and key == "model":
-                at[key] = {"path": at[key]}  # the short form
-            at = at[key]
-        else:
-            at = at.setdefault(key, {}) if key not in at else at.__setitem__(key, {}) or at[key]
+            return
+        below = at[key] if isinstance(at, list) else at.get(key)
+        if below is None:
+            below = {}
+        elif isinstance(below, str) and depth == 0 and key == "model":
+            below = {"path": below}  # the short form
+        at[key] = below
+        at = below
