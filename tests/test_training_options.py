@@ -5,10 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import normswap.tune.publish
 import normswap.tune.run as runs
+from normswap.errors import RecipeError
+from normswap.norms.kinds.repbn import RepBNLayerNorm
 from normswap.tune.recipe import Recipe
+from normswap.tune.trainer import arguments, blocks, check_rhythm
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +123,37 @@ def test_adapters_are_merged(finetuned, checkpoints, monkeypatch):
         assert values[3] < 1e-5 * values[0]  # rank 3, but for the rounding of the sum
     record = json.loads((folder / "normswap.json").read_text())["training"]
     assert record["folded"] < 1e-5  # measured: 3e-7, between the model with adapters and the merged one
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_statistics_are_taken_once(reentrant):
+    """A RepBN whose activations are computed twice has moved its running statistics by one step."""
+    torch.manual_seed(0)
+    norm = RepBNLayerNorm(8, gain="w", bias=True).double().train()
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    checkpoint(norm, x, use_reentrant=reentrant).square().sum().backward()
+    assert torch.allclose(norm.bn_mean, 0.1 * x.detach().mean((0, 1)), atol=1e-15)
+    assert norm.bn_weight.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    "training, words",
+    [
+        ({"save_steps": 3, "eval_steps": 2}, "save_steps is 3, and evaluation is every 2 steps.*expected a multiple"),
+        ({"eval_strategy": "no"}, "evaluation is never; a checkpoint is kept when it was found good"),
+        ({"save_strategy": "epoch"}, "save_strategy is epoch; expected steps or no"),
+    ],
+)
+def test_checkpoints_are_evaluated(training, words, tmp_path):
+    with pytest.raises(RecipeError, match=words):
+        check_rhythm(arguments(training, tmp_path, 20, 1e-3))
+    check_rhythm(arguments({"save_steps": 0.3, "eval_steps": 0.1}, tmp_path, 20, 1e-3))
+
+
+def test_blocks_are_found_behind_a_surgery():
+    """FSDP shards by the names of classes, of which a move makes others."""
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
+    assert blocks(model) == ["GPT2Block"]
+    for block in model.transformer.h:
+        block.__class__ = type("Moved", (type(block),), {})
+    assert blocks(model) == ["Moved"]

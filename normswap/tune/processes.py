@@ -36,8 +36,10 @@ def start(training: Mapping[str, Any]) -> None:
 
 
 def on_cpu(training: Mapping[str, Any]) -> bool:
-    """Whether a recipe trains on the CPU: it says so, or there is nothing else. (Not told, accelerate would have each of
-    several processes train alone there, and transformers refuses bf16.)"""
+    """Whether a recipe trains on the CPU: it says so, or there is nothing else.
+
+    Not told, accelerate would have each of several processes train alone there, and transformers refuses bf16.
+    """
     import torch
 
     return bool(training.get("use_cpu", not torch.accelerator.is_available()))

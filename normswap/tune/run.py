@@ -34,7 +34,7 @@ from normswap.tune.schedule import Schedule
 from normswap.tune.selection import select
 from normswap.tune.surgery import Surgery, check_start, difference, finish, operate, plan_surgery
 from normswap.tune.tapers import ramped, turns
-from normswap.tune.trainer import BATCH, Guard, Ramps, StagedTrainer, Told, arguments, judged, saves
+from normswap.tune.trainer import BATCH, Guard, Ramps, StagedTrainer, Told, arguments, check_rhythm, judged
 from normswap.understand.normmap import find_sites
 from normswap.verification.inputs import of_text
 from normswap.verification.run import open_model, tokenizer_of
@@ -342,11 +342,7 @@ def _arguments(recipe: Recipe, run: Path, steps: int, rate: float):
         args = arguments(recipe.training, run, steps, rate)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"training: {error}") from error
-    if saves(args) and args.save_steps % args.eval_steps:
-        raise RecipeError(
-            f"training: save_steps is {args.save_steps}, and evaluation is every {args.eval_steps} steps; a checkpoint "
-            f"is kept when it was found good: expected a multiple."
-        )
+    check_rhythm(args)
     return args
 
 
