@@ -64,6 +64,8 @@ class StagedTrainer(Trainer):
         self.can_return_loss = True
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
+            if plugin.fsdp_version != 2:
+                raise RecipeError("training: fsdp_config.version is 1, which torch has given up; expected 2.")
             plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or blocks(self.model)
         self.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
 
@@ -98,10 +100,10 @@ class StagedTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        idle = self._idle()
-        for name, parameter in self._named(model):
-            if name in idle:
-                parameter.grad = None  # before gradients are clipped, so that they count for nothing
+        if idle := self._idle():
+            for name, parameter in self._named(model):
+                if name in idle:
+                    parameter.grad = None  # before gradients are clipped, so that they count for nothing
         return loss
 
     def _idle(self) -> set[str]:
@@ -112,7 +114,7 @@ class StagedTrainer(Trainer):
     def _named(self, model: nn.Module):
         """Parameters by the names that they have in the model, whatever it is wrapped in."""
         for name, parameter in model.named_parameters():
-            parts = [p for p in name.split(".") if p not in ("_fsdp_wrapped_module", "_orig_mod")]
+            parts = [p for p in name.split(".") if p not in ("_checkpoint_wrapped_module", "_orig_mod")]
             yield ".".join(parts[1:] if parts[0] == "module" else parts), parameter
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
