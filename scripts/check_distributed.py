@@ -51,7 +51,8 @@ def main() -> int:
     failed = 0
     print(f"{'case':14} {'processes':20} {'logged':>9} {'weights':>9}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        torchrun(Path(folder))
+        if not sys.argv[1:]:
+            torchrun(Path(folder))
         for name in sys.argv[1:] or CASES:
             base = Path(folder) / name
             base.mkdir()
