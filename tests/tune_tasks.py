@@ -27,7 +27,7 @@ CONTEXT.set_forkserver_preload([__name__])
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in sys.path if path))
 
 
-def finetune(folder: Path, args: list[str], processes: int = 1, *, within: float = 180, **upset) -> list[int]:
+def finetune(folder: Path, args: list[str], processes: int = 1, *, within: float = 600, **upset) -> list[int]:
     """`normswap finetune ARGS` in so many processes; their exit codes (-9: killed). What they say is in `folder`.
 
     Args:

@@ -18,14 +18,14 @@ from transformers import PreTrainedModel, TrainerCallback
 from normswap.calibration.data import Data, Progress, silent
 from normswap.checkpoint.publish import Staging
 from normswap.checkpoint.source import Source
-from normswap.errors import RecipeError, VerificationError
+from normswap.errors import NormswapError, RecipeError, VerificationError
 from normswap.observe.run import make_eager
 from normswap.planning.plans import Plan
 from normswap.repbn import folded_plan, reestimate
 from normswap.tune import checkpoints
 from normswap.tune.amend import Change
 from normswap.tune.data import Corpus, corpus
-from normswap.tune.folder import begin, clear, control_of, held, load_plans, path_of, save_plans
+from normswap.tune.folder import begin, clear, control_of, forget, held, load_plans, path_of, save_plans
 from normswap.tune.objectives import TAUGHT, Losses
 from normswap.tune.processes import main_first, on_main, start
 from normswap.tune.publish import publish
@@ -135,8 +135,13 @@ def finetune(
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(held(run)))
         changes = on_main(lambda: begin(recipe, _size(recipe), resume, restart))
-        setup = prepare(recipe, source, progress, run)
-        done, trained = _trained(setup, run, resume, progress, say)
+        try:
+            setup = prepare(recipe, source, progress, run)
+            done, trained = _trained(setup, run, resume, progress, say)
+        except NormswapError:
+            if PartialState().is_main_process:
+                forget(run)
+            raise
         done.changes = changes
 
         def end() -> None:

@@ -277,7 +277,7 @@ class Guard(TrainerCallback):
         number = self.schedule.spans.index(self.schedule.at(max(state.global_step - 1, 0)))
         lower = f"stages.{number}.learning_rate"
         if last is None:
-            kept = f"no checkpoint was saved before. Begin again, with --restart, and a lower {lower} or a warmup"
+            kept = f"no checkpoint was saved before. Begin again with a lower {lower} or a warmup"
         else:
             kept = (
                 f"the last good checkpoint is {self.run / f'checkpoint-{last}'}. The same command with --resume and a "
