@@ -262,6 +262,7 @@ BROKEN = [
     ({"training": {"resume_from_checkpoint": "x"}}, ["`resume_from_checkpoint` is decided by --resume"]),
     ({"training": {"warmup": 4}}, ["`warmup` is no argument of transformers.TrainingArguments"]),
     ({"training": {"weight_dcay": 4}}, ["did you mean `weight_decay`?"]),
+    ({"training": {"fsdp": 1.5}}, ["`fsdp` is 1.5, and transformers.TrainingArguments takes"]),
     ({"training": {"seed": "many"}}, ["`seed` is 'many', and transformers.TrainingArguments takes int"]),
     ({"training": 4}, ["training: expected keys and values, found 4"]),
     # what does not go together

@@ -27,6 +27,8 @@ RESERVED = {
     "save_only_model": "--resume, which needs all of a checkpoint",
     "ignore_data_skip": "--resume, which goes on in the middle of a pass",
 }
+#: types that it takes beside those that it says
+_MORE = {"fsdp": bool}
 
 
 def unknown(given: Mapping[str, Any]) -> list[str]:
@@ -43,7 +45,7 @@ def unknown(given: Mapping[str, Any]) -> list[str]:
             near = get_close_matches(name, known.keys() - RESERVED.keys(), 1)
             meant = f"; did you mean `{near[0]}`?" if near else ""
             problems.append(f"`{name}` is no argument of transformers.TrainingArguments{meant}")
-        elif not _fits(value, known[name]):
+        elif not _fits(value, known[name]) and not isinstance(value, _MORE.get(name, ())):
             called = known[name].__name__ if isinstance(known[name], type) else known[name]
             problems.append(f"`{name}` is {value!r}, and transformers.TrainingArguments takes {called}")
     return problems
