@@ -10,8 +10,6 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import rotate_checkpoints
-
 from normswap.checkpoint.publish import sync_tree
 
 #: where a checkpoint is until it is whole
@@ -29,13 +27,14 @@ def keep(run: Path, name: str, limit: int | None) -> None:
     os.rename(made, final)
     sync_tree(run, deep=False)
     shutil.rmtree(run / PARTIAL)
-    rotate_checkpoints(str(run), limit)
+    for old in _in_order(run)[: -limit if limit else 0]:
+        shutil.rmtree(old)
 
 
 def last(run: Path) -> Path | None:
     """The newest whole checkpoint of a run. What is newer, and not whole, is removed."""
     shutil.rmtree(run / PARTIAL, ignore_errors=True)
-    for folder in sorted(run.glob("checkpoint-*"), key=step, reverse=True):
+    for folder in reversed(_in_order(run)):
         if _whole(folder):
             return folder
         shutil.rmtree(folder)
@@ -45,6 +44,10 @@ def last(run: Path) -> Path | None:
 def step(folder: Path) -> int:
     """The optimizer steps behind a checkpoint."""
     return int(folder.name.rpartition("-")[2])
+
+
+def _in_order(run: Path) -> list[Path]:
+    return sorted(run.glob("checkpoint-*"), key=step)
 
 
 def _whole(folder: Path) -> bool:
