@@ -170,6 +170,13 @@ def test_every_way_to_write_a_thousandth(text):
     assert Recipe.of(BASE, (f"stages.0.learning_rate={text}",)).stages[0].learning_rate == 1e-3
 
 
+def test_no_is_a_word():
+    made = Recipe.of(BASE, ("training.save_strategy=no", "control=true"))
+    assert made.training["save_strategy"] == "no" and made.control is True
+    with pytest.raises(RecipeError, match="control: "):
+        Recipe.of(BASE, ("control=yes",))
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

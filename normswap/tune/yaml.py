@@ -1,4 +1,4 @@
-"""YAML without its traps: no key twice, and 1e-3 is a number. Values set by `key.sub=value`."""
+"""YAML without its traps: no key twice, 1e-3 is a number, and `no` is a word. Values set by `key.sub=value`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from normswap.errors import RecipeError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML has it, but for floats, which are those of 1.2, and for keys, which come once."""
+    """YAML 1.1 as PyYAML has it, but for floats and booleans, which are those of 1.2, and for keys, which come once."""
 
     def construct_mapping(self, node, deep=False):
         seen: dict[Any, Any] = {}
@@ -28,6 +28,11 @@ class _Loader(yaml.SafeLoader):
 
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+# `save_strategy: no`
+_BOOL = "tag:yaml.org,2002:bool"
+for _known in _Loader.yaml_implicit_resolvers.values():
+    _known[:] = [(tag, pattern) for tag, pattern in _known if tag != _BOOL]
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def read(path: Path) -> dict[str, Any]:
