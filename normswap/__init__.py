@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from normswap.conversion import Conversion, convert, convert_model, plan
     from normswap.errors import (
         DestinationError,
+        DivergedError,
         NormswapError,
         ObserveError,
         PlanError,
+        RecipeError,
         RefusedError,
         SourceError,
         VerificationError,
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from normswap.planning.plans import Plan
     from normswap.planning.request import Request
     from normswap.repbn import fold_repbn, reestimate
+    from normswap.tune.recipe import Recipe
+    from normswap.tune.run import Finetuned, finetune
     from normswap.understand.normmap import NormMap, inspect
     from normswap.undoing import Undone, undo
     from normswap.verification.run import Report, verify
@@ -36,9 +40,11 @@ _HOME = {
     "conversion": ("Conversion", "convert", "convert_model", "plan"),
     "errors": (
         "DestinationError",
+        "DivergedError",
         "NormswapError",
         "ObserveError",
         "PlanError",
+        "RecipeError",
         "RefusedError",
         "SourceError",
         "VerificationError",
@@ -49,6 +55,8 @@ _HOME = {
     "planning.plans": ("Plan",),
     "planning.request": ("Request",),
     "undoing": ("Undone", "undo"),
+    "tune.recipe": ("Recipe",),
+    "tune.run": ("Finetuned", "finetune"),
     "repbn": ("fold_repbn", "reestimate"),
     "verification.run": ("Report", "verify"),
 }

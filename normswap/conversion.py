@@ -119,7 +119,8 @@ def _refuse_twice(source: Source) -> None:
     if source.record is not None:
         raise RefusedError(
             f"{source.name} was {source.record.history()}; it is not converted twice. Convert the checkpoint it "
-            f"was made from, asking for everything at once."
+            f"was made from, asking for everything at once. If this one was trained since, load it with "
+            f"trust_remote_code=True and give the model to normswap.convert_model."
         )
 
 
@@ -298,7 +299,7 @@ def configure(
             folder, source.model_class, source.config, plan, structure, plan.base_output_unchanged
         )
     else:
-        config |= {edit.key: edit.value for edit in plan.config_edits()}
+        config = _with_keys(config, plan)
     if plan.config_edits():
         config |= _derived(raw, source, plan)
     if dtype is not None:
@@ -312,10 +313,22 @@ def _derived(raw: dict, source: Source, plan: Plan) -> dict[str, object]:
 
     Some configurations decide by `tie_word_embeddings` whether the decoder's output is scaled, when no key says so.
     """
-    edits = {edit.key: edit.value for edit in plan.config_edits()}
+    edited = {edit.key.partition(".")[0] for edit in plan.config_edits()}
     config_class = type(source.config)
-    before, after = (config_class.from_dict(copy.deepcopy(keys)).to_dict() for keys in (raw, raw | edits))
-    return {key: value for key, value in before.items() if key not in edits and after.get(key) != value}
+    before, after = (config_class.from_dict(copy.deepcopy(keys)).to_dict() for keys in (raw, _with_keys(raw, plan)))
+    return {key: value for key, value in before.items() if key not in edited and after.get(key) != value}
+
+
+def _with_keys(raw: dict, plan: Plan) -> dict[str, object]:
+    """A `config.json` with the keys that the plan sets; dots lead into nested configurations."""
+    config = copy.deepcopy(raw)
+    for edit in plan.config_edits():
+        *parents, name = edit.key.split(".")
+        held = config
+        for parent in parents:
+            held = held.setdefault(parent, {})
+        held[name] = edit.value
+    return config
 
 
 def _command(source: str, out: str, plan: Plan, options: dict[str, str | None]) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from normswap.calibration.by_eps import by_eps, express
 from normswap.calibration.data import Data
+from normswap.calibration.inserted import inserted
 from normswap.calibration.run import calibrated
 from normswap.errors import RefusedError
 from normswap.planning.planner import make_plan, plan_moves
@@ -24,7 +26,7 @@ def draft(
     inputs: Mapping[str, Any] | None,
     data: Callable[[], Data] | None = None,
 ) -> Plan:
-    """The plan for a model; calibrated on what `data` gives, where norms move and no constant is exact."""
+    """The plan for a model; calibrated on what `data` gives, where there is something to fit."""
     prefix = getattr(model, "base_model_prefix", "")
     prefix = prefix if prefix and hasattr(model, prefix) else ""
     model_type = getattr(getattr(model, "config", None), "model_type", "")
@@ -45,10 +47,15 @@ def draft(
             f"{normmap.architecture}: no form of {request.words()} computes the same function. Leave out --exact to "
             f"have it calibrated."
         )
-    if data is None or (made.claim == "exact" and not made.lacks()):
+    asked = by_eps(model, normmap, made, inputs)
+    if asked is not None and data is None:
+        return express(made, asked, None)
+    if data is None or (made.claim == "exact" and not made.lacks() and not inserted(made)):
         return made
 
     def make(asked: Request, scales: Scales | None) -> tuple[Plan, tuple[MovedStep, ...]]:
         return plan_moves(normmap, asked, model_type, prefix, stays_tied, scales)
 
-    return calibrated(normmap, request, make, data())
+    data = data()
+    made = calibrated(normmap, request, make, data, moves=bool(request.placements) and made.claim != "exact")
+    return made if asked is None else express(made, asked, data)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -28,6 +29,8 @@ from transformers.utils import logging
 import normswap
 from normswap.calibration.data import TOKENS, WINDOW, text_data
 from normswap.checkpoint.source import Source
+from normswap.verification.metrics import TokenComparison
+from normswap.verification.outputs import outputs_of
 from starts import best_start
 
 CHECKPOINTS = Path(__file__).parent.parent / "tests" / "checkpoints"
@@ -39,7 +42,7 @@ CONVERSIONS = [
     ("gpt_neox-shakespeare", "--norm rmsnorm --fold", dict(norm="rmsnorm", fold=True)),
     ("llama-shakespeare", "--fold", dict(fold=True)),
 ]
-FITTED, FITTED_TOKENS = ("dyt", "derf", "none", "repbn"), 32768
+FITTED, FITTED_TOKENS = ("dyt", "derf", "none", "none-eps", "repbn"), 32768
 PLACEMENTS = ("post", "deepnorm", "sandwich", "reordered", "keel")
 # shapes of well-known models, built without weights: type, sizes, what to plan
 FULL_SIZE = {
@@ -136,19 +139,50 @@ def _norms(only: str | None) -> None:
     """What fitted norms cost, and what they cost as they begin elsewhere, on text that no calibration sees."""
     print("| checkpoint | norm | KL at the start | which start | KL, fitted | times lower | p99.9 | same top-1 |")
     print("|---|---|---|---|---|---|---|---|")
+    rounded: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for checkpoint in dict.fromkeys(name for name, _, _ in CONVERSIONS if only in (None, name)):
-            data = text_data(Source.open(CHECKPOINTS / checkpoint), None, TOKENS, WINDOW, None)()
-            for kind in FITTED:
-                start, words = best_start(data.model, kind, data.batches, data.measured)
-                out = Path(folder) / f"{checkpoint}-{kind}"
-                normswap.convert(CHECKPOINTS / checkpoint, out, norm=kind, tokens=FITTED_TOKENS, verify="none")
-                found = normswap.verify(CHECKPOINTS / checkpoint, out).comparison.output
-                print(
-                    f"| {checkpoint} | {kind} | {start:.2g} | {words} | {found.kl.mean:.2g} "
-                    f"| {start / found.kl.mean:.0f} | {found.kl.p999:.2g} | {found.top1:.1%} |",
-                    flush=True,
-                )
+            source = CHECKPOINTS / checkpoint
+            data = text_data(Source.open(source), None, TOKENS, WINDOW, None)()
+            for kind in (None, *FITTED):
+                out = source
+                if kind is not None:
+                    out = Path(folder) / f"{checkpoint}-{kind}"
+                    plan = normswap.plan(source, norm=kind, calibrate=True, tokens=FITTED_TOKENS)
+                    normswap.convert(source, out, plan=plan, verify="none")
+                    # an eps that outweighs variances is another form of a frozen scale, and begins as that does
+                    start, words = best_start(data.model, kind.removesuffix("-eps"), data.batches, data.measured)
+                    found = normswap.verify(source, out).comparison.output
+                    print(
+                        f"| {checkpoint} | {kind} | {start:.2g} | {words} | {found.kl.mean:.2g} "
+                        f"| {start / found.kl.mean:.0f} | {found.kl.p999:.2g} | {found.top1:.1%} |",
+                        flush=True,
+                    )
+                rounded.append(_rounded(checkpoint, kind, out))
+    print("\n| checkpoint | norm | weights in bfloat16: KL | worst error | computed in it too: KL | worst error |")
+    print("|---|---|---|---|---|---|")
+    print("\n".join(rounded))
+
+
+def _rounded(checkpoint: str, kind: str | None, whole: Path) -> str:
+    """What storing a model in bfloat16 costs it, and what computing in bfloat16 does: a row of a table."""
+    model = normswap.load(whole) if kind else transformers.AutoModelForCausalLM.from_pretrained(whole)
+    held = model.state_dict()
+    stored = {name: t.bfloat16().to(t.dtype) if t.is_floating_point() else t for name, t in held.items()}
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(stored)
+    batches = text_data(Source.open(CHECKPOINTS / checkpoint), None, TOKENS, WINDOW, None)().measured
+    cells = []
+    model = model.double().eval()
+    for dtype in (torch.float64, torch.bfloat16):
+        twin = twin.to(dtype).eval()
+        comparison = TokenComparison(distributions=True)
+        for inputs in batches:
+            outputs = (outputs_of(m, inputs, False, "") for m in (model, twin))
+            comparison.add(*(found["logits"].double() for found in outputs))
+        metrics = comparison.metrics()
+        cells += [f"{metrics.kl.mean:.1e}", f"{metrics.error.max:.1e}"]
+    return f"| {checkpoint} | {kind or 'as it is'} | {' | '.join(cells)} |"
 
 
 def _full_size(model_type: str, sizes: dict, request: dict) -> None:

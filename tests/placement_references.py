@@ -14,6 +14,7 @@ With `n` a norm without gain and bias, `g` and `b` its gain and bias, and one sc
     post source to pre         z carries the sum y before each norm as y / D, see `pre`
     post source, normed skip   u_{i+1} = N(u_i) + F(N(u_i))
     post source to deepnorm    x_{i+1} = N(s_i x_i + F(x_i))
+    raw source, damped norms   x_{i+1} = x_i + F(s_i N_in(x_i))
 """
 
 from __future__ import annotations
@@ -102,6 +103,13 @@ def reordered(stack: Stack, scales: Sequence[Scale], norms: Sequence[Function]) 
     return _end(stack.final, x)
 
 
+def damped(stack: Stack, scales: Sequence[Scale], norms=()) -> Tensor:
+    x = stack.first
+    for s, step in zip(scales, stack.steps, strict=True):
+        x = x + sum(b.apply(s * b.n_in(x)) for b in step.branches)
+    return _end(stack.final, x)
+
+
 def pre(stack: Stack, scales: Sequence[Scale], norms=(), means: Sequence[Scale] | None = None) -> Tensor:
     """A post-norm stream as a pre-norm one.
 
@@ -142,6 +150,7 @@ TARGETS: dict[str, Placed] = {
     "keel": keel,
     "sandwich": sandwich,
     "reordered": reordered,
+    "layernorm-scaling": damped,
     "pre": pre,
     "pre-normalized-skip": pre_normalized_skip,
 }

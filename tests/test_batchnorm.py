@@ -426,6 +426,8 @@ def test_on_disk_and_back(tmp_path):
         load_file(folder / "model.safetensors") for folder in (tmp_path / "resnet/source", tmp_path / "back")
     )
     assert before.keys() == after.keys()
+    assert {k: t.dtype for k, t in before.items()} == {k: t.dtype for k, t in after.items()}
+    assert {t.dtype for k, t in after.items() if k.endswith("num_batches_tracked")} == {torch.int64}
     assert max(float((before[k] - after[k]).abs().max()) for k in before) < 1e-14  # 6e-17 is measured
     found = load_all([tmp_path / "resnet", tmp_path / "levit"], tmp_path / "cache")
     assert len(found) == 2

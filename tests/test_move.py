@@ -54,8 +54,8 @@ def moved(name: str, target: str, scales: Scales | None = None):
     return apply_plan(copy.deepcopy(model), plan), plan
 
 
-def check_same(name: str, result: torch.nn.Module, expected: torch.Tensor) -> None:
-    """Logits, and the gradient of each parameter that the plan left as it was."""
+def check_same(name: str, result: torch.nn.Module, expected: torch.Tensor, fewest: int = 6) -> None:
+    """Logits, and the gradient of each parameter that the plan left as it was, which are `fewest` and more."""
     model, inputs, _ = observed(name)
     with LiftFloat32():
         logits = result(**inputs).logits
@@ -75,7 +75,7 @@ def check_same(name: str, result: torch.nn.Module, expected: torch.Tensor) -> No
             continue  # rounding: attention does not see the biases of keys
         assert (x - y).abs().max() < TOLERANCE * y.abs().max(), n
         checked += 1
-    assert checked > 5  # measured: 7 and more
+    assert checked >= fewest  # measured: 7 and more where nothing else is said
 
 
 def norm_of(normmap: NormMap, path: str, gain: float) -> Norm:

@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import normswap
 from models import tiny
+from normswap.apply.live import apply_plan
+from normswap.calibration.costs import cost
 from normswap.errors import RefusedError
+from normswap.norms.kinds import KINDS
 from normswap.observe.inputs import example_inputs
 from normswap.verification.precision import LiftFloat32
 from sweep.zoo import build
@@ -112,10 +115,12 @@ def test_queries_and_keys_in_one_matrix_are_normalised_head_by_head():
 
 def test_the_folder_loads_generates_with_a_cache_and_trains(checkpoints, tmp_path):
     source = checkpoints / "gpt_neox-shakespeare"
-    done = normswap.convert(source, tmp_path / "out", qk_norm="rmsnorm", verify="fast")
+    done = normswap.convert(source, tmp_path / "out", qk_norm="rmsnorm", tokens=2048, verify="fast")
+    assert done.plan.claim == "exact" and done.plan.calibrated_on.startswith("2048 tokens")
     assert done.report.mathematics.comparison.output.error.max == 0.0
     assert "range(0, 480, 96)" in (done.folder / "modeling_normswap.py").read_text()
     model = AutoModelForCausalLM.from_pretrained(done.folder, trust_remote_code=True)
+    assert not any(torch.equal(norm.weight, torch.ones(48)) for norm in model.modules() if hasattr(norm, "gate"))
     assert opened(model, 0.5) == 12
     ids = torch.arange(12)[None]
     cached, plain = (
@@ -134,6 +139,41 @@ def test_the_folder_loads_generates_with_a_cache_and_trains(checkpoints, tmp_pat
         losses.append(float(loss.detach()))
     assert losses[2] < losses[1] < losses[0]
     assert normswap.undo(done.folder, tmp_path / "back", verify="fast").same_files
+
+
+def test_gains_are_weighted_least_squares_channel_by_channel():
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, generator=generator, dtype=torch.float64) for n in ((50, 6), (50,)))
+    n, w = x / x.square().mean(-1, keepdim=True).sqrt(), w.square()
+    root = w.sqrt()[:, None]
+    for kind in ("gated-rmsnorm", "gated-layernorm"):
+        found = KINDS[kind].inserted(n, x, w)
+        for channel in range(6):
+            columns = [n[:, channel]] + [torch.ones(50, dtype=torch.float64)] * ("bias" in found)
+            best = torch.linalg.lstsq(root * torch.stack(columns, 1), root * x[:, [channel]]).solution.flatten()
+            ours = torch.stack([found[name][channel] for name in ("weight", "bias") if name in found])
+            assert (ours - best).abs().max() < 1e-12  # 4e-16
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+def test_on_data_gains_are_those_with_which_an_opened_gate_changes_least(kind):
+    model = tiny("llama").double().eval()
+    for layer in model.model.layers:  # a scale that a norm takes out, and its gain puts back
+        layer.self_attn.q_proj.weight.data *= 3
+    generator = torch.Generator().manual_seed(2)
+    batches = [{"input_ids": torch.randint(0, 99, (4, 30), generator=generator)} for _ in range(3)]
+    neutral = normswap.plan(model, qk_norm=kind)
+    assert any("Their gains are 1, as there are no data" in reason for reason in neutral.reasons)
+    fitted = normswap.plan(model, qk_norm=kind, calibrate=batches)
+    assert fitted.claim == "exact" and fitted.calibrated_on == "2 batches"
+    assert not any("no data" in reason for reason in fitted.reasons)
+    costs = []
+    for plan in (neutral, fitted):
+        converted = apply_plan(copy.deepcopy(model), plan)
+        assert all(torch.equal(result(converted, inputs), result(model, inputs)) for inputs in batches)
+        assert opened(converted, 1.0) == 4
+        costs.append(cost(model, converted, batches[-1:]))
+    assert costs[1] < 0.95 * costs[0]  # 0.67 and 0.91 of it
 
 
 @pytest.mark.parametrize(

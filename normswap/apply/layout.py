@@ -21,8 +21,8 @@ from normswap.errors import PlanError
 from normswap.planning.edits import FITTED, Drop, TensorEdit, Untie
 from normswap.planning.plans import Plan
 
-#: of tensors that calibration fitted, by name
-Shapes = Mapping[str, tuple[int, ...]]
+#: tensors that calibration fitted, or that were kept for the way back, by name, without their values
+Likes = Mapping[str, torch.Tensor]
 What = Literal["copied", "cast", "edited", "added", "removed"]
 
 # What can be edited or cast. Integers are codes, and 8-bit floats are quantised values that wait for a scale.
@@ -130,7 +130,7 @@ def lay_out(source: Checkpoint, keymap: KeyMap, plan: Plan, dtype: torch.dtype |
     for name in (name for name in made if name not in keymap.shapes):
         changes[(name,)] = (made[name], *changes.get((name,), ()))
 
-    fitted = plan.fitted_shapes()
+    fitted = plan.fitted_likes()
     jobs: list[Job] = []
     after: dict[str, TensorChange] = {}
     for group in keymap.groups:
@@ -199,7 +199,7 @@ def _entries(
     group: Group,
     edits: dict[str, tuple[TensorEdit, ...]],
     dtype: torch.dtype | None,
-    fitted: Shapes,
+    fitted: Likes,
 ) -> list[TensorChange]:
     """What becomes of each of a group's stored tensors."""
     infos = [source.tensors[key] for key in group.sources]
@@ -242,11 +242,11 @@ def _new(
     edits: tuple[TensorEdit, ...],
     dtype: torch.dtype | None,
     made: Set[str],
-    fitted: Shapes,
+    fitted: Likes,
 ) -> tuple[Job, TensorChange]:
     """A tensor that the source does not hold.
 
-    It is stored in the dtype of the tensor that it is put beside.
+    It is stored in the dtype of the tensor that it is put beside; a count that was kept, in its own.
     """
     name = edits[0].tensor
     if not (edits[0].creates or name in made):
@@ -259,6 +259,9 @@ def _new(
         raise PlanError(f"{name}: expected its edits to make it, found that they leave nothing: {edits!r}.")
     info = _beside(source, keymap, edits)
     stored = _entry(info, (name,), dtype)
+    kept = [fitted[other].dtype for edit in edits for other in edit.fitted()]
+    if counts := [own for own in kept if not own.is_floating_point]:
+        stored = replace(stored, dtype=counts[0])
     key = keymap.key_for_new(name)
     entry = replace(_edited(stored, shape), key=key, what="added", bytes_before=0)
     return Job(None, {name: edits}, (key,)), entry
@@ -283,7 +286,7 @@ def _beside(source: Checkpoint, keymap: KeyMap, edits: tuple[TensorEdit, ...]) -
 
 
 def _shape_after(
-    name: str, keymap: KeyMap, edits: tuple[TensorEdit, ...], fitted: Shapes, exists: bool = True
+    name: str, keymap: KeyMap, edits: tuple[TensorEdit, ...], fitted: Likes, exists: bool = True
 ) -> tuple[int, ...] | None:
     """The shape that edits leave, by running them without data; None when they remove the tensor."""
 
@@ -291,7 +294,7 @@ def _shape_after(
         if other.startswith(FITTED):
             if other.removeprefix(FITTED) not in fitted:
                 raise PlanError(f"{name}: expected {other.removeprefix(FITTED)} beside the plan, found no such tensor.")
-            return _meta(fitted[other.removeprefix(FITTED)])
+            return _meta(tuple(fitted[other.removeprefix(FITTED)].shape))
         if keymap.stored_group(other) is None:
             raise PlanError(f"{name}: the plan makes it from {other}, which the checkpoint does not hold.")
         return _meta(keymap.shapes[other])

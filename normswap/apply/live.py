@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from normswap.apply.modules import ModuleEdits
 from normswap.errors import PlanError
-from normswap.planning.edits import FITTED, Initialise, TensorEdit, Untie
+from normswap.planning.edits import FITTED, Initialise, SetEps, TensorEdit, Untie
 from normswap.planning.plans import Plan
 
 Tensors = dict[str, torch.Tensor]
@@ -63,6 +63,7 @@ def apply_structure(model: nn.Module, plan: Plan) -> None:
     unties = [edit for edit in plan.edits if isinstance(edit, Untie)]
     dropped = {edit.tensor for edit in plan.edits if isinstance(edit, TensorEdit) and edit.edit == "drop"}
     modules = ModuleEdits(model, plan.module_edits(), dropped)
+    attributes = _eps_attributes(model, plan)
     config_changes = [(_config(model, edit.key), edit.value) for edit in plan.config_edits()]
     owners = _tying_submodels(model, unties)
 
@@ -71,8 +72,8 @@ def apply_structure(model: nn.Module, plan: Plan) -> None:
         _untie(model, edit)
     for owner in owners:
         owner.config.tie_word_embeddings = False
-    for (config, key), value in config_changes:
-        setattr(config, key, value)
+    for owner, name, value in (*attributes, *((*owner, value) for owner, value in config_changes)):
+        setattr(owner, name, value)
 
 
 def _tying_submodels(model: nn.Module, unties: list[Untie]) -> list[PreTrainedModel]:
@@ -216,6 +217,18 @@ def _config(model: nn.Module, key: str) -> tuple[object, str]:
             raise PlanError(f"the plan sets {key}, but {type(config).__name__} has no {parent}.")
         config = getattr(config, parent)
     return config, name
+
+
+def _eps_attributes(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, str, float]]:
+    """The attributes of norms that take another eps: which module, by what name, and what they become."""
+    found = [
+        (edit, path, name) for edit in plan.config_edits() if isinstance(edit, SetEps) for path, name in edit.modules
+    ]
+    modules = dict(model.named_modules())
+    for edit, path, name in found:
+        if not isinstance(getattr(modules.get(path), name, None), float):
+            raise PlanError(f"{path}.{name} was to become {edit.value:g}, and there is no such number in the model.")
+    return [(modules[path], name, edit.value) for edit, path, name in found]
 
 
 def _submodels(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:

@@ -62,7 +62,7 @@ class ModuleEdits:
             return
         module = _module(self.model, edit.module)
         if isinstance(edit, SwapNorm):
-            self.norms[edit.module] = _swapped(module, edit, dropped)
+            self.norms[edit.module] = _swapped(self.model, module, edit, dropped)
         elif isinstance(edit, GrowBias):
             _check_grows(module, edit)
         elif isinstance(edit, SetScale):
@@ -104,13 +104,13 @@ def _added(model: nn.Module, parent: str, edit: AddNorm) -> nn.Module:
     return _new(edit, like.device).to(like.dtype).train(model.get_submodule(parent).training)
 
 
-def _swapped(old: nn.Module, edit: SwapNorm, dropped: set[str]) -> nn.Module:
+def _swapped(model: nn.Module, old: nn.Module, edit: SwapNorm, dropped: set[str]) -> nn.Module:
     """What `edit` makes of `old`: parameters that stay are the same objects, others start neutral."""
     theirs = dict(old.named_parameters())
-    like = next((t for t in (*theirs.values(), *old.buffers()) if t.is_floating_point()), None)
-    new = _new(edit, like.device if like is not None else torch.device("cpu"))
-    if like is not None:
-        new.to(like.dtype)
+    own = (t for t in (*theirs.values(), *old.buffers()) if t.is_floating_point())
+    like = next(own, None)
+    like = _like(model, edit.module.rpartition(".")[0]) if like is None else like
+    new = _new(edit, like.device).to(like.dtype)
     for name in dict(new.named_parameters()):
         if name not in theirs:
             continue

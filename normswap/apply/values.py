@@ -62,7 +62,8 @@ class Values:
         for entry in layout.summary.tensors.values():
             for name in entry.names if entry.what == "removed" else ():
                 self._keeper.begin([name])
-                value = self.original(name)
+                value = self._stored(name)  # a count keeps its dtype
+                value = value.to(torch.float64) if value.is_floating_point() else value
                 for number, edit in enumerate(edits.get(name, ())):
                     self._keeper.note(edit, number, value, self._read_for_edits)
                     value = edit.apply(value, self._read_for_edits)

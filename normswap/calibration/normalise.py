@@ -9,7 +9,8 @@ The linear maps that end the branches added last are refitted to that by ridge r
 for moved norms; r is chosen on tokens that take no part in the fit, and where none helps there, the writers stay.
 Where a table of embeddings is all that the first norm reads, each of its rows is divided by its own scale, exactly,
 for tokens that the data lack as well. Norms that stay as they are see no difference: they divide by the scale
-themselves. So only streams that norms read to their end are treated, and tables that nothing else uses.
+themselves. So only streams that norms read to their end are treated, none that has norms of earlier conversions, and
+tables that nothing else uses.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def origins(normmap: NormMap) -> dict[str, Origin]:
     """By path of each norm whose input may be refitted."""
     found: dict[str, Origin] = {}
     for stream in normmap.streams:
-        if not stream.found.final or any(block.n_out for block in stream.blocks):
+        own = any(normmap.sites[path].stream == stream.name for path in normmap.own)
+        if not stream.found.final or own or any(block.n_out for block in stream.blocks):
             continue
         base = stream.found.analysis.base
         steps = {base(step.blocks[-1].result): step for step in steps_of(normmap, stream)}

@@ -79,7 +79,7 @@ class Staging:
     def publish(self) -> None:
         """Make the partial folder durable and give it its name; the end of the `with` block calls this."""
         try:
-            _sync_tree(self._folder)
+            sync_tree(self._folder)
             old = self._set_aside()
             try:
                 os.rename(self._folder, self.destination)
@@ -201,8 +201,9 @@ def _holds_weights(path: Path) -> bool:
     return path.suffix in WEIGHT_SUFFIXES or any(path.name.endswith(f"{s}.index.json") for s in WEIGHT_SUFFIXES)
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
+def sync_tree(folder: Path, deep: bool = True) -> None:
+    """Have a folder on the disk, with all that is in it (`deep`) or its own entries alone."""
+    for path in folder.rglob("*") if deep else ():
         _sync(path)
     _sync(folder)
 

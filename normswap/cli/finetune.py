@@ -34,6 +34,7 @@ def command(recipe, overrides, dry_run, resume, restart, overwrite, as_json) -> 
     from normswap.tune import extras
 
     extras.check()
+    from normswap.tune.processes import is_main
     from normswap.tune.recipe import Recipe
 
     resolved = Recipe.of(recipe, overrides)
@@ -43,15 +44,15 @@ def command(recipe, overrides, dry_run, resume, restart, overwrite, as_json) -> 
     from normswap.report.training import scores_table
     from normswap.tune.run import finetune
 
-    with progress_bars(enabled=not as_json) as progress:
+    with progress_bars(enabled=is_main() and not as_json) as progress:
         try:
             done = finetune(resolved, resume=resume, restart=restart, overwrite=overwrite, progress=progress, say=_say)
         except KeyboardInterrupt:
-            err().print(
-                "interrupted; the same command with --resume goes on from the last checkpoint", style="bold red"
-            )
+            if is_main():
+                words = "interrupted; the same command with --resume goes on from the last checkpoint"
+                err().print(words, style="bold red")
             raise click.exceptions.Exit(130) from None
-    if not extras.is_main_process():
+    if not is_main():
         return
     if as_json:
         result = {
@@ -60,6 +61,7 @@ def command(recipe, overrides, dry_run, resume, restart, overwrite, as_json) -> 
             "tokens": done.tokens,
             "minutes": done.minutes,
             "folded": done.folded,
+            "changes": [change.model_dump() for change in done.changes],
             "recipe": resolved.model_dump(mode="json"),
         }
         click.echo(json.dumps(result, indent=2))
@@ -71,9 +73,12 @@ def command(recipe, overrides, dry_run, resume, restart, overwrite, as_json) -> 
 def _dry_run(recipe, as_json: bool) -> None:
     from normswap.report.training import dry_run_view
     from normswap.tune.dry_run import foresee
+    from normswap.tune.processes import is_main
 
     with progress_bars(enabled=not as_json) as progress:
         found = foresee(recipe, progress)
+    if not is_main():
+        return
     if as_json:
         click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
     else:
@@ -93,6 +98,8 @@ _SHOWN = {
 
 def _say(entry: dict[str, Any]) -> None:
     """A line of the log, on stderr."""
+    if "note" in entry:
+        err().print(f"{entry['run']}: {entry['note']}")
     words = [form.format(entry[key]) for key, form in _SHOWN.items() if isinstance(entry.get(key), float)]
     if "loss" in entry or "eval_mean" in entry:
         err().print(f"{entry['run']}, {entry['stage']}, step {entry['step']}: {', '.join(words)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -41,7 +42,7 @@ class Commands(click.Group):
         try:
             return super().invoke(context)
         except NormswapError as error:
-            _print_error(error)
+            _end(error)
             sys.exit(2)
 
 
@@ -60,6 +61,19 @@ def main() -> None:
 
     MODEL is a folder with config.json and *.safetensors, or a Hub id. Results go to stdout, messages to stderr.
     """
+
+
+def _end(error: NormswapError) -> None:
+    """Say what it is: in one of several processes, or, where it came to one alone, in that one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        _print_error(error)
+        return
+    from normswap.tune.processes import all_end, is_main
+
+    if is_main():
+        _print_error(error)
+    if not all_end() and not is_main():
+        _print_error(error)
 
 
 def _print_error(error: NormswapError) -> None:

@@ -83,7 +83,8 @@ request_options = _together(
         "--placement",
         multiple=True,
         metavar="NAME",
-        help="Where norms are to stand: post, pre, deepnorm, sandwich, reordered, keel or pre-normalized-skip.",
+        help="Where norms are to stand: post, pre, deepnorm, sandwich, reordered, keel, layernorm-scaling or "
+        "pre-normalized-skip.",
     ),
     click.option(
         "--layers",

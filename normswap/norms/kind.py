@@ -99,6 +99,10 @@ class Kind:
         exact: name of the kind that takes its place where only the same function will do, and for norms on no stream,
             which a rewrite of streams does not reach.
         opened: of a kind behind a gate, the kind that is left when the gate is open.
+        by_eps: whether it is expressed by the norm that was there, with an eps that outweighs every variance: what is
+            fitted has `weight`, `bias` and `scale`.
+        inserted: of a kind that stands where there was no norm: called with its `normalised` x and x, each
+            `(rows, width)`, and weights, `(rows,)`, gives the gain and bias with which it changes x least.
     """
 
     name: str
@@ -107,6 +111,8 @@ class Kind:
     routes: Mapping[str, Route] = field(default_factory=dict)
     exact: str | None = None
     opened: str | None = None
+    by_eps: bool = False
+    inserted: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Values] | None = None
 
     def builds(self, replaced: str) -> str:
         """The kind of module that stands where a norm of the kind `replaced` was."""

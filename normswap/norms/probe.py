@@ -27,7 +27,8 @@ from normswap.verification.precision import LiftFloat32
 TOLERANCE = 1e-8  # float64 throughout, casts to float32 lifted: about 1e-15 is measured
 #: torch's own norms that a forward may call without a module; there is nothing there to exchange
 FUNCTIONS = {F.layer_norm: "layernorm", torch.layer_norm: "layernorm", F.rms_norm: "rmsnorm", torch.rms_norm: "rmsnorm"}
-_SCALE = 1e6  # probe inputs are large, so that eps plays no part until it is looked for
+# probe inputs are large, so that eps plays no part until it is looked for; then larger, for an eps that is large itself
+_SCALES = 1e6, 1e15
 _OPENING = 1.3  # what a gate reads while the rest is measured
 _ACTIVATIONS = ("silu", "sigmoid", "gelu", "relu", "tanh", "softplus")
 _FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError, AssertionError)
@@ -113,21 +114,25 @@ def _examined(module: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> NormSpe
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), LiftFloat32():
                 torch.manual_seed(0)
-                probing = _Probe(module, shape, len(shapes) == 3)
-                return (probing.spec(shapes[0]) if same else None) or probing.resembles()
+                for scale in _SCALES:
+                    probing = _Probe(module, shape, len(shapes) == 3, scale)
+                    found = (probing.spec(shapes[0]) if same else None) or probing.resembles()
+                    if found or probing.invariant():
+                        break
+                return found
         except _FAILURES:
             continue  # it does not run alone on a plain tensor of this shape
     return False
 
 
 class _Probe:
-    def __init__(self, module: nn.Module, shape: tuple[int, ...], gated: bool):
-        self.shape, self.gated = shape, gated
+    def __init__(self, module: nn.Module, shape: tuple[int, ...], gated: bool, scale: float):
+        self.shape, self.gated, self.scale = shape, gated, scale
         self.original = module
-        self.module = _randomised(module)
+        self.module = randomised(module)
         self.parameters = dict(self.module.named_parameters())
         self.z = torch.full(shape, _OPENING, dtype=torch.float64)
-        self.x = torch.randn(shape, dtype=torch.float64) * _SCALE
+        self.x = torch.randn(shape, dtype=torch.float64) * self.scale
         self.y = self.run(self.x)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +145,7 @@ class _Probe:
 
     def resembles(self) -> bool:
         """Whether scales are taken out of the input by a statistic of several values."""
-        low = self.run(self.x * (10 / _SCALE))  # where a softmax, say, is no longer all or nothing
+        low = self.run(self.x * (10 / self.scale))  # where a softmax, say, is no longer all or nothing
         if not self.invariant() or (low - self.y).abs().max() > 1e-2 * self.y.abs().max():
             return False
         x = self.x.clone()
@@ -152,11 +157,11 @@ class _Probe:
         if not torch.isfinite(self.y).all() or _close(self.y, self.x):
             return None
         if not self.invariant():
-            return None if self.gated else Running(self.module, self.original, self.x / _SCALE).spec()
-        found = reach(self.run, self.x, self.y, self.parameters)
+            return None if self.gated else Running(self.module, self.original, self.x / self.scale).spec()
+        found = reach(self.run, self.x, self.y, self.parameters, 100 * self.scale)
         if found is None:
             return None
-        shift_invariant = _close(self.run(self.x + 7 * _SCALE), self.y)
+        shift_invariant = _close(self.run(self.x + 7 * self.scale), self.y)
         if found.positions and not shift_invariant:
             return None
         kind = "groupnorm" if found.positions else "layernorm" if shift_invariant else "rmsnorm"
@@ -196,7 +201,7 @@ class _Probe:
         """On inputs with statistics of exactly `d^2` the output is `r = d / sqrt(d^2 + eps)` of that on large ones."""
         offset = self.run(torch.zeros_like(self.x)).nan_to_num()  # the bias, if any
         unit = found.standardised(self.x)
-        full = (self.run(unit * _SCALE) - offset).norm()
+        full = (self.run(unit * self.scale) - offset).norm()
         d = 1.0
         while d > 1e-12:
             r = float((self.run(unit * d) - offset).norm() / full)
@@ -245,7 +250,7 @@ class _Probe:
         return max(agree, key=agree.get)
 
 
-def _randomised(module: nn.Module) -> nn.Module:
+def randomised(module: nn.Module) -> nn.Module:
     """A float64 copy on the CPU with random parameters and plausible statistics."""
     real = copy.deepcopy(module).to_empty(device="cpu").double().eval()
     for p in real.parameters():

@@ -9,8 +9,6 @@ from itertools import count
 import torch
 from torch import nn
 
-_STEP = 1e8  # large enough to move every output that shares the statistic
-
 
 @dataclass(frozen=True)
 class Reach:
@@ -73,11 +71,18 @@ def probe_shapes(module: nn.Module, shape: tuple[int, ...]) -> Iterator[tuple[in
 
 
 def reach(
-    run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, y: torch.Tensor, parameters: dict[str, torch.Tensor]
+    run: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    parameters: dict[str, torch.Tensor],
+    step: float,
 ) -> Reach | None:
-    """Which outputs one input moves, and along which axes gain and bias lie. None: no norm's pattern."""
+    """Which outputs one input moves, and along which axes gain and bias lie. None: no norm's pattern.
+
+    `step` is added to one input: large enough to move every output that shares the statistic.
+    """
     changed = x.clone()
-    changed[(0,) * x.ndim] += _STEP
+    changed[(0,) * x.ndim] += step
     moved = run(changed) != y
     if not moved[0].any() or moved[1:].any():
         return None

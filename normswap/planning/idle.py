@@ -22,7 +22,7 @@ class Idle:
     def __init__(self, normmap: NormMap):
         self.normmap = normmap
         ran = {normmap.trace.values[v].name for op in normmap.trace.operations for v in op.inputs}
-        ran |= {f"{path}.{name}" for path, site in normmap.sites.items() for name in (site.spec.weight, site.spec.bias)}
+        ran |= {f"{path}.{name}" for path, site in normmap.sites.items() for name in site.tensors}
         self.names = [name for name in normmap.parameters if name not in ran]
         self.blurred = [(name, _NUMBER.sub("*", name)) for name in self.names]
         trained = {value.name for value in normmap.trace.values if value.kind == "parameter"}

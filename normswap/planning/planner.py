@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TypeVar, get_args
+
 from normswap.errors import RefusedError
 from normswap.paths import blurred, folded
 from normswap.planning.choice import Chosen, choose_norms
-from normswap.planning.edits import (
-    AnyEdit,
-    Centre,
-    CentreInput,
-    CentreOutput,
-    FoldBias,
-    FoldGain,
-    GrowBias,
-    ModuleEdit,
-    Rotate,
-    SwapNorm,
-    TensorEdit,
-)
+from normswap.planning.edits import AnyEdit, ModuleEdit, SwapNorm
 from normswap.planning.idle import Idle
 from normswap.planning.plans import Claim, MovedBlock, Plan, Refusal
 from normswap.planning.request import Request
 from normswap.planning.rewrites import batchnorm
 from normswap.planning.rewrites import centre as centring
-from normswap.planning.rewrites.centre import centre
+from normswap.planning.rewrites.centre import centre, swap
 from normswap.planning.rewrites.exchange import Exchanged, exchange
 from normswap.planning.rewrites.fold import Folding, fold
+from normswap.planning.rewrites.grown import treat_grown
 from normswap.planning.rewrites.move import move
 from normswap.planning.rewrites.moved import Moved, MovedStep, Scales
 from normswap.planning.rewrites.qk_norm import Inserted, insert_qk_norms
+from normswap.planning.rewrites.rewriting import Rewriting
 from normswap.planning.rewrites.rotate import Rotated, Rotator
-from normswap.planning.rewrites.untie import Ties
+from normswap.planning.rewrites.untie import Ties, Untied
 from normswap.understand.normmap import NormMap, Site
 
+R = TypeVar("R", bound=Rewriting)
+#: what may be promised, the most first
+CLAIMS = get_args(Claim)
 #: kinds of norm whose parameters fold into their neighbours
 FOLDED = ("layernorm", "rmsnorm", batchnorm.KIND)
 
@@ -79,8 +75,99 @@ def plan_moves(
     if not (request.norms or request.fold or request.placements or request.qk_norm or request.rotate):
         raise RefusedError("nothing is asked for: give --norm rmsnorm, --fold, --rotate, --placement or --qk-norm.")
     chosen = choose_norms(normmap, request)
-    swaps, wanted = chosen.by_rewrite(normmap.sites, "centre"), _sites_to_fold(normmap, request, chosen)
+    rewritings, refused = _rewrite(normmap, request, chosen, stays_tied, scales)
+    for rewriting in rewritings:
+        refused |= rewriting.refused
+    changed = {path for rewriting in rewritings for path in rewriting.sites}
+    converted = tuple(path for path in normmap.sites if path in changed)
+    done = any(rewriting.edits for rewriting in rewritings)
+    if refused and not (request.partial and done):
+        _refuse(normmap, request, refused, converted)
+    if not done:
+        _refuse_nothing(normmap, request)
+    steps = tuple(step for moved in _of(Moved, rewritings) for step in moved.steps)
+    constants = scales.stream if scales is not None else {}
+    plan = Plan(
+        architecture=normmap.architecture,
+        model_type=model_type,
+        request=request,
+        claim=max((rewriting.claim for rewriting in rewritings), key=CLAIMS.index),
+        reasons=tuple(reason for rewriting in rewritings for reason in rewriting.reasons()),
+        converted=converted,
+        refused=tuple(Refusal(site=path, reason=why) for path, why in refused.items()),
+        base_output_unchanged=_base_unchanged(base_prefix, rewritings),
+        edits=tuple(_in_order(rewritings)),
+        rotated=tuple(stream for rotated in _of(Rotated, rewritings) for stream in rotated.streams),
+        moved=tuple(
+            MovedBlock(
+                name=step.name,
+                layer=step.layer,
+                before=step.before,
+                after=step.after,
+                scale=constants.get(step.name, 1.0),
+            )
+            for step in steps
+        ),
+    )
+    return plan, steps
+
+
+def _rewrite(
+    normmap: NormMap, request: Request, chosen: Chosen, stays_tied: str | None, scales: Scales | None
+) -> tuple[list[Rewriting], dict[str, str]]:
+    """What each rewrite asks for, in the order in which it is told, and what was refused before."""
     exchanged = exchange(normmap, chosen.by_themselves(normmap.sites), chosen)
+    lowered = chosen.by_rewrite(normmap.sites, "rotate")
+    _check_together(normmap, request, exchanged, lowered)
+    swaps, wanted = chosen.by_rewrite(normmap.sites, "centre"), _sites_to_fold(normmap, request, chosen)
+    rotator = Rotator(normmap, request, lowered, exchanged.sites)
+    idle = Idle(normmap)
+    unseen, unread = idle.refuse_centring(swaps), idle.refuse_folding(wanted)
+    for untied in (False, True):
+        ties = Ties(normmap, untied, stays_tied)
+        centred = centre(normmap, [site for site in swaps if site.path not in unseen], ties, request)
+        rotated = rotator.rotate(ties, set(centred.sites), centred.edits)
+        taken = {*unread, *rotated.folding.sites}
+        folds = [site for site in wanted if site.path not in taken]
+        folding = fold(normmap, [s for s in folds if s.spec.kind != batchnorm.KIND], ties, set(centred.sites))
+        folding.add(rotated.folding)
+        running = batchnorm.fold_running(normmap, [s for s in folds if s.spec.kind == batchnorm.KIND], ties)
+        if request.tied == "keep" or stays_tied or not ties.wanted:
+            break  # nothing is gained by untying
+    folding.refused = unread | folding.refused
+    centred.refused = unseen | centred.refused
+    swapped = set(centred.sites)
+    moved = move(normmap, request.placements, scales, swapped, request.exact) if request.placements else Moved()
+    inserted = insert_qk_norms(normmap, request.qk_norm) if request.qk_norm else Inserted()
+    placed = {edit.module for edit in moved.edits if isinstance(edit, SwapNorm)}
+    rewritings = [
+        Untied(edits=ties.edits()),
+        swap(normmap, centred, folding.sites, placed),
+        folding,
+        running,
+        centred,
+        exchanged,
+        treat_grown(folding, [centred, rotated]),
+        rotated,
+        moved,
+        inserted,
+    ]
+    return rewritings, chosen.refused | exchanged.refused
+
+
+def _of(kind: type[R], rewritings: list[Rewriting]) -> list[R]:
+    return [rewriting for rewriting in rewritings if isinstance(rewriting, kind)]
+
+
+def _in_order(rewritings: list[Rewriting]) -> Iterator[AnyEdit]:
+    """All edits: those of tensors stage by stage, then those of modules."""
+    for rewriting in sorted(rewritings, key=lambda rewriting: rewriting.stage):
+        yield from (edit for edit in rewriting.edits if not isinstance(edit, ModuleEdit))
+    yield from dict.fromkeys(e for rewriting in rewritings for e in rewriting.edits if isinstance(e, ModuleEdit))
+
+
+def _check_together(normmap: NormMap, request: Request, exchanged: Exchanged, lowered: list[Site]) -> None:
+    """Raises RefusedError where two things are asked for that do not go together."""
     if exchanged.sites and request.placements:
         raise RefusedError(
             f"{request.words()}: norms that move can become rmsnorm on their way, and no other kind. Move them first, "
@@ -88,99 +175,14 @@ def plan_moves(
         )
     if exchanged.sites and request.fold:
         raise RefusedError(
-            f"{request.words()}: the gains of {', '.join(site.path for site in exchanged.sites[:3])} ... are made anew "
-            f"and cannot be folded in the same run. Leave --fold out."
+            f"{request.words()}: the gains of {', '.join(exchanged.sites[:3])} ... are made anew and cannot be folded "
+            f"in the same run. Leave --fold out."
         )
-    lowered = chosen.by_rewrite(normmap.sites, "rotate")
-    _check_rotation(request, lowered)
-    rotator = Rotator(normmap, request, lowered, [site.path for site in exchanged.sites])
-    idle = Idle(normmap)
-    unseen, unread = idle.refuse_centring(swaps), idle.refuse_folding(wanted)
-    for untied in (False, True):
-        ties = Ties(normmap, untied, stays_tied)
-        centred = centre(normmap, [site for site in swaps if site.path not in unseen], ties, request)
-        swapped = {site.path for site in centred.sites}
-        rotated = rotator.rotate(ties, swapped, centred.edits)
-        taken = {*unread, *(site.path for site in rotated.folding.sites)}
-        folds = [site for site in wanted if site.path not in taken]
-        folding = fold(normmap, [site for site in folds if site.spec.kind != batchnorm.KIND], ties, swapped)
-        folding.add(rotated.folding)
-        running = batchnorm.fold_running(normmap, [site for site in folds if site.spec.kind == batchnorm.KIND], ties)
-        if request.tied == "keep" or stays_tied or not ties.wanted:
-            break  # nothing is gained by untying
-    refused = chosen.refused | exchanged.refused | unread | folding.refused | running.refused | unseen
-    refused |= centred.refused | rotated.refused
-    moved = (
-        move(normmap, request.placements, scales or Scales(), swapped, request.exact) if request.placements else Moved()
-    )
-    inserted = insert_qk_norms(normmap, request.qk_norm) if request.qk_norm else Inserted()
-    refused |= moved.refused | inserted.refused
-
-    one_by_one = (*folding.sites, *running.sites, *exchanged.sites)
-    changed = {*swapped, *(site.path for site in one_by_one), *moved.sites}
-    changed |= {path for stream in rotated.streams for path in stream.sites}
-    converted = tuple(path for path in normmap.sites if path in changed)
-    done = converted or moved.steps or inserted.norms  # a post-norm block that gets a scale on its skip changes no norm
-    if refused and not (request.partial and done):
-        _refuse(normmap, request, refused, converted)
-    if not done and request.placements:
-        raise RefusedError(f"{normmap.architecture}: every block stands so already: nothing to move.")
-    if not done and request.rotate:
-        raise RefusedError(f"{normmap.architecture} has no stream of RMSNorms to rotate: nothing to do.")
-    if not done:
-        raise RefusedError(f"{normmap.architecture} has no norm with a gain or bias to fold: nothing to do.")
-    bare = {site.path for site in folding.sites}
-    edits: list[AnyEdit] = [*ties.edits()]
-    # gains and biases move on original values; what writes to a stream is centred last
-    edits += [e for e in (*folding.edits, *running.edits, *moved.edits) if isinstance(e, TensorEdit)]
-    edits += [edit for edit in (*centred.edits, *exchanged.edits) if isinstance(edit, TensorEdit)]
-    edits += _treat_grown(folding.edits, [*centred.edits, *rotated.edits])
-    edits += [edit for edit in rotated.edits if isinstance(edit, TensorEdit)]
-    placed = {edit.module for edit in moved.edits if isinstance(edit, SwapNorm)}
-    edits += [_swap(normmap, site, bare) for site in centred.sites if site.path not in placed]
-    made = (
-        *folding.edits,
-        *running.edits,
-        *centred.edits,
-        *exchanged.edits,
-        *rotated.edits,
-        *moved.edits,
-        *inserted.edits,
-    )
-    edits += dict.fromkeys(edit for edit in made if isinstance(edit, ModuleEdit))
-    plan = Plan(
-        architecture=normmap.architecture,
-        model_type=model_type,
-        request=request,
-        claim=_claim(moved, exchanged, rotated, scales),
-        reasons=(
-            *_reasons(centred, folding, running, edits),
-            *exchanged.reasons(chosen),
-            *rotated.reasons(),
-            *moved.reasons(request),
-            *inserted.reasons(),
-        ),
-        converted=converted,
-        refused=tuple(Refusal(site=path, reason=why) for path, why in refused.items()),
-        base_output_unchanged=_base_unchanged(base_prefix, [*folding.across, *running.across]),
-        edits=tuple(edits),
-        rotated=tuple(rotated.streams),
-        moved=tuple(
-            MovedBlock(
-                name=step.name,
-                layer=step.layer,
-                before=step.before,
-                after=step.after,
-                scale=(scales or Scales()).stream.get(step.name, 1.0),
-            )
-            for step in moved.steps
-        ),
-    )
-    return plan, tuple(moved.steps)
-
-
-def _check_rotation(request: Request, lowered: list[Site]) -> None:
-    """Raises RefusedError where the streams are to be rotated, and something else that does not go with it."""
+    if request.placements and (own := [path for path in normmap.own if normmap.sites[path].stream is not None]):
+        raise RefusedError(
+            f"{request.words()}: {own[0]} was put in by a conversion and is a {normmap.sites[own[0]].spec.kind}; only "
+            f"LayerNorm and RMSNorm can move. Move the norms of the model that it was made from."
+        )
     if (request.rotate or lowered) and request.placements:
         raise RefusedError(
             f"{request.words()}: streams are rotated, or norms moved; leave --placement out, or --rotate and "
@@ -193,48 +195,12 @@ def _check_rotation(request: Request, lowered: list[Site]) -> None:
         )
 
 
-def _claim(moved: Moved, exchanged: Exchanged, rotated: Rotated, scales: Scales | None) -> Claim:
-    if exchanged.fitted or rotated.lowered:
-        return "untrained"
-    return "exact" if not moved.steps or moved.exact else "untrained" if scales is None else "calibrated"
-
-
 def _sites_to_fold(normmap: NormMap, request: Request, chosen: Chosen) -> list[Site]:
     if not request.fold or request.placements:
         return []  # where norms move, their gains go with them
     alone = {site.path for site in chosen.by_themselves(normmap.sites)}
     sites = [site for path, site in normmap.sites.items() if path not in alone]
     return [site for site in sites if site.spec.kind in FOLDED]
-
-
-def _treat_grown(folded: list[AnyEdit], centred: list[AnyEdit]) -> list[AnyEdit]:
-    """A reader that is also a writer (queries to their norm) and grows a bias: treated as its weight's output is."""
-    grown = {f"{edit.module}.bias" for edit in folded if isinstance(edit, GrowBias)}
-    return [
-        edit.model_copy(update={"tensor": bias.tensor, "axis": 0})
-        for bias in folded
-        if isinstance(bias, FoldBias) and bias.tensor in grown
-        for edit in centred
-        if isinstance(edit, Centre | FoldGain | Rotate) and edit.tensor == bias.reader and edit.axis != bias.axis
-    ]
-
-
-def _swap(normmap: NormMap, site: Site, bare: set[str]) -> SwapNorm:
-    spec, keeps = site.spec, site.path not in bare
-    name = spec.weight or spec.bias
-    shape = normmap.shape(f"{site.path}.{name}") if name and keeps else (spec.width,)
-    # a LayerNorm that casts does so once, at the end; the swapped norm keeps the site's own casting
-    return SwapNorm(
-        module=site.path,
-        kind="rmsnorm",
-        width=spec.width,
-        eps=spec.eps,
-        gain=spec.gain if keeps else None,
-        bias=spec.bias is not None and keeps,
-        casting=spec.casting,
-        axis=spec.axes[0],
-        shape=None if shape == (spec.width,) else shape,
-    )
 
 
 def _refuse(normmap: NormMap, request: Request, refused: dict[str, str], converted: tuple[str, ...]) -> None:
@@ -262,33 +228,19 @@ def _listed(reasons: dict[str, str]) -> str:
     return "\n".join(f"  {path}: {reasons[paths[0]]}" for path, paths in shown)
 
 
-def _reasons(centred: centring.Centred, folding: Folding, running: Folding, edits: list[AnyEdit]) -> tuple[str, ...]:
-    reasons = []
-    if centred.sites:
-        tensors = len([edit for edit in centred.edits if isinstance(edit, TensorEdit)])
-        reasons.append(
-            f"LayerNorm to RMSNorm at {len(centred.sites)} sites: {tensors} writers of the stream are centred, and "
-            f"everything that reads it is invariant to its mean; the variance of a zero-mean vector is its mean square."
-        )
-    for kind, what, how in ((CentreOutput, "outputs", "come out"), (CentreInput, "inputs", "go in")):
-        paths = [(edit.module, None) for edit in edits if isinstance(edit, kind)]
-        if paths:
-            shown = ", ".join(path for path, _ in folded(paths))
-            reasons.append(f"The {what} of {shown} are centred as they {how}, in the module.")
-    if folding.sites:
-        reasons.append(f"Gain and bias of {len(folding.sites)} norms are moved into the linear maps that read them.")
-    if running.sites:
-        reasons.append(
-            f"{len(running.sites)} batch norms, each an affine map of its channels as it runs, are folded into the "
-            f"weights that write their inputs or read their outputs."
-        )
-    return tuple(reasons)
+def _refuse_nothing(normmap: NormMap, request: Request) -> None:
+    if request.placements:
+        raise RefusedError(f"{normmap.architecture}: every block stands so already: nothing to move.")
+    if request.rotate:
+        raise RefusedError(f"{normmap.architecture} has no stream of RMSNorms to rotate: nothing to do.")
+    raise RefusedError(f"{normmap.architecture} has no norm with a gain or bias to fold: nothing to do.")
 
 
-def _base_unchanged(prefix: str, folded_across: list[tuple[str, str]]) -> bool:
+def _base_unchanged(prefix: str, rewritings: list[Rewriting]) -> bool:
     """A norm folded into the head leaves the headless model without its gain."""
 
     def inside(module: str) -> bool:
         return module == prefix or module.startswith(f"{prefix}.")
 
-    return not prefix or all(inside(norm) == inside(neighbour) for norm, neighbour in folded_across)
+    across = [pair for folding in _of(Folding, rewritings) for pair in folding.across]
+    return not prefix or all(inside(norm) == inside(neighbour) for norm, neighbour in across)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -159,6 +159,13 @@ class Plan(BaseModel):
         plan._fitted = {**self._fitted, **{name: tensor.detach().cpu() for name, tensor in tensors.items()}}
         return plan
 
+    def restated(self, edits: Iterable[AnyEdit], tensors: Mapping[str, torch.Tensor]) -> Plan:
+        """The same plan with other edits, and of its fitted tensors and `tensors` those that these ask for."""
+        plan = self.model_copy(update={"edits": tuple(edits)}).keeping(tensors)
+        asked = plan.asks_for()
+        plan._fitted = {name: tensor for name, tensor in plan._fitted.items() if name in asked}
+        return plan
+
     def asks_for(self) -> set[str]:
         """Names of the fitted tensors that edits need."""
         return {name for edit in self.edits if isinstance(edit, TensorEdit) for name in edit.fitted()}
@@ -175,9 +182,9 @@ class Plan(BaseModel):
                 f"(--calibrate, or `calibrate=` for a live model), or load it with Plan.load from where it was saved."
             )
 
-    def fitted_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the fitted tensors, by name."""
-        return {name: tuple(tensor.shape) for name, tensor in self._fitted.items()}
+    def fitted_likes(self) -> dict[str, torch.Tensor]:
+        """Shapes and dtypes of the fitted tensors, by name, as tensors without values."""
+        return {name: torch.empty_like(tensor, device="meta") for name, tensor in self._fitted.items()}
 
     def reading(self, read: Read) -> Read:
         """`read`, with the fitted tensors."""

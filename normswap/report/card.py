@@ -90,8 +90,26 @@ def write_trained_card(folder: Path, source: Source, plan: Plan, report: Report,
         "",
         "with the `recipe.yaml` beside this card, in which all that was left out is filled in.",
         "",
+        *_changes(done),
     ]
     _write(folder, source, lines)
+
+
+def _changes(done: Finetuned) -> list[str]:
+    """What was another in the recipe before the run was resumed."""
+    rows = [
+        f"| `{c.key}` | {c.was} | {c.now} | {', '.join(f'{step} ({run})' for run, step in c.since.items())} |"
+        for c in done.changes
+    ]
+    if not rows:
+        return []
+    head = [
+        "The run was resumed with a changed recipe:",
+        "",
+        "| key | was | became | behind step |",
+        "|---|---|---|---|",
+    ]
+    return [*head, *rows, ""]
 
 
 #: what is measured of a fine-tune, and what it is called

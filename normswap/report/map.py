@@ -84,14 +84,14 @@ def _site_table(normmap: NormMap) -> Table:
         table.add_column(column, overflow="fold", justify="right" if column in ("eps", "width") else "left")
 
     def likeness(site: Site) -> tuple:
-        return site.spec, site.role, tuple(blurred(text) for text in _read_by(site))
+        return site.spec, site.role, tuple(site.tensors.items()), tuple(blurred(text) for text in _read_by(site))
 
     for shown, paths in folded([(path, likeness(site)) for path, site in normmap.sites.items()]):
         site = normmap.sites[paths[0]]
         spec = site.spec
         table.add_row(
             shown,
-            spec.kind,
+            _kind(site),
             spec.gain or "none",
             "yes" if spec.bias else "no",
             f"{spec.eps:g}",
@@ -101,6 +101,12 @@ def _site_table(normmap: NormMap) -> Table:
             ", ".join(_shorten(text, site.path) for text in _read_by(site)) or "-",
         )
     return table
+
+
+def _kind(site: Site) -> str:
+    """The kind, and what it has besides gain, bias and running statistics."""
+    more = [name for name in site.tensors if name not in site.spec.tensors.values()]
+    return f"{site.spec.kind} ({', '.join(more)})" if more else site.spec.kind
 
 
 def _read_by(site: Site) -> list[str]:

@@ -38,6 +38,8 @@ _OPERATORS: dict[type, tuple[int, str]] = {
     ast.MatMult: (_TERM, "@"),
     ast.Pow: (_POWER, "**"),
 }
+# changes that leave a part of an expression, and what they expect
+_LEAVES = {"unwrap": "a call with an argument", "left": "a product or quotient", "right": "a product"}
 # stand for the parentheses of calls that were put in, until lines are laid out
 _OPEN, _CLOSE = "\ue000", "\ue001"
 
@@ -92,21 +94,21 @@ class _Rewriter:
                 f"{self.method.where}: {change.kind} expects an expression at {change.span}, found none there in:\n"
                 f"{self.method.text}"
             )
-        if change.kind == "unwrap" and _argument(node) is None:
-            raise PlanError(
-                f"{self.method.where}: unwrap expects a call with an argument, found {self.method.source(node)}"
-            )
-        if change.kind != "unwrap" and change.name is None:
+        if change.kind in _LEAVES:
+            if _left(change, node) is None:
+                raise PlanError(
+                    f"{self.method.where}: {change.kind} expects {_LEAVES[change.kind]}, found "
+                    f"{self.method.source(node)}"
+                )
+        elif change.name is None:
             raise PlanError(f"{self.method.where}: {change.kind} needs the name of an attribute.")
         return node
 
     def _check_reachable(self, node: ast.AST) -> None:
         """Refuse changes of what another change deletes, and inside of strings."""
         while (parent := self.parents.get(node)) is not None:
-            unwrapped = any(change.kind == "unwrap" for change in self.own.get(parent, ()))
-            gone = unwrapped and not (
-                node is _argument(parent) or isinstance(node, ast.keyword) and node.value is _argument(parent)
-            )
+            left = [_left(change, parent) for change in self.own.get(parent, ()) if change.kind in _LEAVES]
+            gone = any(not (node is rest or isinstance(node, ast.keyword) and node.value is rest) for rest in left)
             if gone or isinstance(parent, ast.JoinedStr):
                 raise PlanError(
                     f"{self.method.where}: a change inside {self.method.source(parent)}, of which it leaves nothing."
@@ -153,8 +155,8 @@ class _Rewriter:
     def _expression(self, node: ast.expr) -> _Text:
         new = _Text(self._inside(node), _holds(node))
         for change in self.own.get(node, ()):
-            if change.kind == "unwrap":
-                new = self._expression(_argument(node))
+            if change.kind in _LEAVES:
+                new = self._expression(_left(change, node))
             else:
                 new = _applied(change, new)
         return new
@@ -247,6 +249,18 @@ class _Rewriter:
 
 def _is_super(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args
+
+
+def _left(change: Change, node: ast.AST) -> ast.expr | None:
+    """What a change that takes away leaves of an expression, None where it is of another form."""
+    match change.kind, node:
+        case "unwrap", ast.Call():
+            return _argument(node)
+        case "left", ast.BinOp(left=left, op=ast.Mult() | ast.Div()):
+            return left
+        case "right", ast.BinOp(op=ast.Mult(), right=right):
+            return right
+    return None
 
 
 def _argument(node: ast.AST) -> ast.expr | None:
@@ -383,8 +397,8 @@ def _marked(before: str, after: str, mark: str) -> str:
         if kind not in ("replace", "insert"):
             continue
         line = new[start]
-        if line.lstrip().startswith("#"):
-            continue
+        if line.lstrip().startswith("#") or line.endswith(mark) or (start and new[start - 1].strip() == mark):
+            continue  # it says so already
         margin = line[: len(line) - len(line.lstrip())]
         ends_inside = line.endswith("\\") or "#" in line
         long = len(line) + 2 + len(mark) > WIDTH

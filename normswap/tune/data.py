@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, load_dataset
 from datasets.utils.logging import disable_progress_bar
@@ -19,6 +20,9 @@ from normswap.verification.text import special_tokens
 
 #: by the end of a file's name, what `datasets` calls it
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+#: of a row of a training: `(seed, i)`, by which what is drawn for it is drawn
+PLACE = "place"
+Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 _SEED = 0
 
 
@@ -34,7 +38,7 @@ class Corpus:
 
     train: Dataset
     held_out: Dataset
-    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+    collate: Collate
     described: str
 
     @property
@@ -86,15 +90,12 @@ def corpus(recipe: Recipe, tokenizer, takes: set[str], longest: int | None) -> C
     held_out = held_out.select(range(min(len(held_out), data.held_out_blocks)))
     masked = next((o for o in recipe.objective if isinstance(o, MaskedLanguageModelling)), None)
     if masked is not None:
-        drawn = _masking(tokenizer, masked.probability, None, recipe)
         held_out = _masked(held_out, _masking(tokenizer, masked.probability, _SEED, recipe))
-
-        def collate(rows):
-            return default_data_collator(rows) if "labels" in rows[0] else drawn(rows)
-
+        collate = _drawing(_masking(tokenizer, masked.probability, None, recipe))
     else:
-        collate = default_data_collator if data.pack else _padding(tokenizer, recipe)
-    return Corpus(train, held_out, collate, f"{len(train)} rows of up to {data.block} tokens of {described}")
+        collate = _placeless(default_data_collator if data.pack else _padding(tokenizer, recipe))
+    described = f"{len(train)} rows of up to {data.block} tokens of {described}"
+    return Corpus(train, held_out, collate, described)
 
 
 def _load(data: Data, source: str) -> tuple[Dataset, str]:
@@ -219,6 +220,28 @@ def _masking(tokenizer, probability: float, seed: int | None, recipe: Recipe) ->
     if tokenizer.mask_token is None:
         raise RecipeError(f"objective mlm: the tokenizer of {recipe.model.path} has no mask token; is it lm?")
     return DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability, seed=seed)
+
+
+def _drawing(masking: DataCollatorForLanguageModeling) -> Collate:
+    """Masks are drawn by the place of a batch in the training: neither a resumed run nor several processes draw others.
+
+    Rows that have their masks keep them.
+    """
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if "labels" in rows[0]:
+            return default_data_collator(rows)
+        if PLACE in rows[0]:
+            seed = np.random.SeedSequence(rows[0][PLACE]).generate_state(1, np.uint64)[0]
+            masking.generator = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+        return placeless(rows)
+
+    placeless = _placeless(masking)
+    return collate
+
+
+def _placeless(collate: Collate) -> Collate:
+    return lambda rows: collate([{name: value for name, value in row.items() if name != PLACE} for row in rows])
 
 
 def _masked(rows: Dataset, collate: DataCollatorForLanguageModeling) -> Dataset:

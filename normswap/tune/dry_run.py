@@ -8,11 +8,15 @@ from normswap.calibration.data import Progress, silent
 from normswap.checkpoint.source import Source
 from normswap.planning.plans import Plan
 from normswap.tune.objectives import TAUGHT
+from normswap.tune.processes import start
 from normswap.tune.recipe import Recipe
 from normswap.tune.run import open_source, prepare, running_order
 from normswap.tune.selection import select
 from normswap.tune.surgery import operate
 from normswap.tune.tapers import ramped, turns
+
+#: to calibrate on, which shows what is made and takes seconds
+_TOKENS = 512
 
 
 class Foreseen(BaseModel):
@@ -38,13 +42,15 @@ class Foreseen(BaseModel):
 
 
 def foresee(recipe: Recipe, progress: Progress | None = None) -> Foreseen:
-    """What `finetune` would do. The surgery is planned and calibrated, on a copy; nothing is written.
+    """What `finetune` would do. The surgery is planned, and calibrated on a few tokens alone; nothing is written.
 
     Raises:
         As `finetune`, for all that is wrong before training.
     """
+    start(recipe.training)
     source: Source = open_source(recipe)
-    setup = prepare(recipe, source, progress or silent)
+    few = recipe.data.model_copy(update={"calibration_tokens": min(recipe.data.calibration_tokens, _TOKENS)})
+    setup = prepare(recipe.model_copy(update={"data": few}), source, progress or silent)
     surgery = setup.surgery
     model = setup.original if surgery is None else operate(setup.original, surgery)
     plan = surgery.target if surgery is not None else None

@@ -9,14 +9,12 @@ from normswap.errors import RecipeError
 _NEEDED = ("accelerate", "datasets", "matplotlib")
 
 
+def missing() -> list[str]:
+    """The packages that are not installed."""
+    return [name for name in _NEEDED if find_spec(name) is None]
+
+
 def check() -> None:
     """Raises RecipeError where a package is not installed."""
-    if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise RecipeError(f"recipes need {', '.join(missing)}: pip install 'normswap[tune]'.")
-
-
-def is_main_process() -> bool:
-    """Whether this is the one of several processes that speaks."""
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
+    if names := missing():
+        raise RecipeError(f"recipes need {', '.join(names)}: pip install 'normswap[tune]'.")

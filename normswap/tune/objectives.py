@@ -47,15 +47,19 @@ class Losses:
         """The weighted sum, a scalar with gradients, and the model's outputs."""
         given = self._run(model, batch)
         taught = self._taught(batch)
-        total = sum(o.weight * _mean(self._scores(o, given, taught, batch)) for o in self.objectives)
+        total = sum(o.weight * _mean(*self._scores(o, given, taught, batch)) for o in self.objectives)
         return total, given
 
     @torch.no_grad()
     def scores(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """How well `model` does, `(rows, n)` in float32, lower is better: nats, or 1 - cosine; nan: there is none."""
+        """How well `model` does, `(rows, n)` in float32, lower is better: nats, or 1 - cosine; nan: there is none.
+
+        A score that is there and no number is infinite.
+        """
         judge = self.judge
         taught = self._taught(batch) if judge.kind in TAUGHT else None
-        found = self._scores(judge, self._run(model, batch), taught, batch).float()
+        found, there = self._scores(judge, self._run(model, batch), taught, batch)
+        found = torch.where(there, found.float().nan_to_num(nan=torch.inf, posinf=torch.inf), torch.nan)
         return found if found.ndim == 2 else found[:, None]
 
     def _run(self, model: nn.Module, batch: Batch) -> Any:
@@ -67,28 +71,25 @@ class Losses:
     def _taught(self, batch: Batch) -> Any:
         return None if self.teacher is None else self._run(self.teacher, batch)
 
-    def _scores(self, objective: Objective, given: Any, taught: Any, batch: Batch) -> torch.Tensor:
-        """Of one objective, `(rows, n)`; nan where there is nothing to score."""
+    def _scores(self, objective: Objective, given: Any, taught: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of one objective, `(rows, n)` or `(rows,)`, and where there is something to score."""
         kind = objective.kind
         if kind == "lm":
             ids, keep = batch["input_ids"], _keep(batch)
-            found = _cross_entropy(_logits(given)[:, :-1], ids[:, 1:])
-            return torch.where(keep[:, 1:] & keep[:, :-1], found, torch.nan)
+            return _cross_entropy(_logits(given)[:, :-1], ids[:, 1:]), keep[:, 1:] & keep[:, :-1]
         if kind == "mlm":
             labels = batch["labels"]
-            found = _cross_entropy(_logits(given), labels.clamp_min(0))
-            return torch.where(labels >= 0, found, torch.nan)
+            return _cross_entropy(_logits(given), labels.clamp_min(0)), labels >= 0
         if kind == "classification":
-            return _cross_entropy(_logits(given), batch["labels"])[:, None]
+            return _all(_cross_entropy(_logits(given), batch["labels"]))
         if kind == "distill":
             found = _divergence(_logits(given), _logits(taught), objective.temperature)
-            return found[:, None] if found.ndim == 1 else torch.where(_keep(batch), found, torch.nan)
+            return _all(found) if found.ndim == 1 else (found, _keep(batch))
         if kind == "hidden":
             pairs = zip(_states(given), _states(taught), strict=True)
-            found = torch.stack([self._apart(a, b) for a, b in pairs]).mean(0)
-            return torch.where(_keep(batch), found, torch.nan)
+            return torch.stack([self._apart(a, b) for a, b in pairs]).mean(0), _keep(batch)
         keep = _keep(batch)
-        return (1 - F.cosine_similarity(_pooled(given, keep), _pooled(taught, keep), dim=-1))[:, None]
+        return _all(1 - F.cosine_similarity(_pooled(given, keep), _pooled(taught, keep), dim=-1))
 
     def _apart(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """One minus the cosine of states `(rows, n, width)`: norms see no scale, and some see no mean."""
@@ -98,10 +99,12 @@ class Losses:
         return 1 - F.cosine_similarity(a, b, dim=-1)
 
 
-def _mean(scores: torch.Tensor) -> torch.Tensor:
-    """The mean of those that are there. (`nanmean` gives nan gradients where a score is.)"""
-    there = ~scores.isnan()
+def _mean(scores: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
     return torch.where(there, scores, 0).sum() / there.sum().clamp_min(1)
+
+
+def _all(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return scores, torch.ones_like(scores, dtype=torch.bool)
 
 
 def _keep(batch: Batch) -> torch.Tensor:

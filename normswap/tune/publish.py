@@ -65,6 +65,7 @@ def publish(
         "tokens": done.tokens,
         "minutes": round(done.minutes, 2),
         "folded": done.folded,
+        "changes": [change.model_dump(mode="json") for change in done.changes],
         "history": done.history,
     }
     record: dict[str, Any] = {

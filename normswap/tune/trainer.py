@@ -3,41 +3,63 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from normswap.calibration.data import Progress
 from normswap.errors import DivergedError
+from normswap.tune import checkpoints
 from normswap.tune.objectives import Losses
+from normswap.tune.passes import Passes
+from normswap.tune.processes import on_cpu, on_main, shard_on_cpu
 from normswap.tune.recipe import Guards
 from normswap.tune.schedule import Schedule
 from normswap.tune.tapers import set_ramps
 
 WEIGHTS = "model.safetensors"
+#: rows on a device
+BATCH = 16
 
 
 class StagedTrainer(Trainer):
     """Trains in stages with one optimizer: a parameter that a stage does not train has no gradient in it.
 
     Args:
+        rows: of the training part; they are taken in passes, to the last step.
         losses: what is minimised, and how held-out data are judged.
         schedule: the stages.
         trained: by name of each stage, the parameters that it trains.
         More are those of `transformers.Trainer`.
     """
 
-    def __init__(self, *args: Any, losses: Losses, schedule: Schedule, trained: Mapping[str, set[str]], **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        args: TrainingArguments,
+        rows: Any,
+        losses: Losses,
+        schedule: Schedule,
+        trained: Mapping[str, set[str]],
+        **kwargs: Any,
+    ):
         self.losses, self.schedule, self.trained = losses, schedule, trained
-        super().__init__(*args, compute_metrics=judged, **kwargs)
+        # where a checkpoint is put while it is written
+        self._written: Path | None = None
+        taken = schedule.steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        passes = Passes(rows, taken, args.seed if args.data_seed is None else args.data_seed)
+        super().__init__(args=args, train_dataset=passes, compute_metrics=judged, **kwargs)
         # our losses are means over a batch: the Trainer divides by the number of batches in a step
         self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
@@ -47,14 +69,26 @@ class StagedTrainer(Trainer):
         """The model with its trained weights, on the CPU.
 
         Args:
-            spare: of the same structure, which gets the weights where those of the model are in parts (FSDP).
+            spare: of the same structure, which gets the weights where those of the model are in parts (FSDP); in the
+                main process alone.
         """
         if spare is None:
             return self.accelerator.unwrap_model(self.model).to("cpu")
         state = self.accelerator.get_state_dict(self.model_wrapped)
-        if state:  # the main process has it
-            spare.load_state_dict(state, strict=False)
+        if self.is_world_process_zero():
+            _check_loaded(spare, spare.load_state_dict(state, strict=False))
         return spare
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env(
+            "ACCELERATE_USE_FSDP"
+        ):
+            shard_on_cpu(self.accelerator, FullyShardedDataParallelPlugin(**(self.args.fsdp_plugin_args or {})))
+            self.is_fsdp_enabled = True
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = self.losses.loss(model, inputs)
@@ -95,10 +129,42 @@ class StagedTrainer(Trainer):
             scores = self.losses.scores(model, inputs)
         return scores.nanmean().detach(), scores, scores
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # FSDP asks for a state of all that has gradients, and what no stage has trained yet has none
+        begun = set().union(*(self.trained[s.name] for s in self.schedule.spans if s.start < self.state.global_step))
+        ever = set().union(*self.trained.values())
+        waiting = [p for name, p in self._named(self.model) if name in ever - begun]
+        for parameter in waiting:
+            parameter.requires_grad_(False)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for parameter in waiting:
+            parameter.requires_grad_(True)
+        if checkpoint is not None:  # the rates are the recipe's, which may have others than when it was saved
+            groups = self.optimizer.param_groups
+            rate = self.schedule.at(self.state.global_step).rate(self.state.global_step)
+            for group in groups:
+                group["initial_lr"], group["lr"] = self.args.learning_rate, rate
+            self.lr_scheduler.base_lrs = [self.args.learning_rate] * len(groups)
+            self.lr_scheduler._last_lr = [rate] * len(groups)
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._written is None else str(self._written)
+
+    def _save_checkpoint(self, model, trial):
+        run = Path(self.args.output_dir)
+        self._written = run / checkpoints.PARTIAL
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._written = None
+        self.accelerator.wait_for_everyone()
+        name = f"checkpoint-{self.state.global_step}"
+        on_main(lambda: checkpoints.keep(run, name, self.args.save_total_limit))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # as the model has them: `save_pretrained` renames and regroups some models' tensors, and a checkpoint of a
         # training is loaded by `load_state_dict`
-        if not self.args.should_save:
+        if not self.args.should_save or self.is_fsdp_enabled:  # FSDP has a file of its own
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,12 +178,17 @@ class StagedTrainer(Trainer):
         save_file(alone, folder / WEIGHTS, metadata={"format": "pt"})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # of tied tensors one is stored
-        tied = {name for group in tied_names(self.model) for name in group}
-        missing = [name for name in load_result.missing_keys if name not in tied]
-        if missing or load_result.unexpected_keys:
-            odd = (missing + load_result.unexpected_keys)[0]
-            raise RuntimeError(f"the checkpoint is of another model: {odd} is not in both.")
+        _check_loaded(self.model, load_result)
+
+
+def _check_loaded(model: nn.Module, found: Any) -> None:
+    """Raises where a state had not all of a model; of tied tensors one is enough."""
+    tied = {name for group in tied_names(model) for name in group}
+    missing = [name for name in found.missing_keys if name not in tied]
+    if missing or found.unexpected_keys:
+        raise RuntimeError(
+            f"the checkpoint is of another model: {[*missing, *found.unexpected_keys][0]} is not in both."
+        )
 
 
 def tied_names(model: nn.Module) -> list[set[str]]:
@@ -163,10 +234,11 @@ class Guard(TrainerCallback):
 
     Args:
         run: the folder that has its checkpoints, for the message.
+        schedule: to name the stage in it.
     """
 
-    def __init__(self, guards: Guards, run: Path):
-        self.guards, self.run = guards, run
+    def __init__(self, guards: Guards, run: Path, schedule: Schedule):
+        self.guards, self.run, self.schedule = guards, run, schedule
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "grad_norm"):
@@ -189,16 +261,19 @@ class Guard(TrainerCallback):
                 )
 
     def _diverged(self, state, what: str) -> DivergedError:
-        last = max((int(p.name.rpartition("-")[2]) for p in self.run.glob("checkpoint-*")), default=None)
-        kept = (
-            f"the last good checkpoint is {self.run / f'checkpoint-{last}'}"
-            if last
-            else "no checkpoint was saved before"
-        )
+        last = max((checkpoints.step(path) for path in self.run.glob("checkpoint-*")), default=None)
+        number = self.schedule.spans.index(self.schedule.at(max(state.global_step - 1, 0)))
+        lower = f"stages.{number}.learning_rate"
+        if last is None:
+            kept = f"no checkpoint was saved before. Begin again, with --restart, and a lower {lower} or a warmup"
+        else:
+            kept = (
+                f"the last good checkpoint is {self.run / f'checkpoint-{last}'}. The same command with --resume and a "
+                f"lower {lower} goes on from it"
+            )
         return DivergedError(
-            f"the run diverged: in step {state.global_step} {what}; {kept}. Nothing was published. Lower the "
-            f"learning_rate of the stage, give it a warmup, or taper more slowly; guards.loss and guards.tail say what "
-            f"is allowed."
+            f"the run diverged: in step {state.global_step} {what}; {kept}; a slower taper may help too. Nothing was "
+            f"published. guards.loss and guards.tail say what is allowed."
         )
 
 
@@ -216,7 +291,17 @@ class Told(TrainerCallback):
     ):
         self.what, self.progress, self.say, self.schedule, self.ramps = what, progress, say, schedule, ramps
 
+        self.minutes, self._since = 0.0, time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # those before it was interrupted
+        self.minutes = max((entry.get("minutes", 0.0) for entry in state.log_history), default=0.0)
+        self._since = time.monotonic()
+
     def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            # a loss in the log is the mean since the one before it: with none pending, a resumed run has the same
+            control.should_log = True
         if state.is_world_process_zero:
             self.progress(self.what, state.global_step, state.max_steps)
 
@@ -225,6 +310,7 @@ class Told(TrainerCallback):
         entry = state.log_history[-1]
         entry["tokens"] = state.global_step * self.schedule.tokens_per_step
         entry["stage"] = self.schedule.at(last).name
+        entry["minutes"] = self.minutes + (time.monotonic() - self._since) / 60
         ramp = self.ramps.mean(last) if state.global_step else None
         if ramp is not None:
             entry["ramp"] = ramp
@@ -236,7 +322,7 @@ def arguments(given: Mapping[str, Any], run: Path, steps: int, learning_rate: fl
     """`TrainingArguments` of a recipe, with what it leaves out filled in.
 
     Evaluation and checkpoints: ten times in the run, unless `eval_steps` or `save_steps` say otherwise; the two newest
-    checkpoints are kept.
+    checkpoints are kept. A process trains on one device; for several there are several processes.
     """
     tenth = max(1, steps // 10)
     chosen = {
@@ -247,13 +333,14 @@ def arguments(given: Mapping[str, Any], run: Path, steps: int, learning_rate: fl
         "save_total_limit": 2,
         "logging_steps": max(1, steps // 50),
         "learning_rate": learning_rate,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 16,
+        "per_device_train_batch_size": BATCH,
+        "per_device_eval_batch_size": BATCH,
         "weight_decay": 0.0,
         "report_to": "none",
         "disable_tqdm": True,
         "logging_first_step": True,
         "eval_on_start": True,
+        "logging_nan_inf_filter": False,  # the guard is to see them
         "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": 42,
         **given,
@@ -262,8 +349,11 @@ def arguments(given: Mapping[str, Any], run: Path, steps: int, learning_rate: fl
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "lr_scheduler_type": "constant",
+        "use_cpu": on_cpu(given),
     }
-    return TrainingArguments(**chosen)
+    made = TrainingArguments(**chosen)
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
 
 
 def saves(args: TrainingArguments) -> bool:

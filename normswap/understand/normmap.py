@@ -16,6 +16,7 @@ from torch import nn
 
 from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.source import Source
+from normswap.norms.own import own_norms
 from normswap.norms.probe import FUNCTIONS, find_norms
 from normswap.norms.spec import NormSpec
 from normswap.observe.inputs import example_inputs
@@ -43,6 +44,7 @@ class Site:
         stream: name of the stream it stands on, None for norms inside branches and heads.
         readers: the parameters that consume its output.
         other_consumers: what else does, in words.
+        tensors: its parameters and buffers by their names in it, with their shapes.
     """
 
     path: str
@@ -51,6 +53,7 @@ class Site:
     stream: str | None
     readers: list[Reader]
     other_consumers: list[str]
+    tensors: dict[str, tuple[int, ...]]
 
 
 @dataclass
@@ -85,8 +88,10 @@ class NormMap:
         stored: names of all parameters and buffers a checkpoint of this model holds, aliases included.
         biasless: modules that were built without the bias their class can have.
         classes: class of each module by its path.
+        attributes: names of all that modules hold: modules, parameters, buffers, numbers, ...
         centrings, readings, writings: per width, and per number of channels, the analyses behind the map.
         bypasses: by path of a batch norm beside a convolution, what can carry it.
+        own: paths of the sites that are known by their class, which a conversion put there (`norms.own`).
         loose: per module, the kind of a norm that it calls as a function; such a norm is no site.
         notes: what a reader should know: loose norms, and values that the observed run asked for and did not have.
         converted: for a folder that normswap wrote, what was done to it, in a sentence.
@@ -102,11 +107,13 @@ class NormMap:
     stored: set[str]
     biasless: set[str]
     classes: dict[str, type[nn.Module]]
+    attributes: set[str]
     trace: Trace
     centrings: dict[int, Centring] = field(default_factory=dict)
     readings: dict[int, Readings] = field(default_factory=dict)
     writings: dict[int, Writings] = field(default_factory=dict)
     bypasses: dict[str, Bypass] = field(default_factory=dict)
+    own: set[str] = field(default_factory=set)
     loose: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     converted: str | None = None
@@ -117,9 +124,11 @@ class NormMap:
         """Observe `model` once on `inputs` and understand it. Raises ObserveError where it cannot be run."""
         trace = observe(model, inputs)
         found_norms = find_norms(model, trace)
-        norms = found_norms.specs
+        own = {path: spec for path, spec in own_norms(model, trace).items() if path not in found_norms.specs}
+        norms = found_norms.specs | own
         trace = collapse_norms(trace, set(norms))
         followed = [spec for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")]
+        followed += own.values()
         running = [spec for spec in norms.values() if spec.kind == "batchnorm"]
         widths, channels = sorted({spec.width for spec in followed}), {spec.channels for spec in (*followed, *running)}
         called = {op.module: op.name for op in trace.operations if op.function in FUNCTIONS}
@@ -146,6 +155,7 @@ class NormMap:
             stored=set(model.state_dict()),
             biasless={path for path, m in model.named_modules() if m._parameters.get("bias", m) is None},
             classes={path: type(m) for path, m in model.named_modules()},
+            attributes={f"{path}.{name}" for path, m in model.named_modules() for name in _held(m)},
             trace=trace,
             centrings={width: centring(trace, norms, probers[width]) for width in widths},
             readings={width: readings(trace, norms, probers[width]) for width in sorted(channels)},
@@ -155,6 +165,7 @@ class NormMap:
                 for width, made in written.items()
                 for norm, found in bypasses(trace, norms, probers[width], made).items()
             },
+            own=set(own),
             loose=loose,
             notes=[
                 *(
@@ -181,6 +192,7 @@ class NormMap:
             name = name if taken[name] == 1 else f"{name}#{taken[name]}"
             self.streams.append(StreamInfo(name, stream.width, self._writers(stream), stream.blocks, stream))
             for block in stream.blocks:
+                block.layer = _layer(name, block.module)
                 inside |= block.inside
                 roles.update({path: ("branch", name) for path in block.n_branch})
                 roles.update({path: ("stream", name) for path in (*block.n_in, *block.n_out)})
@@ -202,6 +214,10 @@ class NormMap:
                 return "embedding"
             return "branch" if ends >> op.outputs[0] & 1 else "head"
 
+        held: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name in [*self.parameters, *self.aliases]:
+            module, _, tensor = name.rpartition(".")
+            held.setdefault(module, {})[tensor] = self.shape(name)
         for op in self.trace.norm_operations():
             if op.norm in self.sites:
                 continue
@@ -209,7 +225,7 @@ class NormMap:
             role, stream = roles.get(op.norm) or (off_stream(op), None)
             reads = self.readings.get(spec.channels, Readings())
             readers, others = reads.readers.get(op.norm, []), reads.others.get(op.norm, [])
-            self.sites[op.norm] = Site(op.norm, spec, role, stream, readers, others)
+            self.sites[op.norm] = Site(op.norm, spec, role, stream, readers, others, held.get(op.norm, {}))
 
     def _writers(self, stream) -> list[Writer]:
         """Everything that adds to the stream: norms as they run, then parameters in the model's order."""
@@ -286,12 +302,23 @@ class NormMap:
                     "stream": site.stream,
                     "readers": [asdict(reader) for reader in site.readers],
                     "other_consumers": site.other_consumers,
+                    "tensors": site.tensors,
                 }
                 for site in self.sites.values()
             ],
             "tied": self.aliases,
             "notes": self.notes,
         }
+
+
+def _layer(stream: str, path: str) -> int | None:
+    """The first number of `path` below the stream's own."""
+    numbers = [int(part) for part in path.removeprefix(f"{stream.partition('#')[0]}.").split(".") if part.isdigit()]
+    return numbers[0] if numbers else None
+
+
+def _held(module: nn.Module) -> list[str]:
+    return [*vars(module), *module._parameters, *module._buffers, *module._modules]
 
 
 def _common_path(paths: list[str]) -> str:

@@ -7,10 +7,12 @@ stream it was computed from is the block's branch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from normswap.norms.spec import NormSpec
 from normswap.observe.trace import Operation, Trace
+from normswap.understand.factors import Factor, factor_of
 from normswap.understand.mixing import Meetings
 from normswap.understand.transfer import Prober
 
@@ -36,10 +38,14 @@ class Block:
         module: path of the module in which that happens.
         n_in, n_branch, n_out: norm paths in each slot.
         skip, branch: the coefficients a and b.
+        scales: what the skip alone is multiplied by on its way to the sum.
+        damping: per norm of `n_in`, the numbers that what it gives is multiplied by before anything else reads it.
         parallel: several branches read the same value and are added together.
+        beside: it reads what the sum before it read.
         result: the value after the sum.
         operands: the values that the sum adds, the skip's and the branch's.
         read: per norm of `n_in`, the value of the stream that it reads.
+        layer: the number of the layer that it stands in, from 0; None outside of numbered layers.
     """
 
     add: int
@@ -55,12 +61,31 @@ class Block:
     inside: set[str] = field(default_factory=set)
     operands: tuple[int, int] = (-1, -1)
     read: dict[str, int] = field(default_factory=dict)
+    scales: tuple[Factor, ...] = ()
+    damping: dict[str, list[Factor]] = field(default_factory=dict)
+    layer: int | None = None
+    beside: bool = False
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the skip has a factor of its own."""
+        return self.skip != 1 or bool(self.scales)
+
+    @property
+    def is_damped(self) -> bool:
+        """Whether what its norms give to its branch is divided by the root of its layer's number (Sun et al., 2025)."""
+        products = [math.prod(f.number for f in self.damping.get(path, ())) for path in self.n_in]
+        if not self.layer or not products:
+            return False
+        return all(math.isclose(product, (self.layer + 1) ** -0.5, rel_tol=1e-7) for product in products)
 
     @property
     def placement(self) -> str:
         name = PLACEMENTS[bool(self.n_in), bool(self.n_branch), bool(self.n_out)]
-        if name == "post" and self.skip != 1:
+        if name == "post" and self.is_scaled:
             name = "deepnorm"
+        if name == "pre" and self.is_damped:
+            name = "layernorm-scaling"
         return f"{name}, parallel" if self.parallel else name
 
 
@@ -146,6 +171,21 @@ class Streams:
             v = op.inputs[position]
         return v
 
+    def _factors(self, v: int) -> list[Factor]:
+        """What is multiplied into `v` on its way from its base."""
+        found = []
+        while self.base(v) != v:
+            op = self._producer(v)
+            position = self._carried(op, v)
+            factor = factor_of(self.trace, self.prober, op, position)
+            found += [factor] if factor is not None else []
+            v = op.inputs[position]
+        return found
+
+    def _shared(self, factor: Factor, ancestors: int) -> bool:
+        """Whether what a factor gives is among `ancestors`."""
+        return any(ancestors >> v & 1 for v in self.trace.operations[factor.op].outputs)
+
     def trunk(self, v: int) -> tuple[int, list[str]]:
         """Back from `v` along the stream to where it was last added to: that value, and the norms in between."""
         passed: list[str] = []
@@ -199,10 +239,14 @@ class Streams:
                     continue
                 root, _ = self.trunk(skip)
                 self.base(branch)
+                own_scales = tuple(f for f in self._factors(skip) if not self._shared(f, ancestors[branch]))
                 # a factor before the first block scales the embeddings, not the skip
-                factor = self.factors[skip] if root in chains else 1.0
+                numbers = math.prod(abs(f.number or 1.0) for f in own_scales)
+                factor = self.factors[skip] if root in chains else round(numbers, 9)
                 scales = coefficients[0] * factor, coefficients[1] * self.factors[branch]
-                blocks.append(Block(op.index, op.module, op.outputs[0], root, *scales, operands=(skip, branch)))
+                block = Block(op.index, op.module, op.outputs[0], root, *scales, operands=(skip, branch))
+                block.scales = own_scales
+                blocks.append(block)
                 chains[op.outputs[0]] = own | 1 << op.outputs[0]
                 self.bases[op.outputs[0]], self.factors[op.outputs[0]] = op.outputs[0], 1.0
                 break
@@ -248,6 +292,7 @@ class Streams:
                 trunk_norms.update(passed)
         stops = values | {v for v, op in self.norm_of.items() if op.norm in trunk_norms}
         claimed = set(trunk_norms)
+        damping = self._damping()
         for stream, block in [(s, block) for s in self.streams for block in s.blocks]:
             branch = block.operands[1]
             touched = self._cone(block, branch, stops)
@@ -257,11 +302,12 @@ class Streams:
             end = self.norm_of.get(self.base(branch))
             if end is not None and end.norm not in trunk_norms:
                 block.n_branch.append(end.norm)
+            block.damping = {op.norm: damping[op.index] for op in self.norm_of.values() if self._reads(op, block)}
             block.inside -= set(block.n_in) | set(block.n_branch)
             claimed |= block.inside | set(block.n_in) | set(block.n_branch)
             earlier = by_result.get(self.base(block.operands[0]))
             if earlier is not None and touched & own[stream.start] and earlier.result not in touched:
-                block.parallel = earlier.parallel = True  # it read what the sum before it read
+                block.parallel = earlier.parallel = block.beside = True
             elif self._two_branches(branch):
                 block.parallel = True
         for op in self.trace.norm_operations():
@@ -273,6 +319,31 @@ class Streams:
                 block.n_out.append(op.norm)  # the last block of a post-norm stream
             else:
                 next(s for s in self.streams if base in s.values).final.append(op.norm)
+
+    def _damping(self) -> dict[int, list[Factor]]:
+        """Per norm operation, by index, the numbers that its output is multiplied by before anything else reads it."""
+        consumers, live = self.trace.consumers(), self.trace.live()
+        found: dict[int, list[Factor]] = {}
+        for op in self.trace.norm_operations():
+            factors, v = [], op.outputs[0]
+            while True:
+                readers = [reader for reader in consumers.get(v, ()) if any(o in live for o in reader.outputs)]
+                if len(readers) != 1 or readers[0].norm is not None or len(readers[0].outputs) != 1:
+                    break
+                position = self._carried(readers[0], readers[0].outputs[0])
+                if position is None or readers[0].inputs[position] != v:
+                    break
+                factor = factor_of(self.trace, self.prober, readers[0], position)
+                if factor is not None and factor.number is None:
+                    break
+                factors += [factor] if factor is not None else []
+                v = readers[0].outputs[0]
+            found[op.index] = factors
+        return found
+
+    def _reads(self, op: Operation, block: Block) -> bool:
+        """Whether a norm operation is one of the block's N_in, in the block's own run of it."""
+        return op.norm in block.n_in and self.base(op.inputs[0]) == block.read[op.norm]
 
     def _cone(self, block: Block, branch: int, stops: set[int]) -> set[int]:
         """Walk back from the branch to the stream: fills `n_in` and `inside`, returns the stream values it read."""

@@ -183,10 +183,11 @@ def _with(values: list[torch.Tensor], position: int, value: torch.Tensor) -> lis
 
 def factor(trial: Trial, position: int) -> float:
     """|a| for `y = a x`, rearranged: adding a constant to x adds `a` times that constant."""
-    return round(abs(_signed_factor(trial, position)), 9)
+    return round(abs(signed_factor(trial, position)), 9)
 
 
-def _signed_factor(trial: Trial, position: int) -> float:
+def signed_factor(trial: Trial, position: int) -> float:
+    """a for `y = a x`, rearranged."""
     moved = list(trial.base)
     moved[position] = moved[position] + 1
     added = (trial.run(moved)[0] - trial.result[0]).flatten()
@@ -195,7 +196,7 @@ def _signed_factor(trial: Trial, position: int) -> float:
 
 def rearranges(trial: Trial, position: int) -> bool:
     """Whether each value of the first output is a value of that input, times one constant: no mean, no mixture."""
-    values = (_signed_factor(trial, position) * trial.base[position]).double().flatten().sort().values
+    values = (signed_factor(trial, position) * trial.base[position]).double().flatten().sort().values
     made = trial.result[0].flatten()
     if not values.numel() or not made.numel():
         return False

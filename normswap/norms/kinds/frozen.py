@@ -8,6 +8,12 @@ Some models give a few tokens a scale far from all others', the first one above 
 apart). A module that runs with a cache or behind padding does not know which token is the first, but it can see the
 scale: where the data have two clusters of scales clearly apart, and nowhere else, the site gets a second s, for tokens
 whose root mean square is beyond a threshold between them.
+
+`none-eps` is the same map by a norm of the model's own class: with an eps of E, large against every variance v,
+
+    g' z / sqrt(v + E) = g z / s (1 - v / 2E + ..),        g' = g sqrt(E) / s,
+
+so that the folder needs no class of ours. It has one scale, and a bias only where the norm has one.
 """
 
 import torch
@@ -82,6 +88,18 @@ def fit(samples: Samples) -> Values:
     }
 
 
+def fit_one(samples: Samples) -> Values:
+    """One scale for all tokens, and a bias where the norm had one."""
+    z, y = around(samples.x, samples.spec).double(), samples.y.double()
+    s = frozen_scale(root_mean_square(z))
+    if samples.spec.bias is not None:
+        gain, bias, _ = gain_and_bias(z / s, y)
+        return {"weight": gain, "bias": bias, "scale": s.reshape(1)}
+    tiny = torch.finfo(torch.float64).tiny
+    gain = s * (z * y).sum(0) / z.square().sum(0).clamp_min(tiny)
+    return {"weight": gain, "bias": torch.zeros_like(gain), "scale": s.reshape(1)}
+
+
 def start(spec: NormSpec, tensors: Tensors) -> Values:
     return neutral(spec, tensors) | {name: torch.ones(1) for name in ("scale", "far", "threshold")}
 
@@ -93,6 +111,16 @@ KINDS = (
         Frozen,
         "No norm: one frozen scale per site (two where some tokens are far apart), gain and bias fitted.",
         {"rmsnorm": Fitted(fit, start, into_apart="none-apart"), "layernorm": _CENTRED},
+    ),
+    Kind(
+        "none-eps",
+        Frozen,
+        "As none, by norms of the model's own class with an eps that outweighs every variance: no class of ours.",
+        {
+            "rmsnorm": Fitted(fit_one, start, into="none"),
+            "layernorm": Fitted(fit_one, start, "none-centred", centred=True),
+        },
+        by_eps=True,
     ),
     Kind("none-centred", FrozenCentred),
     Kind("none-apart", Apart),

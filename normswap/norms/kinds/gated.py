@@ -1,9 +1,13 @@
-"""A norm behind a gate that starts as the identity. Its classes are copied into the output: torch alone."""
+"""A norm behind a gate that starts as the identity. Its classes are copied into the output: torch alone.
+
+With a gain of 1 an opened gate would give all heads one scale, whatever they had; `calibration.inserted` fits gain and
+bias to change less.
+"""
 
 import torch
 from torch import nn
 
-from normswap.norms.kind import Kind
+from normswap.norms.kind import Kind, Values
 from normswap.norms.kinds.layer_norm import LayerNorm
 from normswap.norms.kinds.rms_norm import RMSNorm
 
@@ -27,7 +31,21 @@ class GatedLayerNorm(Gated, LayerNorm):
     """LayerNorm behind a gate."""
 
 
+def least_gain(n: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> Values:
+    """`min over g of sum w |g n - x|^2`, channel by channel."""
+    n, x, w = n.double(), x.double(), weights.double()[:, None]
+    return {"weight": (w * n * x).sum(0) / (w * n.square()).sum(0).clamp_min(torch.finfo(torch.float64).tiny)}
+
+
+def least_gain_and_bias(n: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> Values:
+    """`min over g, b of sum w |g n + b - x|^2`, channel by channel."""
+    n, x, w = n.double(), x.double(), (weights / weights.mean()).double()[:, None]
+    at_n, at_x = (w * n).mean(0), (w * x).mean(0)
+    gain = least_gain(n - at_n, x - at_x, weights)["weight"]
+    return {"weight": gain, "bias": at_x - gain * at_n}
+
+
 KINDS = (
-    Kind("gated-rmsnorm", GatedRMSNorm, opened="rmsnorm"),
-    Kind("gated-layernorm", GatedLayerNorm, opened="layernorm"),
+    Kind("gated-rmsnorm", GatedRMSNorm, opened="rmsnorm", inserted=least_gain),
+    Kind("gated-layernorm", GatedLayerNorm, opened="layernorm", inserted=least_gain_and_bias),
 )

@@ -14,6 +14,7 @@ would be the identity in evaluation, and a norm again in training.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from normswap.planning.edits import AddShift, AnyEdit, CarryAffine, Drop, FoldGain, Frozen, GrowBias, SwapNorm
 from normswap.planning.rewrites.fold import Folding, into_readers, shared
@@ -25,9 +26,22 @@ from normswap.understand.writing import Source
 KIND = "batchnorm"
 
 
-def fold_running(normmap: NormMap, sites: Iterable[Site], ties: Ties) -> Folding:
+@dataclass
+class Running(Folding):
+    """What the folding of batch norms asks for."""
+
+    def reasons(self) -> list[str]:
+        if not self.sites:
+            return []
+        return [
+            f"{len(self.sites)} batch norms, each an affine map of its channels as it runs, are folded into the "
+            f"weights that write their inputs or read their outputs."
+        ]
+
+
+def fold_running(normmap: NormMap, sites: Iterable[Site], ties: Ties) -> Running:
     """Plan the folding of batch norms into their neighbours."""
-    result = Folding()
+    result = Running()
     behind: list[AnyEdit] = []
     written: set[str] = set()
     for site in sites:
@@ -58,13 +72,13 @@ def fold_running(normmap: NormMap, sites: Iterable[Site], ties: Ties) -> Folding
         del result.refused[path]
         _done(normmap, site, modules, result)
     # a bias first takes what is folded into it from the norm before, and then goes through the one behind
-    gone = [edit for site in result.sites for edit in _gone(normmap, site)]
+    gone = [edit for path in result.sites for edit in _gone(normmap, normmap.sites[path])]
     result.edits += [*behind, *gone]
     return result
 
 
 def _done(normmap: NormMap, site: Site, modules: list[str], result: Folding) -> None:
-    result.sites.append(site)
+    result.sites.append(site.path)
     result.across += [(site.path, module) for module in modules]
 
 

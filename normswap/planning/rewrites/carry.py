@@ -27,6 +27,8 @@ def carry(normmap: NormMap, places: Places, slots: Slots, stream: StreamInfo, st
     norms = [path for step in steps for path in step.n_in] + list(stream.found.final)
     if any(step.source.n_out or not step.n_in for step in steps) or not stream.found.final:
         raise NoPlace(f"{stream.name}: expected pre-norm blocks and a final norm; the lane has to end in one.")
+    if odd := [step for step in steps for block in step.blocks if block.is_scaled]:
+        raise NoPlace(f"{odd[0].name}: its skip has a factor of its own, which the lane would have too; expected none.")
     _check_readers(normmap, stream, steps, set(norms))
     spec = slots.spec(norms[0]).model_copy(update={"kind": slots.kind(norms[0])})
     if any(_unlike(slots, path, norms[0]) for path in norms) or spec.axes != (-1,):

@@ -15,11 +15,13 @@ of its own that matters.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from normswap.planning.edits import AnyEdit, Centre, CentreInput, CentreOutput, Fill, FoldGain
+from normswap.paths import folded
+from normswap.planning.edits import AnyEdit, Centre, CentreInput, CentreOutput, Fill, FoldGain, SwapNorm, TensorEdit
 from normswap.planning.request import Request
+from normswap.planning.rewrites.rewriting import WRITERS, Rewriting
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.centring import Term, Uncentred, Writer
 from normswap.understand.normmap import NormMap, Site
@@ -30,12 +32,71 @@ Edits = dict[Writer, tuple[AnyEdit, ...]]
 
 
 @dataclass
-class Centred:
-    """What centring asks for: edits, and the sites that cannot be had, with reasons."""
+class Centred(Rewriting):
+    """What centring asks for; the norms themselves are swapped by `swap`."""
 
-    edits: list[AnyEdit] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
+    stage = WRITERS
+
+
+@dataclass
+class Swapped(Rewriting):
+    """What swapping the norms asks for, whose inputs are centred.
+
+    Attributes:
+        writers: how many tensors are centred.
+        outputs, inputs: modules whose output or input is centred at run time.
+    """
+
+    writers: int = 0
+    outputs: list[str] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+
+    def reasons(self) -> list[str]:
+        said = []
+        if self.sites:
+            said.append(
+                f"LayerNorm to RMSNorm at {len(self.sites)} sites: {self.writers} writers of the stream are centred, "
+                f"and everything that reads it is invariant to its mean; the variance of a zero-mean vector is its "
+                f"mean square."
+            )
+        for paths, what, how in ((self.outputs, "outputs", "come out"), (self.inputs, "inputs", "go in")):
+            if paths:
+                shown = ", ".join(path for path, _ in folded([(path, None) for path in paths]))
+                said.append(f"The {what} of {shown} are centred as they {how}, in the module.")
+        return said
+
+
+def swap(normmap: NormMap, centred: Centred, bare: Collection[str], placed: Collection[str]) -> Swapped:
+    """The RMSNorms in the place of the LayerNorms whose inputs are centred.
+
+    Args:
+        bare: paths of norms that lose gain and bias.
+        placed: those that a move swaps itself.
+    """
+    result = Swapped(sites=list(centred.sites))
+    result.writers = len([edit for edit in centred.edits if isinstance(edit, TensorEdit)])
+    result.outputs = [edit.module for edit in centred.edits if isinstance(edit, CentreOutput)]
+    result.inputs = [edit.module for edit in centred.edits if isinstance(edit, CentreInput)]
+    result.edits = [_swap(normmap, normmap.sites[path], bare) for path in centred.sites if path not in placed]
+    return result
+
+
+def _swap(normmap: NormMap, site: Site, bare: Collection[str]) -> SwapNorm:
+    spec, keeps = site.spec, site.path not in bare
+    name = spec.weight or spec.bias
+    shape = normmap.shape(f"{site.path}.{name}") if name and keeps else (spec.width,)
+    # a LayerNorm that casts does so once, at the end; the swapped norm keeps the site's own casting
+    return SwapNorm(
+        module=site.path,
+        kind=TARGET,
+        width=spec.width,
+        eps=spec.eps,
+        gain=spec.gain if keeps else None,
+        bias=spec.bias is not None and keeps,
+        casting=spec.casting,
+        axis=spec.axes[0],
+        shape=None if shape == (spec.width,) else shape,
+    )
 
 
 def centre(normmap: NormMap, sites: Iterable[Site], ties: Ties, request: Request) -> Centred:
@@ -57,7 +118,7 @@ def centre(normmap: NormMap, sites: Iterable[Site], ties: Ties, request: Request
             result.refused[site.path] = edits
         else:
             chosen |= edits
-            result.sites.append(site)
+            result.sites.append(site.path)
     edits = dict.fromkeys(edit for several in chosen.values() for edit in several)
     order = {name: i for i, name in enumerate(normmap.parameters)}
     result.edits = sorted(edits, key=lambda e: order.get(getattr(e, "tensor", ""), len(order)))

@@ -13,25 +13,27 @@ from dataclasses import dataclass, field
 from normswap.norms.kind import Fitted
 from normswap.planning.choice import Chosen
 from normswap.planning.edits import AnyEdit, Drop, Initialise, SwapNorm
+from normswap.planning.rewrites.rewriting import NORMS, Rewriting
 from normswap.understand.normmap import NormMap, Site
 
 
 @dataclass
-class Exchanged:
-    """What exchanging asks for: edits, the sites, those of them that want data, and those that cannot be had."""
+class Exchanged(Rewriting):
+    """What exchanging asks for.
 
-    edits: list[AnyEdit] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
-    fitted: list[Site] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
+    Attributes:
+        ways: how many sites go from which kind to which, and whether they are fitted.
+    """
 
-    def reasons(self, chosen: Chosen) -> list[str]:
-        """Why the claim holds, a sentence each."""
-        groups = Counter((site.spec.kind, chosen.kinds[site.path].name, site in self.fitted) for site in self.sites)
+    stage = NORMS
+
+    ways: Counter[tuple[str, str, bool]] = field(default_factory=Counter)
+
+    def reasons(self) -> list[str]:
         return [
             f"{before} to {after} at {count} sites: "
             + ("fitted to what each norm gave." if fitted else "made of the norm's own tensors.")
-            for (before, after, fitted), count in groups.items()
+            for (before, after, fitted), count in self.ways.items()
         ]
 
 
@@ -43,9 +45,11 @@ def exchange(normmap: NormMap, sites: Iterable[Site], chosen: Chosen) -> Exchang
             result.refused[site.path] = obstacle
             continue
         result.edits += _edits(normmap, site, chosen)
-        result.sites.append(site)
-        if isinstance(chosen.route(site), Fitted):
-            result.fitted.append(site)
+        result.sites.append(site.path)
+        fitted = isinstance(chosen.route(site), Fitted)
+        result.ways[site.spec.kind, chosen.kinds[site.path].name, fitted] += 1
+        if fitted:
+            result.claim = "untrained"
     return result
 
 

@@ -18,19 +18,26 @@ from dataclasses import dataclass, field
 
 from normswap.norms.spec import GainForm
 from normswap.planning.edits import AnyEdit, Drop, Fill, FoldBias, FoldGain, Frozen, GrowBias, TensorEdit
+from normswap.planning.rewrites.rewriting import Rewriting
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
 from normswap.understand.reading import GIVEN_OUT, Reader
 
 
 @dataclass
-class Folding:
-    """What folding asks for: edits, and the sites that cannot be had, with reasons."""
+class Folding(Rewriting):
+    """What folding asks for.
 
-    edits: list[AnyEdit] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-    across: list[tuple[str, str]] = field(default_factory=list)  # each norm, and a module that takes it over
+    Attributes:
+        across: each norm, and a module that takes it over.
+    """
+
+    across: list[tuple[str, str]] = field(default_factory=list)
+
+    def reasons(self) -> list[str]:
+        if not self.sites:
+            return []
+        return [f"Gain and bias of {len(self.sites)} norms are moved into the linear maps that read them."]
 
     def add(self, other: Folding) -> Folding:
         """Take in what another one asks for."""
@@ -63,7 +70,7 @@ def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, swapped: set[str],
             if parameter is not None:
                 name = f"{site.path}.{parameter}"
                 result.edits.append(Drop(tensor=name) if site.path in swapped else Fill(tensor=name, value=value))
-        result.sites.append(site)
+        result.sites.append(site.path)
         result.across += [(site.path, reader.module) for reader in site.readers]
     return result
 

@@ -160,7 +160,7 @@ def _divide(
         found = centring.leaves(centring.terms.get((value, dim)))
         if not found or not all(isinstance(w, Writer) and w.kind == "parameter" and w.groups == 1 for w in found):
             raise NoPlace(f"{step.name}: its branch is not written by linear maps alone, so it cannot be rescaled.")
-        writers += [w for w in found if w not in writers]
+        writers += sorted((w for w in found if w not in writers), key=lambda w: (w.name, w.module))
     for writer in writers:
         if writer.scales or len(normmap.names(writer.name)) > 1 or normmap.users(writer.name) != {writer.module}:
             raise NoPlace(f"{writer.name}, which writes {step.name}, is used elsewhere or scaled.")

@@ -35,7 +35,7 @@ from normswap.understand.normmap import NormMap
 def move(
     normmap: NormMap,
     placements: tuple[Placement, ...],
-    scales: Scales,
+    scales: Scales | None,
     swapped: set[str],
     exact: bool = False,
 ) -> Moved:
@@ -43,15 +43,15 @@ def move(
 
     Args:
         placements: a row of the table and the layers it is for, None: all.
-        scales: the constants; those that are missing are 1.
+        scales: the constants, found on data; those that are missing are 1. None: all are.
         swapped: LayerNorms that become RMSNorms in the same plan.
         exact: take the form that computes the same function, where there is one.
 
     Raises:
         RefusedError: a placement or layer that is not there; the model has no stream.
     """
-    result = Moved()
-    places, named = Places(normmap), set()
+    result = Moved(placements=placements)
+    places, named, constants = Places(normmap), set(), scales or Scales()
     every = {stream.name: steps_of(normmap, stream) for stream in normmap.streams}
     if not every:
         raise RefusedError(f"{normmap.architecture} has no residual stream with a norm: there is nothing to move.")
@@ -60,7 +60,7 @@ def move(
         if places.again(stream):
             continue  # a tower that runs twice: what is changed for the first run is changed for both
         try:
-            found = StreamMove(normmap, places, stream, every[stream.name], scales, swapped, named, exact).run()
+            found = StreamMove(normmap, places, stream, every[stream.name], constants, swapped, named, exact).run()
         except NoPlace as error:
             result.refused[stream.name] = str(error)
             continue
@@ -71,4 +71,6 @@ def move(
         result.steps += found.steps
         result.notes += found.notes
     result.edits = together(result.edits)
+    if result.steps and not result.exact:
+        result.claim = "untrained" if scales is None else "calibrated"
     return result

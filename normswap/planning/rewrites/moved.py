@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from normswap.norms.spec import NormSpec
-from normswap.planning.edits import AnyEdit
-from normswap.planning.request import Request
+from normswap.planning.request import Placement
+from normswap.planning.rewrites.rewriting import Rewriting
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,25 @@ class MovedStep:
 
 
 @dataclass
-class Moved:
-    """What moving asks for: edits, the norms concerned, what cannot be had and why, and what is said of it."""
+class Moved(Rewriting):
+    """What moving asks for.
 
-    edits: list[AnyEdit] = field(default_factory=list)
-    sites: list[str] = field(default_factory=list)
+    Attributes:
+        placements: what was asked for.
+        steps: those that move.
+        exact: whether that keeps the function.
+        notes: what is said of it besides.
+    """
+
+    placements: tuple[Placement, ...] = ()
     steps: list[MovedStep] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     exact: bool = False
 
-    def reasons(self, request: Request) -> list[str]:
-        """Why the claim holds, a sentence each."""
+    def reasons(self) -> list[str]:
         if not self.steps:
             return []
-        words = " and ".join(placement.words().replace("--", "") for placement in request.placements)
+        words = " and ".join(placement.words().replace("--", "") for placement in self.placements)
         streams = ", ".join(dict.fromkeys(step.stream for step in self.steps))
         how = "" if self.exact else ", with a constant in the place of each token's scale"
         said = [f"{len(self.steps)} blocks of {streams} are moved ({words}){how}."]

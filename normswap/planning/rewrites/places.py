@@ -91,6 +91,31 @@ class Places:
         """How many times the tower of a block runs."""
         return next(len(tower) for tower in self._towers for s in tower if any(b is block for b in s.blocks))
 
+    def each_run(self, block: Block) -> list[Block]:
+        """The block in every run of its tower."""
+        tower = next(t for t in self._towers for s in t if any(b is block for b in s.blocks))
+        number = next(i for s in tower for i, b in enumerate(s.blocks) if b is block)
+        return [stream.blocks[number] for stream in tower]
+
+    def product(self, index: int, times: int) -> tuple[Place, str]:
+        """The product that the operation `index` is, and the side of it that is no number: `left` or `right`.
+
+        Raises:
+            NoPlace: it is no product of the method with a number of the module, or runs more often than `times`.
+        """
+        op = self.trace.operations[index]
+        if not op.frames or op.frames[0].module is None:
+            raise NoPlace(self._shown(op, "expected the product in a method of a module"))
+        self._check_owner(op.frames[0], op)
+        if len(self._runs[op.frames[0].module, op.frames[0].span]) > times:
+            raise NoPlace(self._shown(op, "one line multiplies for several blocks"))
+        found = self._at(op.frames[0])
+        sides = _factors(found.node)
+        numbers = [side for side, node in sides.items() if _is_number(found.method, node)]
+        if len(numbers) != 1 or (isinstance(found.node.op, ast.Div) and numbers != ["right"]):
+            raise NoPlace(self.shown(found, "expected a product with one number, written out or held by the module"))
+        return found, "left" if numbers == ["right"] else "right"
+
     def sum(self, block: Block) -> Place:
         """The expression that gives the block's result: the sum itself, or the call of a helper that makes it.
 
@@ -330,6 +355,37 @@ def _sides(node: ast.AST) -> tuple[ast.AST, ast.AST] | None:
         case ast.Call(func=ast.Attribute(attr="add" | "add_", value=left), args=[right], keywords=[]):
             return left, right
     return None
+
+
+def _factors(node: ast.AST) -> dict[str, ast.AST]:
+    """The sides of a product or quotient."""
+    match node:
+        case ast.BinOp(left=left, op=ast.Mult() | ast.Div(), right=right):
+            return {"left": left, "right": right}
+    return {}
+
+
+def _is_number(method: Method, node: ast.AST) -> bool:
+    """Whether an expression is made of numbers, names of the source file and what the module holds, and nothing that
+    the method makes: it is the same in each pass, and nothing else happens in it.
+    """
+    own, known = method.tree.args.args[0].arg, method.global_names()
+    stored = [n for n in ast.walk(method.tree) if isinstance(getattr(n, "ctx", None), ast.Store)]
+    attributes = {n.attr for n in stored if isinstance(n, ast.Attribute)}
+    names = {n.id for n in stored if isinstance(n, ast.Name)}
+    for inner in ast.walk(node):
+        match inner:
+            case ast.Name(id=name) if name in names or (name != own and name not in known):
+                return False
+            case ast.Attribute(attr=name) if name in attributes:
+                return False
+            case ast.Name() | ast.Attribute() | ast.Constant() | ast.Subscript() | ast.BinOp() | ast.UnaryOp():
+                continue
+            case ast.operator() | ast.unaryop() | ast.expr_context():
+                continue
+            case _:
+                return False
+    return True
 
 
 def _first_of(tree: ast.AST, call: ast.AST) -> ast.AST | None:

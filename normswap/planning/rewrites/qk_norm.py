@@ -2,36 +2,36 @@
 
 Each head is normalised by itself, before positions are turned into it, as in models that are trained so (Henry et al.,
 2020; Dehghani et al., 2023). With `x + gate (N(x) - x)` and a gate of 0 the model is the same function; trained to 1,
-the gate leaves the norm.
+the gate leaves the norm. Its gain is fitted on data, so that opening the gate changes least (`calibration.inserted`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from normswap.errors import RefusedError
-from normswap.planning.edits import AddNorm, AnyEdit, NormOutput
+from normswap.planning.edits import AddNorm, NormOutput
+from normswap.planning.rewrites.rewriting import Rewriting
 from normswap.understand.heads import Heads, NoHeads, find_heads
 from normswap.understand.normmap import NormMap
 
 KINDS = ("rmsnorm", "layernorm")
 #: of a norm in a model that has none to take it from
 EPS = 1e-6
+#: said of a plan that no data were given for
+NEUTRAL = "Their gains are 1, as there are no data: opening the gates gives every head one scale, whatever it had."
 
 
 @dataclass
-class Inserted:
-    """What the insertion asks for: edits, the paths of the norms, and attention that cannot be had, with reasons."""
-
-    edits: list[AnyEdit] = field(default_factory=list)
-    norms: list[str] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
+class Inserted(Rewriting):
+    """What the insertion asks for; its sites are the new norms, what is refused is attention."""
 
     def reasons(self) -> list[str]:
-        if not self.norms:
+        if not self.sites:
             return []
-        return [f"{len(self.norms)} norms on heads of queries and keys stand behind a gate, which is 0: the identity."]
+        what = f"{len(self.sites)} norms on heads of queries and keys stand behind a gate, which is 0: the identity."
+        return [what, NEUTRAL]
 
 
 def insert_qk_norms(normmap: NormMap, kind: str) -> Inserted:
@@ -70,10 +70,10 @@ def insert_qk_norms(normmap: NormMap, kind: str) -> Inserted:
                     casting="float32",
                 )
             )
-            result.norms.append(f"{module}.{name}")
+            result.sites.append(f"{module}.{name}")
             runs.append((name, heads.starts, heads.width))
         result.edits.append(NormOutput(module=module, runs=tuple(runs)))
-    if not result.norms:
+    if not result.sites:
         why = "; ".join(dict.fromkeys(result.refused.values())) or "no queries and keys were found in it"
         raise RefusedError(f"{normmap.architecture} gets no norm on queries and keys: {why}.")
     return result

@@ -32,6 +32,7 @@ from normswap.planning.orthogonal import Rotation
 from normswap.planning.plans import RotatedStream
 from normswap.planning.request import Request
 from normswap.planning.rewrites.fold import Folding, fold
+from normswap.planning.rewrites.rewriting import BASES, Rewriting
 from normswap.planning.rewrites.untie import Ties
 from normswap.understand.bases import Bases, Basis
 from normswap.understand.normmap import NormMap, Site
@@ -39,21 +40,21 @@ from normswap.understand.transfer import Prober
 
 
 @dataclass
-class Rotated:
-    """What rotating asks for: gains folded first, edits in order, and the sites that cannot be had.
+class Rotated(Rewriting):
+    """What rotating asks for.
 
     Attributes:
+        folding: gains, which are folded first.
         lowered: the RMSNorms that become LayerNorms.
     """
 
+    stage = BASES
+
     folding: Folding = field(default_factory=Folding)
-    edits: list[AnyEdit] = field(default_factory=list)
     streams: list[RotatedStream] = field(default_factory=list)
     lowered: list[Site] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
 
     def reasons(self) -> list[str]:
-        """Why the claim holds, a sentence each."""
         names = ", ".join(dict.fromkeys(stream.name for stream in self.streams))
         weights = len([edit for edit in self.edits if isinstance(edit, Rotate)])
         carried = f"{names}: carried as R x with R orthogonal, in {weights} weights that write to it or read it"
@@ -180,9 +181,11 @@ class Rotator:
                 rotation = Rotation(by="reflected", width=width, fitted=name)
                 for site in own:
                     result.lowered.append(site)
+                    result.claim = "untrained"
                     result.edits += [_swap(site), *self._restored(site, ties, number)]
         stream = own[0].stream or own[0].path
         outputs = tuple(dict.fromkeys(basis.outputs))
+        result.sites += basis.norms
         result.streams.append(RotatedStream(name=stream, rotation=rotation, sites=tuple(basis.norms), outputs=outputs))
         weights = {(self.order[a.name], ties.name(a.name, a.module), a.axis) for a in basis.parameters}
         result.edits += [Rotate(tensor=tensor, axis=axis, rotation=rotation) for _, tensor, axis in sorted(weights)]

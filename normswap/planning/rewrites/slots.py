@@ -7,7 +7,7 @@ from collections import defaultdict
 from normswap.norms.spec import GainForm, NormSpec
 from normswap.planning.edits import AddNorm, AnyEdit, Change, Drop, Fill, Rewrite, Scale, SwapNorm
 from normswap.planning.idle import Idle
-from normswap.planning.rewrites.fold import fold
+from normswap.planning.rewrites.fold import fold, shared
 from normswap.planning.rewrites.places import NoPlace, Place
 from normswap.planning.rewrites.untie import Ties
 from normswap.source.methods import Method
@@ -127,7 +127,20 @@ class Slots:
         elif spec.weight is None:
             self.edits.append(Fill(tensor=f"{path}.weight", value=1 / c, shape=(spec.width,)))
 
-    def swap(self, path: str, kind: str) -> None:
+    def rescale(self, path: str, c: float) -> None:
+        """The norm gives c times what it gave: of a gain that it does not have, it gets one."""
+        spec = self.spec(path)
+        if why := shared(self.normmap, self.normmap.sites[path]):
+            raise NoPlace(f"{path} cannot be scaled: {why}.")
+        if spec.weight is None:
+            self.swap(path, self.kind(path), gain="w")
+            self.edits.append(Fill(tensor=f"{path}.weight", value=c, shape=(spec.channels,)))
+        for name, form in ((spec.weight, spec.gain), (spec.bias, "w")):
+            if name is not None:
+                self.edits.append(Scale(tensor=f"{path}.{name}", factor=c, form=form))
+
+    def swap(self, path: str, kind: str, eps: float | None = None, gain: GainForm | None = None) -> None:
+        """A norm of `kind` in the place of the one at `path`: with its eps and gain, where no other is given."""
         spec = self.spec(path)
         if spec.weight not in (None, "weight") or spec.bias not in (None, "bias"):
             raise NoPlace(f"{path}: expected parameters named weight and bias, found {spec.weight} and {spec.bias}.")
@@ -138,8 +151,8 @@ class Slots:
                 module=path,
                 kind=kind,
                 width=spec.width,
-                eps=spec.eps,
-                gain=None if kind == "identity" else spec.gain or "w" if kind == "affine" else spec.gain,
+                eps=spec.eps if eps is None else eps,
+                gain=None if kind == "identity" else spec.gain or ("w" if kind == "affine" else gain),
                 bias=kind != "identity" and spec.bias is not None,
                 casting=spec.casting,
                 axis=spec.axes[0],
@@ -147,7 +160,7 @@ class Slots:
             )
         )
 
-    def change(self, place: Place, kind: str, name: str, node=None) -> None:
+    def change(self, place: Place, kind: str, name: str | None, node=None) -> None:
         self.changes[place.module].append((place.method, place.change(kind, name, node)))
 
     def enter(self, module: str, method: Method, argument: str, name: str) -> None:
@@ -156,7 +169,7 @@ class Slots:
 
     def new_name(self, module: str, wanted: str) -> str:
         """An attribute that the module does not have: `wanted`, or with a number."""
-        taken = {*self.normmap.classes, *self.normmap.stored, *self.named}
+        taken = self.normmap.attributes | self.named
         number = 1
         while f"{module}.{(name := wanted if number == 1 else f'{wanted}_{number}')}" in taken:
             number += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from normswap.errors import RefusedError
 from normswap.planning.request import Placement, parse_layers
@@ -12,12 +12,18 @@ from normswap.understand.placement import Block
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table of placements: which slots hold a norm, and whether the skip has a scale of its own."""
+    """A line of the table of placements: which slots hold a norm, and what is multiplied by a number.
+
+    Attributes:
+        scaled: the skip has a scale of its own.
+        damped: what N_in gives is divided by the root of the layer's number, counted from 1.
+    """
 
     n_in: bool
     n_branch: bool
     n_out: bool
     scaled: bool = False
+    damped: bool = False
 
 
 #: the placement whose skip is normalised, S(x) = N_in(x); as a row it is pre
@@ -32,6 +38,7 @@ ROWS = {
     "sandwich": Row(True, True, False),
     "reordered": Row(False, True, False),
     "keel": Row(True, False, True, scaled=True),
+    "layernorm-scaling": Row(True, False, False, damped=True),
 }
 
 
@@ -69,7 +76,25 @@ class Step:
 
     @property
     def source(self) -> Row:
-        return Row(bool(self.n_in), bool(self.n_branch), bool(self.n_out), scaled=self.blocks[0].skip != 1)
+        first = self.blocks[0]
+        # a tensor on the skip of a raw stream is no matter: a norm behind the sum takes it as it comes
+        scaled = first.is_scaled if self.n_out else first.skip != 1
+        damped = all(block.is_damped for block in self.blocks)
+        return Row(bool(self.n_in), bool(self.n_branch), bool(self.n_out), scaled, damped)
+
+    @property
+    def stays(self) -> bool:
+        """Whether it stands as it is to stand, or is not to be moved.
+
+        Norms on branches are no matter where the norm behind the sum stays, or the one in front of the branch; in the
+        first layer a damped norm is any norm.
+        """
+        source, target = self.source, self.target
+        if target is None or target == source:
+            return True
+        if target.damped and self.layer == 0:
+            source = replace(source, damped=True)
+        return (target.damped or (target.n_out and source.n_out)) and replace(source, n_branch=False) == target
 
 
 def steps_of(normmap: NormMap, stream: StreamInfo) -> list[Step]:
@@ -79,10 +104,11 @@ def steps_of(normmap: NormMap, stream: StreamInfo) -> list[Step]:
     for block in stream.blocks:
         before = steps[-1].blocks if steps else []
         reads = {base(v) for v in block.read.values()}
-        if before and reads and base(before[-1].result) not in reads and not before[-1].n_out:
+        beside = base(before[-1].result) not in reads if before and reads else block.beside
+        if before and beside and not before[-1].n_out:
             before.append(block)
             continue
-        steps.append(Step(f"{stream.name}[{len(steps)}]", _layer(stream.name, block.module), [block]))
+        steps.append(Step(f"{stream.name}[{len(steps)}]", block.layer, [block]))
     return steps
 
 
@@ -112,9 +138,3 @@ def row_of(name: str) -> Row:
     if name not in ROWS:
         raise RefusedError(f"placement '{name}' is not offered: expected one of {', '.join(ROWS)}.")
     return ROWS[name]
-
-
-def _layer(stream: str, path: str) -> int | None:
-    """The first number of `path` below the stream's own."""
-    numbers = [int(part) for part in path.removeprefix(f"{stream.partition('#')[0]}.").split(".") if part.isdigit()]
-    return numbers[0] if numbers else None

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 from normswap.norms.spec import NormSpec
 from normswap.planning.edits import SetScale
 from normswap.planning.rewrites.carry import carry, gate
+from normswap.planning.rewrites.damp import damp, undamp
 from normswap.planning.rewrites.lift import lift, normalise_skip
 from normswap.planning.rewrites.moved import Moved, MovedStep, Scales
 from normswap.planning.rewrites.places import NoPlace, Place, Places
 from normswap.planning.rewrites.slots import Slots
-from normswap.planning.rewrites.steps import SKIP, Step
+from normswap.planning.rewrites.steps import ROWS, SKIP, Step
+from normswap.planning.rewrites.unscale import unscale
 from normswap.understand.normmap import NormMap, StreamInfo
 from normswap.understand.placement import Block
 
@@ -38,7 +42,12 @@ class StreamMove:
         self.result = Moved()
 
     def run(self) -> Moved:
-        chosen = [step for step in self.steps if step.placement is not None and step.target != step.source]
+        chosen = [step for step in self.steps if not step.stays]
+        if chosen and all(self._keeps(step) is not None for step in chosen):
+            for step in chosen:
+                self._keep(step)
+            self.result.exact = True
+            return self._done()
         if any(step.source.n_out and not step.target.n_out for step in chosen) and not self._gated(chosen):
             self._leave(chosen)
             return self._done()
@@ -56,7 +65,11 @@ class StreamMove:
             odd = next(step for step in self.steps if step not in post)
             raise NoPlace(f"{odd.name} is {_name(odd)} on a stream of post-norm blocks; expected one or the other.")
         for step, after in zip(self.steps, [*self.steps[1:], None], strict=True):
-            if step.target is not None and step.target != step.source:
+            if step.stays:
+                continue
+            if self._keeps(step) is not None:
+                self._keep(step)
+            else:
                 self._check(step)
                 self._move(step, after)
         self._end()
@@ -103,9 +116,31 @@ class StreamMove:
                 f"{self.stream.name} is {_name(chosen[0])}: from there all its layers go to pre or {SKIP}, or none."
             )
 
+    # -- one step, exactly ------------------------------------------------------------------------------------------
+
+    def _keeps(self, step: Step) -> Callable[[], list[str]] | None:
+        """What changes one step alone and keeps its function: the rewrite, None where there is none."""
+        source, target = step.source, step.target
+        if source.scaled and not source.n_in and target == ROWS["post"]:
+            axis = self._norm_for(step).axes[0]
+            return lambda: unscale(self.normmap, self.places, self.slots, self.stream, step, axis)
+        if target.damped and source.n_in and not source.n_out and not source.scaled:
+            return lambda: damp(self.places, self.slots, step)
+        if source.damped and replace(source, damped=False) == target:
+            return lambda: undamp(self.normmap, self.places, self.slots, self.stream, step)
+        return None
+
+    def _keep(self, step: Step) -> None:
+        self.result.sites += self._keeps(step)()
+        if step.source.n_branch and not step.target.n_branch:
+            self._leaves_branches()
+        self._tell(step, None, None, None, self._norm_for(step))
+
     # -- one step --------------------------------------------------------------------------------------------------
 
     def _check(self, step: Step) -> None:
+        if step.target.damped:
+            raise NoPlace(f"{step.name} is {_name(step)}: expected a pre-norm block, whose norm can be damped.")
         if step.target.scaled and not step.n_in and not step.source.n_out:
             raise NoPlace(f"{step.name}: its branch reads the stream without a norm, and would miss its scale.")
         if step.blocks[0].skip != 1:
@@ -155,10 +190,13 @@ class StreamMove:
                 self._scale(step, places[0])
             out = step.n_out[0] if source.n_out else self._put_out(step, after, places[-1], spare)
         if target.n_out and source.n_branch and not target.n_branch:
-            self.result.notes.append(f"The norms on the branches of {self.stream.name} stay where they are.")
+            self._leaves_branches()
         self.result.sites += [path for path in (*step.n_in, *step.n_branch) if path not in self.result.sites]
         reads = step.blocks[0].operands[0]
         self._tell(step, (reads, self._norm_for(step)), out, None, self._norm_for(after))
+
+    def _leaves_branches(self) -> None:
+        self.result.notes.append(f"The norms on the branches of {self.stream.name} stay where they are.")
 
     def _tell(self, step: Step, scaled, out: str | None, frame: str | None, norm: NormSpec) -> None:
         names = [*(other.name for other in self.steps), f"{self.stream.name}[end]"]
@@ -361,4 +399,5 @@ class StreamMove:
 
 
 def _name(step: Step) -> str:
-    return step.blocks[-1].placement
+    first = step.blocks[0]
+    return replace(step.blocks[-1], skip=first.skip, scales=first.scales).placement

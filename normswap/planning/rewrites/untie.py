@@ -7,7 +7,14 @@ configuration has one flag for all of them), and an edit reaches the modules tha
 from __future__ import annotations
 
 from normswap.planning.edits import AnyEdit, SetConfig, Untie
+from normswap.planning.rewrites.rewriting import UNTIED, Rewriting
 from normswap.understand.normmap import NormMap
+
+
+class Untied(Rewriting):
+    """What storing tied parameters one by one asks for."""
+
+    stage = UNTIED
 
 
 class Ties:

@@ -1,0 +1,37 @@
+"""Means taken out of weights, or at run time as values enter or leave a module."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from normswap.planning.edits.edit import TensorEdit
+from normswap.planning.edits.modules import ModuleEdit
+
+
+class Centre(TensorEdit):
+    """`T <- T - mean(T)` along `axis`, taken in `groups` equal runs (heads side by side in one axis)."""
+
+    edit: Literal["centre"] = "centre"
+    axis: int
+    groups: int = 1
+
+    def keeps_rows_apart(self):
+        return self.axis > 0
+
+    def apply(self, value, read):
+        split = value.unflatten(self.axis, (self.groups, -1))
+        return (split - split.mean(self.axis + 1, keepdim=True)).flatten(self.axis, self.axis + 1)
+
+
+class CentreOutput(ModuleEdit):
+    """The module's output is centred along `axis`, counted from the end, in the module itself (`norms.centred`)."""
+
+    edit: Literal["centre_output"] = "centre_output"
+    axis: int = -1
+
+
+class CentreInput(ModuleEdit):
+    """The module's first input is centred along `axis`, counted from the end, in the module itself."""
+
+    edit: Literal["centre_input"] = "centre_input"
+    axis: int = -1

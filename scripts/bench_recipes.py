@@ -1,0 +1,100 @@
+"""How far the recipes heal: held-out loss before and after, beside the same training of the unconverted model.
+
+    .venv/bin/python scripts/bench_recipes.py --text corpus.txt --minilm ./all-MiniLM-L6-v2
+    .venv/bin/python scripts/bench_recipes.py --text corpus.txt --only 'to-dyt gpt2*'
+
+The text is Tiny Shakespeare, of which the checkpoints saw the first 97%; its last 3% are held out. A line of the table
+is kept in `--work` when it is done, so that a run that was stopped goes on where it was. About five minutes a line on
+two cores. The table goes to scripts/results/recipes.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import click
+import torch
+import transformers
+
+from normswap.cli.options import err, progress_bars, quiet
+from normswap.tune.recipe import Recipe
+from normswap.tune.run import finetune
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "scripts" / "results" / "recipes.md"
+MODELS = ("gpt2-shakespeare", "llama-shakespeare")
+#: recipe -> how far from its control it is to come, in nats per token
+TARGETS = {"pre-to-post": 0.01, "remove-norms": 0.03, "to-dyt": 0.03, "to-repbn": 0.03}
+OTHERS = ("to-sandwich", "add-qk-norm")
+#: of the recipe on sentence embeddings: one minus the mean cosine
+EMBEDDINGS = ("post-to-pre", 0.005)
+
+
+@click.command()
+@click.option("--text", required=True, type=click.Path(exists=True, dir_okay=False), help="Tiny Shakespeare.")
+@click.option("--minilm", type=click.Path(exists=True, file_okay=False), help="all-MiniLM-L6-v2, a BERT.")
+@click.option("--only", default="*", show_default=True, help="Pattern of 'recipe model'.")
+@click.option("--tokens", type=int, help="Of each training; by default as the recipes say.")
+@click.option("--work", default="bench-recipes", show_default=True, type=click.Path(file_okay=False, path_type=Path))
+def main(text: str, minilm: str | None, only: str, tokens: int | None, work: Path) -> None:
+    quiet()
+    work.mkdir(parents=True, exist_ok=True)
+    common = [f"data.source={text}", "data.held_out=0.03", "control=true", "verify=fast"]
+    lines = {f"{recipe} {model}": _of_language(recipe, model) for model in MODELS for recipe in (*TARGETS, *OTHERS)}
+    if minilm:
+        lines[f"{EMBEDDINGS[0]} all-MiniLM-L6-v2"] = [f"model={minilm}", "data.held_out=0.1", "control=false"]
+    for name, overrides in lines.items():
+        kept = work / f"{name.replace(' ', '_')}.json"
+        if kept.exists() or not fnmatchcase(name, only):
+            continue
+        length = [f"stages.0.tokens={tokens}"] if tokens else []
+        recipe = Recipe.of(name.split()[0], (*common, *length, *overrides, f"output={kept.with_suffix('')}"))
+        err().print(name, style="bold")
+        with progress_bars() as progress:
+            done = finetune(recipe, restart=True, overwrite=True, progress=progress)
+        found = {"scores": done.scores, "tokens": done.tokens, "minutes": done.minutes, "folded": done.folded}
+        kept.write_text(json.dumps(found, indent=1))
+    RESULTS.write_text(_table(work, lines))
+    click.echo(RESULTS.read_text())
+
+
+def _of_language(recipe: str, model: str) -> list[str]:
+    return [f"model={ROOT / 'tests' / 'checkpoints' / model}"]
+
+
+def _table(work: Path, lines: dict[str, list[str]]) -> str:
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    rows = [
+        "<!-- scripts/bench_recipes.py -->",
+        f"{versions}, {os.cpu_count()} CPU cores",
+        "",
+        "| recipe | checkpoint | source | before | after | control | beside it | wanted | tokens | minutes | fold |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in lines:
+        kept = work / f"{name.replace(' ', '_')}.json"
+        if not kept.exists():
+            continue
+        found, (recipe, model) = json.loads(kept.read_text()), name.split()
+        means = {key: value["mean"] for key, value in found["scores"].items()}
+        control = means.get("control", means["source"])
+        wanted = EMBEDDINGS[1] if recipe == EMBEDDINGS[0] else TARGETS.get(recipe)
+        numbers = [*(f"{means[key]:.4f}" for key in ("source", "start", "healed")), f"{control:.4f}"]
+        numbers += [f"{means['healed'] - control:+.4f}", "" if wanted is None else f"{wanted:g}"]
+        numbers += [
+            str(found["tokens"]),
+            f"{found['minutes']:.1f}",
+            "" if not found["folded"] else f"{found['folded']:.0e}",
+        ]
+        rows.append(f"| {recipe} | {model} | {' | '.join(numbers)} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    main()
