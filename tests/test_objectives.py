@@ -160,7 +160,7 @@ def test_hidden_states(models, name, centred):
     assert not close(other, sum(found) / len(found))
     # LayerNorms do not see a mean, and norms no scale: states that differ in these are the same
     if centred:
-        states = teacher(**batch, output_hidden_states=True)
+        states = outputs(teacher, batch, output_hidden_states=True)
         same = [3 * h + 7 for h in states.hidden_states]
         assert float(losses.loss(_Gives(states, hidden_states=same), batch)[0]) < 1e-6
 

@@ -220,7 +220,10 @@ def _load(recipe: Recipe, source: Source) -> PreTrainedModel:
         setattr(config, key, value)
     options = {"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}
     dtype = getattr(torch, recipe.model.dtype)
-    return source.model_class.from_pretrained(source.folder, config=config, dtype=dtype, **options).eval()
+    try:
+        return source.model_class.from_pretrained(source.folder, config=config, dtype=dtype, **options).eval()
+    except (ValueError, ImportError) as error:  # an implementation of attention, or a value of the configuration
+        raise RecipeError(f"model: {recipe.model.path} cannot be loaded so: {' '.join(str(error).split())}") from error
 
 
 def _surgery(recipe: Recipe, source: Source, data: Corpus, progress: Progress, run: Path | None) -> Surgery:
@@ -277,7 +280,7 @@ def train(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in ever)
     sites = list(ramped(model)) if surgery is not None and surgery.tapers else []
-    sites = _running_order(sites, setup)
+    sites = running_order(sites, setup)
     ramps = Ramps(model, schedule, sites, turns(sites, recipe.taper.order) if recipe.taper else [])
     rate = max(span.learning_rate for span in schedule.spans)
     args = _arguments(recipe, run, schedule.steps, rate)
@@ -331,7 +334,7 @@ def share(own: Mapping[str, nn.Parameter], teacher: nn.Module) -> list[nn.Parame
     return shared
 
 
-def _running_order(sites: list[str], setup: Setup) -> list[str]:
+def running_order(sites: list[str], setup: Setup) -> list[str]:
     """Sites in the order in which they run. What stands at no norm of the source keeps the order of the modules."""
     rank = {path: i for i, path in enumerate(setup.norms)}
     return sorted(sites, key=lambda path: rank[path]) if set(sites) <= rank.keys() else sites
