@@ -32,6 +32,7 @@ from normswap.tune.publish import publish
 from normswap.tune.recipe import Recipe
 from normswap.tune.schedule import Schedule
 from normswap.tune.selection import select
+from normswap.tune.suited import check_suited
 from normswap.tune.surgery import Surgery, check_start, difference, finish, operate, plan_surgery
 from normswap.tune.tapers import ramped, turns
 from normswap.tune.trainer import BATCH, Guard, Ramps, StagedTrainer, Told, arguments, judged, saves
@@ -189,6 +190,7 @@ def prepare(recipe: Recipe, source: Source, progress: Progress, run: Path | None
     takes = set(signatures.signature(original.forward).parameters)
     longest = positions if isinstance(positions, int) else None
     data = main_first(lambda: corpus(recipe, tokenizer_of(source), takes, longest))  # `datasets` caches it
+    check_suited(original, recipe.objective, data)
     surgery = None
     if recipe.surgery:
         surgery = _surgery(recipe, source, data, progress, run)
