@@ -32,6 +32,7 @@ from normswap.tune.publish import publish
 from normswap.tune.recipe import Recipe
 from normswap.tune.schedule import Schedule
 from normswap.tune.selection import select
+from normswap.tune.suited import check_suited
 from normswap.tune.surgery import Surgery, check_start, difference, finish, operate, plan_surgery
 from normswap.tune.tapers import ramped, turns
 from normswap.tune.trainer import BATCH, Guard, Ramps, StagedTrainer, Told, arguments, judged, saves
@@ -189,6 +190,7 @@ def prepare(recipe: Recipe, source: Source, progress: Progress, run: Path | None
     takes = set(signatures.signature(original.forward).parameters)
     longest = positions if isinstance(positions, int) else None
     data = main_first(lambda: corpus(recipe, tokenizer_of(source), takes, longest))  # `datasets` caches it
+    check_suited(original, recipe.objective, data)
     surgery = None
     if recipe.surgery:
         surgery = _surgery(recipe, source, data, progress, run)
@@ -220,7 +222,10 @@ def _load(recipe: Recipe, source: Source) -> PreTrainedModel:
         setattr(config, key, value)
     options = {"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}
     dtype = getattr(torch, recipe.model.dtype)
-    return source.model_class.from_pretrained(source.folder, config=config, dtype=dtype, **options).eval()
+    try:
+        return source.model_class.from_pretrained(source.folder, config=config, dtype=dtype, **options).eval()
+    except (ValueError, ImportError) as error:  # an implementation of attention, or a value of the configuration
+        raise RecipeError(f"model: {recipe.model.path} cannot be loaded so: {' '.join(str(error).split())}") from error
 
 
 def _surgery(recipe: Recipe, source: Source, data: Corpus, progress: Progress, run: Path | None) -> Surgery:
@@ -277,7 +282,7 @@ def train(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in ever)
     sites = list(ramped(model)) if surgery is not None and surgery.tapers else []
-    sites = _running_order(sites, setup)
+    sites = running_order(sites, setup)
     ramps = Ramps(model, schedule, sites, turns(sites, recipe.taper.order) if recipe.taper else [])
     rate = max(span.learning_rate for span in schedule.spans)
     args = _arguments(recipe, run, schedule.steps, rate)
@@ -331,7 +336,7 @@ def share(own: Mapping[str, nn.Parameter], teacher: nn.Module) -> list[nn.Parame
     return shared
 
 
-def _running_order(sites: list[str], setup: Setup) -> list[str]:
+def running_order(sites: list[str], setup: Setup) -> list[str]:
     """Sites in the order in which they run. What stands at no norm of the source keeps the order of the modules."""
     rank = {path: i for i, path in enumerate(setup.norms)}
     return sorted(sites, key=lambda path: rank[path]) if set(sites) <= rank.keys() else sites
