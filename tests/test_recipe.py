@@ -270,6 +270,8 @@ BROKEN = [
     ({"lora": {}, "stages": [STAGE | {"taper": {}}]}, ["`lora`: not with a taper"]),
     ({"objective": ["lm", "mlm"]}, ["`objective`: lm, mlm and classification read other inputs each"]),
     ({"objective": ["lm", "lm"]}, ["`objective`: each kind once"]),
+    ({"stages": [STAGE | {"name": "a"}] * 2}, ["`stages`: each name once; found a, a"]),
+    ({"training": {"save_only_model": True}}, ["`save_only_model` is decided by --resume, which needs all of a"]),
     (
         {"objective": "classification"},
         ["`data.label`: the objective classification needs the column", "`data.pack`: each row is one text"],

@@ -27,7 +27,7 @@ CONTEXT.set_forkserver_preload([__name__])
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in sys.path if path))
 
 
-def finetune(folder: Path, args: list[str], processes: int = 1, *, within: float = 180, **upset) -> list[int]:
+def finetune(folder: Path, args: list[str], processes: int = 1, *, within: float = 600, **upset) -> list[int]:
     """`normswap finetune ARGS` in so many processes; their exit codes (-9: killed). What they say is in `folder`.
 
     Args:
@@ -171,3 +171,16 @@ def without_comparison(_: object) -> None:
     normswap.tune.publish._compared = lambda *args: Nothing()
     normswap.tune.publish.draw = lambda *args: None
     normswap.tune.publish.write_trained_card = lambda *args: None
+
+
+def note_rows(folder: str) -> None:
+    """Each process writes the rows that it trains on, in order."""
+    inner = StagedTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training:
+            with open(Path(folder) / f"rows-{self.args.process_index}", "a") as file:
+                file.writelines(f"{self.state.global_step} {row.tolist()}\n" for row in inputs["input_ids"])
+        return inner(self, model, inputs, *args, **kwargs)
+
+    StagedTrainer.compute_loss = compute_loss

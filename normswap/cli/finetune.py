@@ -14,7 +14,7 @@ from normswap.cli.options import err, json_option, out, progress_bars, quiet
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Print the plan, the stages, the tokens and the memory; train nothing.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of a run that was interrupted.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint; rates and guards may be others.")
 @click.option("--restart", is_flag=True, help="Throw away a run that was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace a model folder at the output, once the new one is complete.")
 @json_option
@@ -28,6 +28,7 @@ def command(recipe, overrides, dry_run, resume, restart, overwrite, as_json) -> 
     normswap finetune to-dyt model=./my-gpt2 output=./my-gpt2-dyt data.source=corpus.txt
     normswap finetune my-recipe.yaml stages.0.tokens=200000 training.seed=1 --dry-run
     normswap finetune my-recipe.yaml --resume
+    normswap finetune my-recipe.yaml --resume stages.0.learning_rate=1e-4
     torchrun --nproc-per-node 4 -m normswap finetune my-recipe.yaml
     """
     quiet()

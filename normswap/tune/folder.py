@@ -128,6 +128,12 @@ def clear(run: Path, logs: bool = False) -> None:
             folder.rmdir()
 
 
+def forget(run: Path) -> None:
+    """Clear a run that ended with an error before it had a checkpoint: there is nothing to go on from."""
+    if not any(path for folder in (run, control_of(run)) for path in folder.glob("checkpoint-*")):
+        clear(run)
+
+
 def _step(run: Path) -> int:
     found = checkpoints.last(run)
     return checkpoints.step(found) if found else 0

@@ -36,11 +36,13 @@ def start(training: Mapping[str, Any]) -> None:
 
 
 def on_cpu(training: Mapping[str, Any]) -> bool:
-    """Whether a recipe trains on the CPU: it says so, or several processes have nothing else. (accelerate, not told,
-    would have each of them train alone.)"""
+    """Whether a recipe trains on the CPU: it says so, or there is nothing else.
+
+    Not told, accelerate would have each of several processes train alone there, and transformers refuses bf16.
+    """
     import torch
 
-    return bool(training.get("use_cpu", _count() > 1 and not torch.accelerator.is_available()))
+    return bool(training.get("use_cpu", not torch.accelerator.is_available()))
 
 
 def shard_on_cpu(accelerator: Any, plugin: Any) -> None:

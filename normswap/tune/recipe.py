@@ -152,7 +152,7 @@ class Stage(Strict):
     """A part of the training.
 
     Attributes:
-        name: for logs.
+        name: for logs; each once.
         train: `all`; `norms`, the parameters of norms; `skips`, the scales of skips (while there is scaffolding that
             has them); `moved`, the blocks whose norms move; or patterns of parameter names.
         tokens, steps: its length, one of both.
@@ -295,6 +295,9 @@ class Recipe(Strict):
             problems.append("`data.label`: the objective classification needs the column that has the class")
         if kinds & {"classification", "embedding"} and self.data.pack:
             problems.append("`data.pack`: each row is one text for this objective; expected false")
+        names = [stage.name or f"stage {number}" for number, stage in enumerate(self.stages)]
+        if len(set(names)) < len(names):
+            problems.append(f"`stages`: each name once; found {', '.join(names)}")
         tapered = [stage for stage in self.stages if stage.taper is not None]
         if len(tapered) > 1:
             problems.append("`stages`: one of them may have a taper; give its sites an order instead")

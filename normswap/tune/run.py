@@ -18,14 +18,14 @@ from transformers import PreTrainedModel, TrainerCallback
 from normswap.calibration.data import Data, Progress, silent
 from normswap.checkpoint.publish import Staging
 from normswap.checkpoint.source import Source
-from normswap.errors import RecipeError, VerificationError
+from normswap.errors import NormswapError, RecipeError, VerificationError
 from normswap.observe.run import make_eager
 from normswap.planning.plans import Plan
 from normswap.repbn import folded_plan, reestimate
 from normswap.tune import checkpoints
 from normswap.tune.amend import Change
 from normswap.tune.data import Corpus, corpus
-from normswap.tune.folder import begin, clear, control_of, held, load_plans, path_of, save_plans
+from normswap.tune.folder import begin, clear, control_of, forget, held, load_plans, path_of, save_plans
 from normswap.tune.objectives import TAUGHT, Losses
 from normswap.tune.processes import main_first, on_main, start
 from normswap.tune.publish import publish
@@ -35,7 +35,7 @@ from normswap.tune.selection import select
 from normswap.tune.suited import check_suited
 from normswap.tune.surgery import Surgery, check_start, difference, finish, operate, plan_surgery
 from normswap.tune.tapers import ramped, turns
-from normswap.tune.trainer import BATCH, Guard, Ramps, StagedTrainer, Told, arguments, judged, saves
+from normswap.tune.trainer import BATCH, Guard, Ramps, StagedTrainer, Told, arguments, check_rhythm, judged
 from normswap.understand.normmap import find_sites
 from normswap.verification.inputs import of_text
 from normswap.verification.run import open_model, tokenizer_of
@@ -114,8 +114,8 @@ def finetune(
         resume: go on from the last checkpoint of a run that was interrupted.
         restart: throw such a run away.
         overwrite: replace a model folder at the output.
-        progress: called with (what, done, total) while long work runs.
-        say: called with each log entry of the training, in the main process.
+        progress: called with (what, done, total) while long work runs; as `say`, in the main process alone.
+        say: called with each log entry of the training, and with notes (`run` and `note`).
 
     Raises:
         RecipeError: the recipe does not fit its model or data, or a run of another recipe is there.
@@ -124,8 +124,10 @@ def finetune(
         VerificationError: a taper that does not start from the source, or scaffolding that was not taken away exactly.
         DestinationError: the output cannot be written.
     """
-    progress, say = progress or silent, say or (lambda entry: None)
     start(recipe.training)
+    if not PartialState().is_main_process:
+        progress = say = None
+    progress, say = progress or silent, say or (lambda entry: None)
     source = open_source(recipe)
     staging = Staging(recipe.output, source.folder, overwrite)
     staging.check()
@@ -134,8 +136,13 @@ def finetune(
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(held(run)))
         changes = on_main(lambda: begin(recipe, _size(recipe), resume, restart))
-        setup = prepare(recipe, source, progress, run)
-        done, trained = _trained(setup, run, resume, progress, say)
+        try:
+            setup = prepare(recipe, source, progress, run)
+            done, trained = _trained(setup, run, resume, progress, say)
+        except NormswapError:
+            if PartialState().is_main_process:
+                forget(run)
+            raise
         done.changes = changes
 
         def end() -> None:
@@ -315,8 +322,6 @@ def train(
         parameter.data = parameter.data.clone()
     if losses.teacher is not None:
         losses.teacher.to("cpu")
-    if recipe.lora is not None:
-        model = model.merge_and_unload()
     return trainer.state.log_history, model
 
 
@@ -347,11 +352,7 @@ def _arguments(recipe: Recipe, run: Path, steps: int, rate: float):
         args = arguments(recipe.training, run, steps, rate)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"training: {error}") from error
-    if saves(args) and args.save_steps % args.eval_steps:
-        raise RecipeError(
-            f"training: save_steps is {args.save_steps}, and evaluation is every {args.eval_steps} steps; a checkpoint "
-            f"is kept when it was found good: expected a multiple."
-        )
+    check_rhythm(args)
     return args
 
 
@@ -386,14 +387,19 @@ def _measure(setup: Setup, model: nn.Module) -> dict[str, float]:
 
 
 def _without_scaffolding(setup: Setup, trained: nn.Module) -> tuple[Plan | None, nn.Module, float | None]:
-    """What is left of the trained model, and the difference that it makes; RepBN is measured anew and folded first."""
-    if setup.surgery is None:
+    """What is left of the trained model without adapters and tapers, and the difference that it makes.
+
+    RepBN is measured anew, and folded.
+    """
+    surgery, lora = setup.surgery, setup.recipe.lora
+    if surgery is None and lora is None:
         return None, trained, None
     trained = trained.eval()
     calibration = setup.calibration
     batches = calibration[-1:]
     with_all = copy.deepcopy(trained)
-    plan, final = finish(setup.original, setup.surgery, trained)
+    final = trained if lora is None else trained.merge_and_unload()
+    plan, final = (None, final) if surgery is None else finish(setup.original, surgery, final)
     found = difference(with_all, final, batches)
     if any(hasattr(module, "bn_mean") for module in final.modules()):
         reestimate(final, calibration)

@@ -16,10 +16,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
 from normswap.calibration.data import Progress
-from normswap.errors import DivergedError
+from normswap.errors import DivergedError, RecipeError
 from normswap.tune import checkpoints
 from normswap.tune.objectives import Losses
 from normswap.tune.passes import Passes
@@ -63,6 +62,11 @@ class StagedTrainer(Trainer):
         # our losses are means over a batch: the Trainer divides by the number of batches in a step
         self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.fsdp_version != 2:
+                raise RecipeError("training: fsdp_config.version is 1, which torch has given up; expected 2.")
+            plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or blocks(self.model)
         self.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
 
     def result(self, spare: nn.Module | None) -> nn.Module:
@@ -96,10 +100,10 @@ class StagedTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        idle = self._idle()
-        for name, parameter in self._named(model):
-            if name in idle:
-                parameter.grad = None  # before gradients are clipped, so that they count for nothing
+        if idle := self._idle():
+            for name, parameter in self._named(model):
+                if name in idle:
+                    parameter.grad = None  # before gradients are clipped, so that they count for nothing
         return loss
 
     def _idle(self) -> set[str]:
@@ -110,7 +114,7 @@ class StagedTrainer(Trainer):
     def _named(self, model: nn.Module):
         """Parameters by the names that they have in the model, whatever it is wrapped in."""
         for name, parameter in model.named_parameters():
-            parts = [p for p in name.split(".") if p not in ("_fsdp_wrapped_module", "_orig_mod")]
+            parts = [p for p in name.split(".") if p not in ("_checkpoint_wrapped_module", "_orig_mod")]
             yield ".".join(parts[1:] if parts[0] == "module" else parts), parameter
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
@@ -191,6 +195,14 @@ def _check_loaded(model: nn.Module, found: Any) -> None:
         )
 
 
+def blocks(model: nn.Module) -> list[str]:
+    """Names of the classes of a model's blocks, which FSDP shards one by one. Those that a surgery has made are
+    subclasses of those that transformers names."""
+    known = set(getattr(model, "_no_split_modules", None) or ())
+    classes = {type(module) for module in model.modules()}
+    return sorted({cls.__name__ for cls in classes if known & {base.__name__ for base in cls.__mro__}})
+
+
 def tied_names(model: nn.Module) -> list[set[str]]:
     """Names that stand for one parameter."""
     by_id: dict[int, set[str]] = {}
@@ -265,7 +277,7 @@ class Guard(TrainerCallback):
         number = self.schedule.spans.index(self.schedule.at(max(state.global_step - 1, 0)))
         lower = f"stages.{number}.learning_rate"
         if last is None:
-            kept = f"no checkpoint was saved before. Begin again, with --restart, and a lower {lower} or a warmup"
+            kept = f"no checkpoint was saved before. Begin again with a lower {lower} or a warmup"
         else:
             kept = (
                 f"the last good checkpoint is {self.run / f'checkpoint-{last}'}. The same command with --resume and a "
@@ -356,5 +368,20 @@ def arguments(given: Mapping[str, Any], run: Path, steps: int, learning_rate: fl
     return made
 
 
-def saves(args: TrainingArguments) -> bool:
-    return args.save_strategy != SaveStrategy.NO
+def check_rhythm(args: TrainingArguments) -> None:
+    """Raises RecipeError where a checkpoint would be kept that was not found good, or never be one."""
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(args, name) not in ("steps", "no"):
+            raise RecipeError(
+                f"training: {name} is {getattr(args, name).value}; expected steps or no: the stages are so many steps, "
+                f"whatever the passes over the data."
+            )
+    if args.save_strategy == "no":
+        return
+    each = [math.ceil(n * args.max_steps) if n < 1 else n for n in (args.save_steps, args.eval_steps)]
+    if args.eval_strategy == "no" or each[0] % each[1]:
+        found = "never" if args.eval_strategy == "no" else f"every {each[1]:g} steps"
+        raise RecipeError(
+            f"training: save_steps is {args.save_steps:g}, and evaluation is {found}; a checkpoint is kept when it was "
+            f"found good: expected a multiple."
+        )

@@ -21,6 +21,11 @@ RESERVED = {
     "label_names": "`objective`",
     "remove_unused_columns": "`data`",
     "load_best_model_at_end": "`guards`",
+    "auto_find_batch_size": "`per_device_train_batch_size`, by which steps are counted",
+    "train_sampling_strategy": "`seed`: rows are taken in passes, each shuffled anew",
+    "dataloader_drop_last": "the passes over the data, in which each step has as many rows",
+    "save_only_model": "--resume, which needs all of a checkpoint",
+    "ignore_data_skip": "--resume, which goes on in the middle of a pass",
 }
 
 

@@ -63,7 +63,12 @@ class RepBN:
 
     @torch.no_grad()
     def update(self, mean, var, count):
-        """Running statistics as those of `nn.BatchNorm1d`: of the variance, the unbiased estimate."""
+        """Running statistics as those of `nn.BatchNorm1d`: of the variance, the unbiased estimate.
+
+        Not in a backward pass, where checkpointed activations are computed a second time.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            return
         unbiased = var * count / (count - 1).clamp_min(1)
         self.bn_mean.lerp_(mean.to(self.bn_mean), self.momentum)
         self.bn_var.lerp_(unbiased.to(self.bn_var), self.momentum)
