@@ -120,7 +120,7 @@ def _refuse_twice(source: Source) -> None:
         raise RefusedError(
             f"{source.name} was {source.record.history()}; it is not converted twice. Convert the checkpoint it "
             f"was made from, asking for everything at once. If this one was trained since, load it with "
-            f"trust_remote_code=True and give the model to normswap.convert_model."
+            f"trust_remote_code=True and give the model to normswap.convert_model, which changes it in memory."
         )
 
 
