@@ -34,7 +34,7 @@ from normswap.planning.rewrites.untie import Ties
 from normswap.understand.normmap import NormMap, Site
 
 #: kinds of norm whose parameters fold into their neighbours
-FOLDED = ("layernorm", "rmsnorm", batchnorm.KIND)
+FOLDED = ("layernorm", "rmsnorm", "groupnorm", batchnorm.KIND)
 
 
 def make_plan(
