@@ -13,7 +13,8 @@ from nets import ready, relative
 from normswap.apply.live import apply_plan
 from normswap.errors import RefusedError
 from normswap.understand.normmap import find_sites
-from test_batchnorm import Seq, picture, pictures
+from normswap.verification.precision import LiftFloat32
+from test_batchnorm import Seq, built, outputs, picture, pictures
 
 IMAGE = (2, 6, 9, 8)
 
@@ -80,6 +81,20 @@ def test_other_norms_are_fitted_in_its_place(kind):
     after = apply_plan(copy.deepcopy(model), plan)
     assert not find_sites(after, data[0])
     assert {site.spec.kind for site in normswap.inspect(after, inputs=data[0]).sites.values()} == {kind}
+
+
+@pytest.mark.parametrize("model_type, maps, left", [("mobilevitv2", 18, 3), ("poolformer", 9, 8)])
+def test_families_fold_theirs_where_convolutions_read_them(model_type, maps, left):
+    """MobileViTv2's stand before attention by 1x1 convolutions; half of PoolFormer's before pooling."""
+    model, inputs = built(model_type)
+    plan = normswap.plan(model, inputs=inputs, fold=True, partial=True)
+    kinds = {path: spec.kind for path, spec in find_sites(model, inputs)}
+    assert sum(kinds[path] == "groupnorm" for path in plan.converted) == maps
+    assert sum(kinds.get(refusal.site) == "groupnorm" for refusal in plan.refused) == left
+    converted = apply_plan(copy.deepcopy(model), plan)
+    with torch.no_grad(), LiftFloat32():
+        ours, theirs = (outputs(m(**inputs)) for m in (converted, model))
+    assert ours and max(relative(ours[name], theirs[name]) for name in ours) < 1e-10  # 7e-16 and 1.5e-14
 
 
 def test_kinds_that_are_not_made_of_a_group_norm_say_so():
