@@ -200,7 +200,7 @@ def convert(
     structure = source.build()
     plan_file = None
     if plan is None:
-        plan = draft(structure, asked, None, text_data(source, text, tokens, window, progress))
+        plan = draft(structure, asked, None, text_data(source, text, tokens, window, progress), stored_dtype)
         plan = _calibrated(plan) if tokens != TOKENS else plan
     elif not isinstance(plan, Plan):
         plan, plan_file = Plan.load(plan), Path(plan).name
