@@ -120,7 +120,7 @@ def _refuse_twice(source: Source) -> None:
         raise RefusedError(
             f"{source.name} was {source.record.history()}; it is not converted twice. Convert the checkpoint it "
             f"was made from, asking for everything at once. If this one was trained since, load it with "
-            f"trust_remote_code=True and give the model to normswap.convert_model."
+            f"trust_remote_code=True and give the model to normswap.convert_model, which changes it in memory."
         )
 
 
@@ -200,7 +200,7 @@ def convert(
     structure = source.build()
     plan_file = None
     if plan is None:
-        plan = draft(structure, asked, None, text_data(source, text, tokens, window, progress))
+        plan = draft(structure, asked, None, text_data(source, text, tokens, window, progress), stored_dtype)
         plan = _calibrated(plan) if tokens != TOKENS else plan
     elif not isinstance(plan, Plan):
         plan, plan_file = Plan.load(plan), Path(plan).name

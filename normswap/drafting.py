@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from normswap.calibration.by_eps import by_eps, express
@@ -25,8 +26,12 @@ def draft(
     request: Request,
     inputs: Mapping[str, Any] | None,
     data: Callable[[], Data] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Plan:
-    """The plan for a model; calibrated on what `data` gives, where there is something to fit."""
+    """The plan for a model; calibrated on what `data` gives, where there is something to fit.
+
+    `dtype`: in which the result is stored, None: in the model's own.
+    """
     prefix = getattr(model, "base_model_prefix", "")
     prefix = prefix if prefix and hasattr(model, prefix) else ""
     model_type = getattr(getattr(model, "config", None), "model_type", "")
@@ -47,7 +52,7 @@ def draft(
             f"{normmap.architecture}: no form of {request.words()} computes the same function. Leave out --exact to "
             f"have it calibrated."
         )
-    asked = by_eps(model, normmap, made, inputs)
+    asked = by_eps(model, normmap, made, inputs, dtype)
     if asked is not None and data is None:
         return express(made, asked, None)
     if data is None or (made.claim == "exact" and not made.lacks() and not inserted(made)):

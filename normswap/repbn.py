@@ -18,7 +18,7 @@ from normswap.drafting import draft
 from normswap.errors import RefusedError
 from normswap.norms.kinds.affine import Affine
 from normswap.norms.kinds.layer_norm import LayerNorm
-from normswap.planning.edits import AnyEdit, Drop, Initialise, ModuleEdit, SetConfig, SwapNorm
+from normswap.planning.edits import AnyEdit, Drop, Initialise, ModuleEdit, Refit, SetConfig, SwapNorm
 from normswap.planning.plans import Plan
 from normswap.planning.request import Request
 
@@ -83,6 +83,8 @@ def folded_plan(plan: Plan, model: nn.Module, inputs: Mapping[str, Any] | None =
     gone, norms, edits = _fold(model, inputs)
     kept: list[AnyEdit] = []
     for edit in plan.edits:
+        if isinstance(edit, Refit) and edit.tensor.rpartition(".")[0] in norms:
+            continue
         if isinstance(edit, Initialise) and edit.module in norms:
             # a tensor of the source that nothing is left of
             if edit.module in gone and edit.tensor in edit.reads():

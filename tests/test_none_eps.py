@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import normswap
 from models import tiny
@@ -130,12 +131,26 @@ def test_keys_are_found_by_trying():
     found = eps_keys(model, {1e-12}, example_inputs(model))
     assert {key: len(norms) for key, norms in found.items()} == {"layer_norm_eps": 6}
     assert {held for norms in found.values() for held in norms.values()} == {"eps"}
-    assert eps_keys(model, {1e-6}, example_inputs(model)) == {}
+    assert eps_keys(model, {1e-6}, example_inputs(model)) == eps_keys(model, {0.0}, example_inputs(model)) == {}
     nested = build("llava")
     sites = normswap.inspect(nested).sites
     found = eps_keys(nested, {site.spec.eps for site in sites.values()}, example_inputs(nested))
     assert {key.partition(".")[0] for key in found} == {"vision_config", "text_config"}
     assert sum(map(len, found.values())) == len(sites)
+
+
+def test_a_norm_that_does_not_run_is_not_forgotten():
+    """It would be built with the new eps as well, and nobody knows what it normalises."""
+
+    class Idle(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.aside = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    model = Idle(tiny("llama").config)
+    assert eps_keys(model, {model.config.rms_norm_eps}, example_inputs(model)) == {}
+    with pytest.raises(RefusedError, match="no number in the configuration of Idle is the eps of"):
+        normswap.plan(model, norm="none-eps")
 
 
 def test_a_norm_with_a_large_eps_is_still_recognised():

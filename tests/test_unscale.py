@@ -317,7 +317,7 @@ REFUSED = {
     ABuffer: ["its skip is scaled by first.alpha"],
     PerChannel: ["its skip is scaled by first.alpha"],
     Negative: ["its skip is scaled by -1.5, and a norm sees the sign"],
-    InTheSum: ["its skip has a factor of its own (2) in the sum itself"],
+    InTheSum: ["its skip has a factor (2) that is no product `a * x` of the skip alone"],
     Local: ["expected a product with one number, written out or held by the module", "a * x"],
     Counting: ["expected a product with one number", "self.alpha * x"],
     Called: ["expected a product with one number", "math.sqrt(3) * x"],

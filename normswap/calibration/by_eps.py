@@ -48,7 +48,7 @@ class ByEps:
     Attributes:
         sites: by path.
         keys: by key of the configuration the norms whose eps it is, and the attribute of each that holds it.
-        dtype: of the model.
+        dtype: of the result.
     """
 
     sites: Mapping[str, Site]
@@ -56,8 +56,10 @@ class ByEps:
     dtype: torch.dtype
 
 
-def by_eps(model: nn.Module, normmap: NormMap, plan: Plan, inputs: Mapping[str, Any] | None) -> ByEps | None:
-    """What of `plan` is to be expressed so; None: nothing.
+def by_eps(
+    model: nn.Module, normmap: NormMap, plan: Plan, inputs: Mapping[str, Any] | None, dtype: torch.dtype | None = None
+) -> ByEps | None:
+    """What of `plan` is to be expressed so; None: nothing. `dtype`: of the result, None: the model's own.
 
     Raises:
         RefusedError: a norm without a gain; an eps that the configuration does not have, or that other norms share.
@@ -83,7 +85,7 @@ def by_eps(model: nn.Module, normmap: NormMap, plan: Plan, inputs: Mapping[str, 
                 f"{words}: {key} is the eps of {others[0]} as well, which is to stay a norm. Exchange all "
                 f"{len(follow)} norms that share it (no --sites, no --role). {_WAY_OUT}, at any site."
             )
-    return ByEps(sites, keys, coarsest_dtype(model))
+    return ByEps(sites, keys, dtype or coarsest_dtype(model))
 
 
 def express(plan: Plan, asked: ByEps, data: Data | None) -> Plan:

@@ -1,4 +1,4 @@
-"""Norms that stand where there were none, fitted so that they change as little as they can.
+"""Norms on heads of queries and keys, fitted so that they change as little as they can.
 
 Behind a gate of 0 they do nothing, so that all of them are fitted to one model, and the claim stays what it is. With
 the gate at 1 each head has one scale for all tokens, whatever it had, and gains for all heads are the same: something
@@ -26,17 +26,21 @@ from normswap.calibration.taps import Tap, rows, watch
 from normswap.errors import RefusedError
 from normswap.norms.fits import root_mean_square
 from normswap.norms.kinds import KINDS
-from normswap.planning.edits import AddNorm
+from normswap.planning.edits import AddNorm, NormOutput
 from normswap.planning.plans import Plan
 from normswap.planning.rewrites.qk_norm import NEUTRAL
 
 _POWERS = (-2, 0, 2)
+#: what so many norms read is held at once, for all tokens
+_TOGETHER = 8
 Tensors = dict[str, torch.Tensor]
 
 
 def inserted(plan: Plan) -> list[AddNorm]:
-    """The norms of a plan that data could tell something of."""
-    return [edit for edit in plan.edits if isinstance(edit, AddNorm) and KINDS[edit.kind].inserted is not None]
+    """The norms of a plan that stand on heads, where no other norm says what their gains are to be."""
+    on_heads = {f"{e.module}.{name}" for e in plan.edits if isinstance(e, NormOutput) for name, *_ in e.runs}
+    found = [edit for edit in plan.edits if isinstance(edit, AddNorm) and edit.module in on_heads]
+    return [edit for edit in found if KINDS[edit.kind].inserted is not None]
 
 
 @torch.no_grad()
@@ -79,16 +83,14 @@ def fit_inserted(plan: Plan, data: Data) -> Plan:
 
 
 def _read(model: nn.Module, norms: list[AddNorm], data: Data) -> Iterator[tuple[AddNorm, torch.Tensor]]:
-    """What each of `norms` reads on all batches, `(rows, width)`; those of one module at once, to run it once."""
-    modules: dict[str, list[AddNorm]] = {}
-    for edit in norms:
-        modules.setdefault(edit.module.rpartition(".")[0], []).append(edit)
-    for parent, its in modules.items():
-        taps = [Tap(edit.module, "input") for edit in its]
+    """What each of `norms` reads on all batches, `(rows, width)`."""
+    for start in range(0, len(norms), _TOGETHER):
+        some = norms[start : start + _TOGETHER]
+        taps = [Tap(edit.module, "input") for edit in some]
         seen = [watch(model, taps, inputs) for inputs in data.batches]
-        for edit, tap in zip(its, taps, strict=True):
+        for edit, tap in zip(some, taps, strict=True):
             if any(tap not in found for found in seen):
-                raise RefusedError(f"{edit.module} is to be fitted, and nothing of the data reaches {parent}.")
+                raise RefusedError(f"{edit.module} is to be fitted, and nothing of the data reaches it.")
             pairs = zip(seen, data.batches, strict=True)
             yield edit, torch.cat([_heads(found.pop(tap), inputs) for found, inputs in pairs])
 

@@ -65,7 +65,7 @@ def _sees_eps(module: Affine, shape: tuple[int, ...]) -> bool:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         real = randomised(module)
-        x = torch.randn((2, *shape[1:]), dtype=torch.float64)
+        x = torch.randn((2, *shape[1:]) if len(shape) > 1 else (2, *shape), dtype=torch.float64)
         before = real(x)
         real.eps = real.eps + 1
         return not torch.equal(real(x), before)

@@ -30,7 +30,7 @@ R = TypeVar("R", bound=Rewriting)
 #: what may be promised, the most first
 CLAIMS = get_args(Claim)
 #: kinds of norm whose parameters fold into their neighbours
-FOLDED = ("layernorm", "rmsnorm", batchnorm.KIND)
+FOLDED = ("layernorm", "rmsnorm", "groupnorm", batchnorm.KIND)
 
 
 def make_plan(

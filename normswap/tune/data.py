@@ -158,19 +158,25 @@ def _checked(found: Dataset, data: Data, source: str) -> Dataset:
 
 
 def _packed(rows: Dataset, data: Data, tokenizer, source: str) -> Dataset:
-    """All texts one after another, cut to blocks, each within the special tokens that a text has."""
+    """All texts one after another, cut to blocks, each within the special tokens that a text has.
+
+    What is left at the end and is shorter than a block is not used.
+    """
     before, after = special_tokens(tokenizer)
     inner = data.block - len(before) - len(after)
     # one text ends, another begins
     between = [tokenizer.eos_token_id] if not after and tokenizer.eos_token_id is not None else []
 
-    def cut(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+    rest: list[int] = []  # of the texts that were cut, what goes on into the next block
+
+    def cut(batch: dict[str, list]) -> dict[str, list]:
         ids = tokenizer(batch[data.column], add_special_tokens=False, verbose=False)["input_ids"]
-        joined = [token for text in ids for token in (*text, *between)]
+        joined = rest + [token for text in ids for token in (*text, *between)]
+        rest[:] = joined[len(joined) // inner * inner :]
         pieces = [before + joined[i : i + inner] + after for i in range(0, len(joined) - inner + 1, inner)]
         return {"input_ids": pieces, "attention_mask": [[1] * len(piece) for piece in pieces]}
 
-    made = rows.map(cut, batched=True, with_indices=True, remove_columns=rows.column_names)
+    made = rows.map(cut, batched=True, remove_columns=rows.column_names)
     if len(made) < 2:
         raise RecipeError(f"data: {source} gives {len(made)} blocks of {data.block} tokens; expected 2 at least.")
     return made

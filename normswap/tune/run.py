@@ -32,6 +32,7 @@ from normswap.tune.publish import publish
 from normswap.tune.recipe import Recipe
 from normswap.tune.schedule import Schedule
 from normswap.tune.selection import select
+from normswap.tune.suited import check_suited
 from normswap.tune.surgery import Surgery, check_start, difference, finish, operate, plan_surgery
 from normswap.tune.tapers import ramped, turns
 from normswap.tune.trainer import BATCH, Guard, Ramps, StagedTrainer, Told, arguments, check_rhythm, judged
@@ -196,6 +197,7 @@ def prepare(recipe: Recipe, source: Source, progress: Progress, run: Path | None
     takes = set(signatures.signature(original.forward).parameters)
     longest = positions if isinstance(positions, int) else None
     data = main_first(lambda: corpus(recipe, tokenizer_of(source), takes, longest))  # `datasets` caches it
+    check_suited(original, recipe.objective, data)
     surgery = None
     if recipe.surgery:
         surgery = _surgery(recipe, source, data, progress, run)
@@ -227,7 +229,10 @@ def _load(recipe: Recipe, source: Source) -> PreTrainedModel:
         setattr(config, key, value)
     options = {"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}
     dtype = getattr(torch, recipe.model.dtype)
-    return source.model_class.from_pretrained(source.folder, config=config, dtype=dtype, **options).eval()
+    try:
+        return source.model_class.from_pretrained(source.folder, config=config, dtype=dtype, **options).eval()
+    except (ValueError, ImportError) as error:  # an implementation of attention, or a value of the configuration
+        raise RecipeError(f"model: {recipe.model.path} cannot be loaded so: {' '.join(str(error).split())}") from error
 
 
 def _surgery(recipe: Recipe, source: Source, data: Corpus, progress: Progress, run: Path | None) -> Surgery:

@@ -92,5 +92,7 @@ def turns(sites: Sequence[str], order: str | Sequence[str]) -> list[int]:
     if left := [site for site, turn in zip(sites, found, strict=True) if turn is None]:
         raise RecipeError(f"taper.order: no pattern fits {', '.join(left[:5])} ({len(left)} of {len(sites)} sites).")
     if idle := [pattern for i, pattern in enumerate(order) if i not in found]:
-        raise RecipeError(f"taper.order: '{idle[0]}' fits no site; there are {', '.join(sites[:5])}, ...")
+        taken = any(fnmatchcase(site, idle[0]) for site in sites)
+        which = "that a pattern before it does not fit" if taken else f"of {', '.join(sites)}"
+        raise RecipeError(f"taper.order: '{idle[0]}' fits no site {which}.")
     return [turn for turn in found if turn is not None]

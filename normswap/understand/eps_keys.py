@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from normswap.norms.probe import find_norms
 from normswap.observe.run import observe
-from normswap.observe.trace import Ref, Trace, collapse_norms
+from normswap.observe.trace import Ref, collapse_norms
 
 # what is tried is so many times what is there: large enough to be measured, and no number that stands there anyway
 _TRIED = 1.37
@@ -30,7 +30,7 @@ def eps_keys(model: nn.Module, values: set[float], inputs: Mapping[str, Any]) ->
     """
     if not isinstance(model, PreTrainedModel):
         return {}
-    epses, rest = _seen(model, inputs)
+    before = _Seen(model, inputs)
     found: dict[str, dict[str, str]] = {}
     for key in _numbers(model.config, values):
         config = copy.deepcopy(model.config)
@@ -40,13 +40,18 @@ def eps_keys(model: nn.Module, values: set[float], inputs: Mapping[str, Any]) ->
         try:
             with torch.device("meta"):
                 other = type(model)._from_config(config).eval()
-            changed, unchanged = _seen(other, inputs)
+            after = _Seen(other, inputs)
         except Exception:
             # a configuration may check its numbers, and a class what it is built with: then this one cannot be changed
             continue
-        follow = {path: held for path in changed if (held := _attribute(other.get_submodule(path), tried)) is not None}
-        stay = all(changed.get(path) == eps for path, eps in epses.items() if path not in follow)
-        if follow and stay and changed.keys() == epses.keys() and unchanged == rest:
+        held = {path: name for path, m in other.named_modules() if (name := _attribute(m, tried)) is not None}
+        follow = {path: held[path] for path, eps in after.eps.items() if path in held and abs(eps / tried - 1) < 1e-3}
+        stay = {path: eps for path, eps in before.eps.items() if path not in follow}
+        same = (
+            stay == {path: eps for path, eps in after.eps.items() if path not in follow} and before.calls == after.calls
+        )
+        # what did not run may be a norm too
+        if follow and same and held.keys() <= after.ran:
             found[key] = follow
     return found
 
@@ -67,19 +72,25 @@ def _numbers(config: PretrainedConfig, values: set[float], prefix: str = "") -> 
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
             yield from _numbers(value, values, f"{prefix}{name}.")
-        elif isinstance(value, float) and any(abs(value - eps) <= 1e-3 * eps for eps in values):
+        elif isinstance(value, float) and any(abs(value - eps) <= 1e-3 * eps for eps in values if eps > 0):
             yield prefix + name
 
 
-def _seen(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, float], list]:
-    """The eps of every norm, and everything else that the model calls, with its numbers."""
-    trace = observe(model, inputs)
-    norms = find_norms(model, trace).specs
-    return {path: spec.eps for path, spec in norms.items()}, _calls(collapse_norms(trace, set(norms)))
+class _Seen:
+    """What a pass of a model shows.
 
+    Attributes:
+        eps: of every norm, by path.
+        calls: everything else that the model calls, with its numbers.
+        ran: paths of the modules that ran.
+    """
 
-def _calls(trace: Trace) -> list:
-    return [
-        (op.name, op.module, tuple(repr(leaf) for leaf in op.leaves or () if not isinstance(leaf, Ref)))
-        for op in trace.operations
-    ]
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any]):
+        trace = observe(model, inputs)
+        norms = find_norms(model, trace).specs
+        self.eps = {path: spec.eps for path, spec in norms.items()}
+        self.ran = {call.path for call in trace.calls}
+        self.calls = [
+            (op.name, op.module, tuple(repr(leaf) for leaf in op.leaves or () if not isinstance(leaf, Ref)))
+            for op in collapse_norms(trace, set(norms)).operations
+        ]

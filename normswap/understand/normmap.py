@@ -130,7 +130,11 @@ class NormMap:
         followed = [spec for spec in norms.values() if len(spec.axes) == 1 and spec.kind in ("layernorm", "rmsnorm")]
         followed += own.values()
         running = [spec for spec in norms.values() if spec.kind == "batchnorm"]
-        widths, channels = sorted({spec.width for spec in followed}), {spec.channels for spec in (*followed, *running)}
+        on_maps = [spec for spec in norms.values() if spec.kind == "groupnorm"]
+        widths, channels = (
+            sorted({spec.width for spec in followed}),
+            {spec.channels for spec in (*followed, *running, *on_maps)},
+        )
         called = {op.module: op.name for op in trace.operations if op.function in FUNCTIONS}
         loose = {op.module: FUNCTIONS[op.function] for op in trace.operations if op.function in FUNCTIONS}
         probers = {width: Prober(trace, width) for width in {*widths, *channels}}

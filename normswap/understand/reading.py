@@ -71,7 +71,7 @@ def readings(trace: Trace, norms: dict[str, NormSpec], prober: Prober) -> Readin
                     result.uses.setdefault((name, op.module), set()).add("")
             spec = norms[op.norm]
             ndim = len(trace.values[op.outputs[0]].shape)
-            if spec.channels == prober.width and len(spec.axes) == 1:
+            if spec.channels == prober.width and (len(spec.axes) == 1 or spec.kind == "groupnorm"):
                 carried[op.outputs[0], spec.axes[0] % ndim] = op.norm
                 result.readers.setdefault(op.norm, [])
                 result.others.setdefault(op.norm, [])

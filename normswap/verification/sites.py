@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from normswap.norms.formula import formula, placed
 from normswap.norms.spec import NormSpec
 from normswap.verification.basis import Turn
 from normswap.verification.metrics import Record, ratio
@@ -89,7 +90,7 @@ class Seen:
     """One call of one site, in rows of the normalised width.
 
     Attributes:
-        normalised: the input `n`, `(rows, width)`; of kinds that are not normalised here, the output.
+        normalised: the input `n`, `(rows, width)`; of kinds that are not normalised here (batch norms), the output.
         off_centre: each row's `|mean(x)| / rms(x)`, `(rows,)`.
         output: `y`, `(rows, width)`.
         gain, bias: as the module has them, of the output's shape; None where it has none.
@@ -140,6 +141,8 @@ def site_calls(model: nn.Module, sites: Sequence[SiteSpec], expected: Sequence[S
 
 def _seen(module: nn.Module, x: torch.Tensor, y: torch.Tensor, spec: NormSpec) -> Seen:
     plain = y.detach().to(torch.float64, copy=True)  # what follows may write into it
+    if spec.kind == "groupnorm":
+        return _seen_on_maps(module, x, plain, spec, y.dtype)
     if spec.kind not in _NORMALISED_KINDS:
         # a channel's values do not lie along one axis of the input: rows are those of the output's last axis
         rows = plain.reshape(-1, plain.shape[-1])
@@ -150,6 +153,23 @@ def _seen(module: nn.Module, x: torch.Tensor, y: torch.Tensor, spec: NormSpec) -
     bias = _parameter(module, spec.bias, spec, plain)
     normalised, off_centre = _normalise(x, spec)
     return Seen(normalised, off_centre, _rows(plain, spec), gain, bias, y.dtype)
+
+
+def _seen_on_maps(module: nn.Module, x: torch.Tensor, y: torch.Tensor, spec: NormSpec, dtype: torch.dtype) -> Seen:
+    """Of a norm over positions; rows are those of the last axis."""
+    bare = spec.model_copy(update={"gain": None, "weight": None, "bias": None})
+    held = {name: getattr(module, name, None) for name in (spec.weight, spec.bias) if name is not None}
+    parts = {
+        name: None if p is None else placed(p.detach().double(), y.ndim, spec).expand(y.shape)
+        for name, p in held.items()
+    }
+    normalised = formula(x.detach().double(), bare, {})
+    normalised, plain, gain, bias = (
+        None if t is None else t.reshape(-1, y.shape[-1])
+        for t in (normalised, y, parts.get(spec.weight), parts.get(spec.bias))
+    )
+    gain = 1 + gain if gain is not None and spec.gain == "1 + w" else gain
+    return Seen(normalised, torch.zeros(len(plain)), plain, gain, bias, dtype)
 
 
 def _normalise(x: torch.Tensor, spec: NormSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ parameters that the plan left as they were.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from normswap.apply.live import apply_plan
 from normswap.errors import NormswapError, ObserveError, RefusedError
 from normswap.observe.run import make_eager
 from normswap.understand.normmap import NormMap
+from normswap.understand.placement import Block, Stream
 from normswap.verification.outputs import Outputs, check_alike, outputs_of, row_errors
 from normswap.verification.precision import LiftFloat32
 from sweep import targets
@@ -33,6 +34,7 @@ EXPECTED: dict[str, Callable[..., Placement]] = {
     "post": targets.normalised,
     "deepnorm": targets.normalised,
     "keel": partial(targets.normalised, keep_n_in=True),
+    "layernorm-scaling": targets.unmoved,
 }
 #: what a record's `result` may be
 RESULTS = ("confirmed", "refused", "WRONG", "unstable", "crashed", "nothing")
@@ -74,7 +76,9 @@ def place(model_type: str, placement: str) -> dict[str, Any]:
     streams = list(targets.raw_streams(normmap))
     if not streams:
         return record | {"result": "nothing"}
-    record |= {"streams": len(streams), "asked": sum(len(stream.blocks) for stream in streams)}
+    record |= {"streams": len(streams), "asked": len(_asked(streams, placement))}
+    if not record["asked"]:
+        return record | {"result": "nothing"}
     names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     try:
         plan = normswap.plan(model, placement=placement, partial=True, inputs=inputs)
@@ -87,12 +91,12 @@ def place(model_type: str, placement: str) -> dict[str, Any]:
     try:
         original, dtype = _wide(model, inputs)
         moved = apply_plan(copy.deepcopy(original), plan)
-        sums = moved_sums(normmap, NormMap.of(moved, inputs))
+        sums = _MOVED.get(placement, moved_sums)(normmap, NormMap.of(moved, inputs))
         if not sums:
-            raise Wrong("something was planned, and no norm stands behind any sum")
+            raise Wrong("something was planned, and no sum is found that moved")
         record["moved"] = len(sums)
         if len(sums) < record["asked"] and not plan.refused:
-            raise Wrong(f"{record['asked'] - len(sums)} sums have no norm behind them, and none was refused")
+            raise Wrong(f"{record['asked'] - len(sums)} sums have not moved, and none was refused")
         expected = EXPECTED[placement](original, normmap, streams, only=sums)
         found = compare(original, moved, normmap, expected, batches_of(model, inputs))
     except Wrong as error:
@@ -110,27 +114,51 @@ def place(model_type: str, placement: str) -> dict[str, Any]:
     return record | {"result": "unstable" if unstable else "WRONG", "why": why}
 
 
-def moved_sums(before: NormMap, after: NormMap) -> set[int]:
-    """The sums of raw streams of `before` (`Block.add`) whose step ends in a norm in `after`.
+def _asked(streams: Sequence[Stream], placement: str) -> set[int]:
+    """The sums that are to move (`Block.add`): in the first layer a damped norm is any norm."""
+    blocks = [block for stream in streams for block in stream.blocks]
+    return {block.add for block in blocks if placement != "layernorm-scaling" or (block.layer and block.n_in)}
+
+
+def _pairs(before: NormMap, after: NormMap) -> Iterator[tuple[Stream, dict[int, Block]]]:
+    """The raw streams of `before`, with what their sums are in `after`.
 
     Raises:
         Wrong: a stream has other sums than before.
     """
     modules = [[block.module for block in info.blocks] for info in after.streams]
-    found = set()
     for stream in targets.raw_streams(before):
         own = [block.module for block in stream.blocks]
         if own not in modules:
             raise Wrong(f"the second trace has no stream with the {len(own)} sums from {own[0]} to {own[-1]}")
         at = modules.index(own)
         modules[at] = []  # a tower that runs twice has two such streams
-        now = dict(zip((block.add for block in stream.blocks), after.streams[at].blocks, strict=True))
+        yield stream, dict(zip((block.add for block in stream.blocks), after.streams[at].blocks, strict=True))
+
+
+def damped_sums(before: NormMap, after: NormMap) -> set[int]:
+    """The sums of raw streams of `before` (`Block.add`) whose norms are damped in `after`. Raises Wrong."""
+    return {add for _, now in _pairs(before, after) for add, block in now.items() if block.is_damped}
+
+
+def moved_sums(before: NormMap, after: NormMap) -> set[int]:
+    """The sums of raw streams of `before` (`Block.add`) whose step ends in a norm in `after`.
+
+    Raises:
+        Wrong: a stream has other sums than before.
+    """
+    found = set()
+    for stream, now in _pairs(before, after):
         steps = [step for step in targets.steps(before, stream) if now[step[-1].add].n_out]
         if all(step[-1].n_out for step in steps):
             continue  # those that had a norm there before, and nothing has moved
         for step in steps:
             found.update(block.add for block in step)
     return found
+
+
+#: what finds the sums that moved, where that is no norm behind them
+_MOVED = {"layernorm-scaling": damped_sums}
 
 
 def compare(

@@ -180,6 +180,13 @@ def _first_norm(
     return {path: raw.affine(path)} if is_normal else {}
 
 
+def unmoved(
+    model: nn.Module, normmap: NormMap, streams: Iterable[Stream], only: Container[int] | None = None
+) -> Placement:
+    """The model as it is: what an exact move must compute."""
+    return Placement()
+
+
 def sandwiched(normmap: NormMap, streams: Iterable[Stream], norm: Function) -> Placement:
     """Every branch goes through `norm` before it is added."""
     return Placement({block.add: Slots(n_branch=norm) for stream in streams for block in stream.blocks})

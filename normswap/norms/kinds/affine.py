@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from normswap.norms.fits import gain_and_bias, neutral
 from normswap.norms.formula import running_affine
-from normswap.norms.kind import Direct, Kind
+from normswap.norms.kind import Direct, Fitted, Kind
 
 
 class Affine(nn.Module):
@@ -59,12 +60,17 @@ def _frozen(spec, tensors):
     return {"weight": scale, "bias": shift}
 
 
+def _fit(samples):
+    gain, bias, _ = gain_and_bias(samples.x, samples.y)
+    return {"weight": gain, "bias": bias}
+
+
 KINDS = (
     Kind(
         "affine",
         Affine,
-        "A gain and a bias; of a BatchNorm exactly, as its running statistics are constants.",
-        {"batchnorm": Direct(_frozen)},
+        "A gain and a bias; of a BatchNorm exactly, as its running statistics are constants; of a GroupNorm fitted.",
+        {"batchnorm": Direct(_frozen), "groupnorm": Fitted(_fit, neutral)},
     ),
     Kind("identity", nn.Identity),
 )

@@ -57,6 +57,6 @@ KINDS = (
         "derf",
         Derf,
         "Dynamic erf, g erf(a x + s) + b: no statistics. Fitted to what each norm gave.",
-        {"layernorm": _ROUTE, "rmsnorm": _ROUTE, "batchnorm": _ROUTE},
+        {"layernorm": _ROUTE, "rmsnorm": _ROUTE, "batchnorm": _ROUTE, "groupnorm": _ROUTE},
     ),
 )

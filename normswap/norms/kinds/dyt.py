@@ -51,6 +51,6 @@ KINDS = (
         "dyt",
         DyT,
         "Dynamic tanh, g tanh(a x) + b: no statistics. Fitted to what each norm gave.",
-        {"layernorm": _ROUTE, "rmsnorm": _ROUTE, "batchnorm": _ROUTE},
+        {"layernorm": _ROUTE, "rmsnorm": _ROUTE, "batchnorm": _ROUTE, "groupnorm": _ROUTE},
     ),
 )

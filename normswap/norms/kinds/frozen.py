@@ -89,14 +89,20 @@ def fit(samples: Samples) -> Values:
 
 
 def fit_one(samples: Samples) -> Values:
-    """One scale for all tokens, and a bias where the norm had one."""
+    """One scale for all tokens."""
     z, y = around(samples.x, samples.spec).double(), samples.y.double()
     s = frozen_scale(root_mean_square(z))
+    gain, bias, _ = gain_and_bias(z / s, y)
+    return {"weight": gain, "bias": bias, "scale": s.reshape(1)}
+
+
+def fit_as_built(samples: Samples) -> Values:
+    """One scale for all tokens, and a bias only where the norm had one."""
     if samples.spec.bias is not None:
-        gain, bias, _ = gain_and_bias(z / s, y)
-        return {"weight": gain, "bias": bias, "scale": s.reshape(1)}
-    tiny = torch.finfo(torch.float64).tiny
-    gain = s * (z * y).sum(0) / z.square().sum(0).clamp_min(tiny)
+        return fit_one(samples)
+    z, y = around(samples.x, samples.spec).double(), samples.y.double()
+    s = frozen_scale(root_mean_square(z))
+    gain = s * (z * y).sum(0) / z.square().sum(0).clamp_min(torch.finfo(torch.float64).tiny)
     return {"weight": gain, "bias": torch.zeros_like(gain), "scale": s.reshape(1)}
 
 
@@ -110,15 +116,20 @@ KINDS = (
         "none",
         Frozen,
         "No norm: one frozen scale per site (two where some tokens are far apart), gain and bias fitted.",
-        {"rmsnorm": Fitted(fit, start, into_apart="none-apart"), "layernorm": _CENTRED},
+        {
+            "rmsnorm": Fitted(fit, start, into_apart="none-apart"),
+            "layernorm": _CENTRED,
+            # of a map no token has a scale: statistics are of all its positions
+            "groupnorm": Fitted(fit_one, start),
+        },
     ),
     Kind(
         "none-eps",
         Frozen,
         "As none, by norms of the model's own class with an eps that outweighs every variance: no class of ours.",
         {
-            "rmsnorm": Fitted(fit_one, start, into="none"),
-            "layernorm": Fitted(fit_one, start, "none-centred", centred=True),
+            "rmsnorm": Fitted(fit_as_built, start, into="none"),
+            "layernorm": Fitted(fit_as_built, start, "none-centred", centred=True),
         },
         by_eps=True,
     ),

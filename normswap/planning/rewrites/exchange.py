@@ -58,7 +58,8 @@ def _obstacle(normmap: NormMap, site: Site) -> str | None:
     spec = site.spec
     if spec.gate is not None:
         return "it has a gate, which another norm would not have"
-    if len(spec.axes) != 1 or (spec.groups > 1 and spec.kind != "batchnorm"):
+    by_channel = spec.kind in ("batchnorm", "groupnorm")  # gain and bias lie along the first of its axes
+    if not by_channel and (len(spec.axes) != 1 or spec.groups > 1):
         return "it normalises runs of its channels, or several axes together; only norms over one axis can be exchanged"
     if site.path in normmap.twins:
         return f"it is {', '.join(normmap.twins[site.path])} as well, which would stay as it is"

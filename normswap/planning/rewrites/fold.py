@@ -6,7 +6,8 @@ For a reader `y = W n + c` of `n = z diag(g) + b`:
 
 with W in the second term as it was before the gain. For a `1 + w` norm g is `1 + w`. W may be a convolution, where no
 padding hides b at the border. Every consumer of the norm must be such a reader, and every reader must read this norm
-alone; a reader without a bias grows one if there is a b.
+alone; a reader without a bias grows one if there is a b. Gain and bias of a group norm lie along the first of its axes,
+its channels.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def fold(normmap: NormMap, sites: Iterable[Site], ties: Ties, swapped: set[str],
 def _site_edits(normmap: NormMap, site: Site, ties: Ties, given_out: bool) -> list[AnyEdit] | str:
     """Edits of the site's readers, or the reason why it cannot be folded."""
     spec = site.spec
-    if len(spec.axes) != 1:
+    if len(spec.axes) != 1 and spec.kind != "groupnorm":
         return f"it normalises axes {spec.axes} together; only gains along one axis can be folded"
     if spec.bias is not None and spec.gate is not None and spec.gate.place == "after":
         return "its bias is multiplied by its gate, which is another for every token"

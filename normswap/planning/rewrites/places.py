@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from normswap.errors import RefusedError
 from normswap.observe.trace import Frame, Operation, Ref
 from normswap.planning.edits import Change
+from normswap.source.expressions import factors, first_of, helper, is_number, passed, summands
 from normswap.source.methods import Method, place
 from normswap.understand.normmap import NormMap, StreamInfo
 from normswap.understand.placement import Block, Stream
@@ -110,8 +111,8 @@ class Places:
         if len(self._runs[op.frames[0].module, op.frames[0].span]) > times:
             raise NoPlace(self._shown(op, "one line multiplies for several blocks"))
         found = self._at(op.frames[0])
-        sides = _factors(found.node)
-        numbers = [side for side, node in sides.items() if _is_number(found.method, node)]
+        sides = factors(found.node)
+        numbers = [side for side, node in sides.items() if is_number(found.method, node)]
         if len(numbers) != 1 or (isinstance(found.node.op, ast.Div) and numbers != ["right"]):
             raise NoPlace(self.shown(found, "expected a product with one number, written out or held by the module"))
         return found, "left" if numbers == ["right"] else "right"
@@ -195,7 +196,7 @@ class Places:
             raise NoPlace(self._shown(op, f"what the block reads is made here and not in {module}"))
         found = self._at(frame)
         if op.module != module and not calls[0].single:
-            first = _first_of(found.method.tree, found.node)
+            first = first_of(found.method.tree, found.node)
             if first is None:
                 raise NoPlace(self.shown(found, "expected the first of what it gives to be taken by [0]"))
             return Place(found.module, found.method, first)
@@ -258,10 +259,10 @@ class Places:
         frame = op.frames[0]
         function = None
         if depth == 0:
-            pair = _sides(node)
+            pair = summands(node)
         elif depth == 1 and frame.module is None:
-            function, inner = _helper(frame)
-            pair = None if inner is None else _sides(inner)
+            function, inner = helper(frame)
+            pair = None if inner is None else summands(inner)
         else:
             return None, None
         values = [leaf.value for leaf in op.leaves if isinstance(leaf, Ref)]
@@ -271,7 +272,7 @@ class Places:
         skip, branch = (sides.get(v) for v in block.operands)
         if depth == 0:
             return skip, branch
-        return tuple(_passed(function, side, node) for side in (skip, branch))
+        return tuple(passed(function, side, node) for side in (skip, branch))
 
     def _readers(self, stream: Stream, block: Block) -> list[int]:
         value = stream.analysis.base(block.operands[0])
@@ -304,7 +305,7 @@ class Places:
     def _operand(self, found: Place, op: Operation, value: int, base: Callable[[int], int]) -> Place:
         refs = [leaf.value for leaf in op.leaves if isinstance(leaf, Ref)]
         position = next(i for i, v in enumerate(refs) if base(v) == value)
-        pair = _sides(found.node)
+        pair = summands(found.node)
         if pair is not None and len(refs) == 2:
             return Place(found.module, found.method, pair[position])
         if isinstance(found.node, ast.Call) and position < len(found.node.args):
@@ -323,91 +324,9 @@ class Places:
         return f"{op.name} in {op.module or 'the model'} ({where}): {why}.\n{lines}"
 
 
-def _helper(frame: Frame) -> tuple[ast.FunctionDef | None, ast.AST | None]:
-    """The helper function that a frame stands in, and the expression in it."""
-    tree = ast.parse("".join(linecache.getlines(frame.span.file)) or "pass")
-    name = frame.span.function.rpartition(".")[2]
-    where = (frame.span.line, frame.span.column, frame.span.end_line, frame.span.end_column)
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef) and function.name == name:
-            for node in ast.walk(function):
-                if isinstance(node, ast.expr | ast.AugAssign) and place(node) == where:
-                    return function, node
-    return None, None
-
-
 def _lines(frame: Frame) -> str:
     span = frame.span
     return "\n".join(f"    {linecache.getline(span.file, n).rstrip()}" for n in range(span.line, span.end_line + 1))
-
-
-def _sides(node: ast.AST) -> tuple[ast.AST, ast.AST] | None:
-    """Left and right of a sum of two, in the order in which torch gets them."""
-    if isinstance(node, ast.Call) and any(isinstance(argument, ast.Starred) for argument in node.args):
-        return None
-    match node:
-        case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return left, right
-        case ast.AugAssign(target=target, op=ast.Add(), value=value):
-            return target, value
-        case ast.Call(func=ast.Attribute(attr="add", value=ast.Name(id="torch")), args=[left, right], keywords=[]):
-            return left, right
-        case ast.Call(func=ast.Attribute(attr="add" | "add_", value=left), args=[right], keywords=[]):
-            return left, right
-    return None
-
-
-def _factors(node: ast.AST) -> dict[str, ast.AST]:
-    """The sides of a product or quotient."""
-    match node:
-        case ast.BinOp(left=left, op=ast.Mult() | ast.Div(), right=right):
-            return {"left": left, "right": right}
-    return {}
-
-
-def _is_number(method: Method, node: ast.AST) -> bool:
-    """Whether an expression is made of numbers, names of the source file and what the module holds, and nothing that
-    the method makes: it is the same in each pass, and nothing else happens in it.
-    """
-    own, known = method.tree.args.args[0].arg, method.global_names()
-    stored = [n for n in ast.walk(method.tree) if isinstance(getattr(n, "ctx", None), ast.Store)]
-    attributes = {n.attr for n in stored if isinstance(n, ast.Attribute)}
-    names = {n.id for n in stored if isinstance(n, ast.Name)}
-    for inner in ast.walk(node):
-        match inner:
-            case ast.Name(id=name) if name in names or (name != own and name not in known):
-                return False
-            case ast.Attribute(attr=name) if name in attributes:
-                return False
-            case ast.Name() | ast.Attribute() | ast.Constant() | ast.Subscript() | ast.BinOp() | ast.UnaryOp():
-                continue
-            case ast.operator() | ast.unaryop() | ast.expr_context():
-                continue
-            case _:
-                return False
-    return True
-
-
-def _first_of(tree: ast.AST, call: ast.AST) -> ast.AST | None:
-    """`call(..)[0]` in the tree, None where the call stands without."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Subscript) and node.value is call and isinstance(node.slice, ast.Constant):
-            return node if node.slice.value == 0 else None
-    return None
-
-
-def _passed(function: ast.FunctionDef, side: ast.AST | None, call: ast.AST) -> ast.AST | None:
-    """The argument of `call` that `side`, a name in the function it calls, stands for."""
-    if not isinstance(side, ast.Name) or not isinstance(call, ast.Call):
-        return None
-    names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
-    stores = [n for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-    if side.id not in names or any(n.id == side.id for n in stores):
-        return None
-    position = names.index(side.id)
-    if position < len(call.args):
-        return call.args[position]
-    return next((word.value for word in call.keywords if word.arg == side.id), None)
 
 
 def _parameter(owner: type, key: int | str) -> str:

@@ -142,6 +142,8 @@ class Slots:
     def swap(self, path: str, kind: str, eps: float | None = None, gain: GainForm | None = None) -> None:
         """A norm of `kind` in the place of the one at `path`: with its eps and gain, where no other is given."""
         spec = self.spec(path)
+        if path in self.normmap.twins:
+            raise NoPlace(f"{path} is {', '.join(self.normmap.twins[path])} as well, which would stay as it is.")
         if spec.weight not in (None, "weight") or spec.bias not in (None, "bias"):
             raise NoPlace(f"{path}: expected parameters named weight and bias, found {spec.weight} and {spec.bias}.")
         name = spec.weight or spec.bias

@@ -1,0 +1,145 @@
+"""Every recipe that ships validates, runs on a tiny budget, and a process without normswap loads what it makes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+import normswap
+from normswap.tune.recipe import Recipe, shipped
+from normswap.verification.text import calibration_text
+
+WANTED = {
+    "layernorm-to-rmsnorm", "rmsnorm-to-layernorm", "pre-to-post", "post-to-pre", "to-sandwich", "to-repbn", "to-dyt",
+    "remove-norms", "add-qk-norm",
+}  # fmt: skip
+TINY = (
+    "data.block=32", "data.held_out_blocks=2", "data.calibration_tokens=256", "stages.0.tokens=256", "verify=fast",
+    "training.per_device_train_batch_size=4", "guards={loss: null, tail: null}",
+)  # fmt: skip
+# of a norm that was there and is not any more, and the other way round
+MADE = {
+    "layernorm-to-rmsnorm": {"rmsnorm"},
+    "rmsnorm-to-layernorm": {"layernorm"},
+    "pre-to-post": {"layernorm"},
+    "post-to-pre": {"layernorm"},
+    "to-sandwich": {"layernorm"},
+    "to-repbn": set(),
+    "to-dyt": {"dyt"},
+    "remove-norms": {"none"},
+    "add-qk-norm": {"layernorm", "rmsnorm"},
+}
+LOADS = """
+import json, sys, torch
+from transformers import AutoModel, AutoModelForCausalLM
+sys.modules["normswap"] = None
+found = {}
+for name, folder, auto in json.loads(sys.argv[1]):
+    model = getattr(sys.modules["transformers"], auto).from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        output = model(input_ids=torch.arange(40, 72)[None])[0]
+    found[name] = output.flatten()[:64].tolist()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    """A small random BERT with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("bert")
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    text = calibration_text().read_text("utf-8")[:20000].splitlines()
+    made.train_from_iterator(text, trainers.WordPieceTrainer(vocab_size=200, special_tokens=list(names.values())))
+    ends = [(name, made.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, checkpoints, bert) -> dict:
+    """Every recipe, carried out."""
+    sources = {"rmsnorm-to-layernorm": checkpoints / "llama-shakespeare", "post-to-pre": bert}
+    folder = tmp_path_factory.mktemp("made")
+    found = {}
+    for name in shipped():
+        source = sources.get(name, checkpoints / "gpt2-shakespeare")
+        recipe = Recipe.of(name, (*TINY, f"model={source}", f"output={folder / name}"))
+        found[name] = normswap.finetune(recipe)
+    return found
+
+
+@pytest.fixture(scope="module")
+def loaded(made) -> dict:
+    """What each gives in a process that has no normswap."""
+    wanted = [
+        (name, str(done.folder), "AutoModel" if name == "post-to-pre" else "AutoModelForCausalLM")
+        for name, done in made.items()
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS, json.dumps(wanted)], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_all_that_is_promised_ships():
+    assert set(shipped()) == WANTED
+
+
+@pytest.mark.parametrize("name", sorted(WANTED))
+def test_it_validates_and_says_what_it_is_for(name):
+    text = shipped()[name].read_text("utf-8")
+    assert Recipe.of(name).request() is not None
+    assert re.match(r"# .{20,}", text), "the first line says what the recipe is for"
+
+
+@pytest.mark.parametrize("name", sorted(WANTED))
+def test_it_runs_and_the_result_is_all_there(made, name):
+    done = made[name]
+    assert {"source", "start", "healed"} <= done.scores.keys()
+    assert all(value == value for scores in done.scores.values() for value in scores.values())
+    files = {path.name for path in done.folder.iterdir()}
+    assert {"config.json", "model.safetensors", "normswap.json", "recipe.yaml", "training.png", "README.md"} <= files
+    assert not (done.folder.with_name(f"{name}.training")).exists()
+    record = json.loads((done.folder / "normswap.json").read_text())
+    assert record["training"]["scores"]["healed"] == done.scores["healed"]
+    assert Recipe.of(done.folder / "recipe.yaml") == done.recipe
+    if done.folded is not None:
+        assert done.folded < 1e-5  # measured: 3e-7
+    # scaffolding is gone
+    names = load_file(done.folder / "model.safetensors").keys()
+    assert not [n for n in names if n.endswith((".ramp", ".gate", ".log_scale")) or ".old." in n or "bn_" in n]
+
+
+@pytest.mark.parametrize("name", sorted(WANTED))
+def test_its_norms_are_what_was_asked_for(made, name):
+    kinds = {site.spec.kind for site in normswap.inspect(made[name].folder).sites.values()}
+    assert MADE[name] <= kinds
+    if name in ("to-repbn", "to-dyt", "remove-norms", "layernorm-to-rmsnorm"):
+        assert "layernorm" not in kinds
+
+
+@pytest.mark.parametrize("name", sorted(WANTED))
+def test_a_process_without_normswap_loads_it(made, loaded, name):
+    model = normswap.load(made[name].folder).eval()
+    with torch.no_grad():
+        expected = model(input_ids=torch.arange(40, 72)[None])[0].flatten()[:64]
+    error = (torch.tensor(loaded[name]) - expected).norm() / expected.norm()
+    assert error < 1e-6  # measured: 0
