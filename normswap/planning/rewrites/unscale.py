@@ -75,9 +75,7 @@ def _scale_of(name: str, block: Block) -> float:
         )
     a = math.prod(factor.number for factor in block.scales)
     if not math.isclose(abs(a), block.skip, rel_tol=1e-6):
-        raise NoPlace(
-            f"{name}: its skip has a factor ({block.skip:g}) that is no product `a * x` of the skip alone."
-        )
+        raise NoPlace(f"{name}: its skip has a factor ({block.skip:g}) that is no product `a * x` of the skip alone.")
     if a < 0:
         raise NoPlace(f"{name}: its skip is scaled by {a:g}, and a norm sees the sign; expected a positive number.")
     return a
