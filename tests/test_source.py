@@ -131,6 +131,16 @@ def test_parentheses_only_where_the_source_needs_them():
     assert "x = x" in changed("grouped", ("unwrap", None, "self.ln(x)"))
 
 
+def test_a_product_becomes_one_of_its_sides():
+    double = "self.ln(x + y) * 2"
+    assert changed("sums", ("left", None, double)) == ["self.parts[0] += self.ln(x + y)"]
+    within = changed("sums", ("left", None, double), ("unwrap", None, "self.ln(x + y)"))
+    assert within == ["self.parts[0] += x + y"]
+    assert changed("grouped", ("left", None, "y(x) / x"))[0].endswith("x[..., 0], y(x), x - y, not x")
+    long = changed("long", ("right", None, "hidden_states * another_argument_with_a_long_name"))
+    assert "residual_with_a_long_name + another_argument_with_a_long_name + 1" in long[0]
+
+
 def test_super_names_the_class_that_it_was_written_in():
     expected = "return [super(Written, self).forward(self.n(t + helper(x))) for t in y]"
     assert changed("grouped", ("wrap", "n", "t + helper(x)")) == [expected]
@@ -274,6 +284,8 @@ def test_centring_around_a_module_is_seen_through():
     [
         ("sums", dict(kind="wrap", name="n", span=(0, 0, 0, 1)), "expects an expression at"),
         ("sums", dict(kind="unwrap", span=find("sums", "x + self.ln(y)")), "unwrap expects a call with an argument"),
+        ("sums", dict(kind="left", span=find("sums", "x + self.ln(y)")), "left expects a product or quotient"),
+        ("grouped", dict(kind="right", span=find("grouped", "y(x) / x")), "right expects a product, found"),
         ("sums", dict(kind="wrap", span=find("sums", "x + self.ln(y)")), "needs the name"),
         ("sums", dict(kind="enter", argument="q", name="n"), "enter expects an argument q, found self, x, y"),
         ("short", dict(kind="enter", argument="x", name="n"), "a body on lines of its own"),
@@ -290,6 +302,15 @@ def test_a_change_of_what_another_deletes_is_refused():
         rewrite(
             Method.of(Written, "sums"),
             [Change(kind="unwrap", span=spans[0]), Change(kind="wrap", name="n", span=spans[1])],
+        )
+
+
+def test_a_change_of_the_side_that_goes_is_refused():
+    spans = find("sums", "self.ln(x + y) * 2"), find("sums", "self.ln(x + y)")
+    with pytest.raises(PlanError, match="of which it leaves nothing"):
+        rewrite(
+            Method.of(Written, "sums"),
+            [Change(kind="right", span=spans[0]), Change(kind="unwrap", span=spans[1])],
         )
 
 
