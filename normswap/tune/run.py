@@ -309,6 +309,11 @@ def train(
         trained=trained,
         callbacks=[ramps, Guard(recipe.guards, run, schedule), Told(what, progress, say, schedule, ramps), *callbacks],
     )
+    if found is not None and recipe.lora is not None and trainer.is_fsdp_enabled:
+        raise RecipeError(
+            "lora: with FSDP a run cannot be resumed: accelerate saves the adapters alone, and not the norms that were "
+            "trained beside them. Begin again with --restart, or train without training.fsdp, which resumes."
+        )
     spare = copy.deepcopy(model) if trainer.is_fsdp_enabled else None
     shared: list[nn.Parameter] = []
     if losses.teacher is not None:
