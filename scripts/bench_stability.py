@@ -26,9 +26,10 @@ from transformers import TrainerCallback
 
 from normswap.calibration.data import silent
 from normswap.cli.options import err, quiet
+from normswap.tune.prepare import open_source, prepare
 from normswap.tune.recipe import Recipe
-from normswap.tune.run import open_source, prepare, train
 from normswap.tune.surgery import operate
+from normswap.tune.train import train
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "scripts" / "results"

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import normswap.tune.publish
 import normswap.tune.run as runs
+import normswap.tune.train as trainings
 from normswap.errors import RecipeError
 from normswap.norms.kinds.repbn import RepBNLayerNorm
 from normswap.tune.recipe import Recipe
@@ -91,7 +92,7 @@ def test_adapters_are_merged(finetuned, checkpoints, monkeypatch):
     """Linear maps change by what the adapters are, of their rank; norms train; all else is as it was. What is not
     trained is the teacher's own tensor while it lasts, and the teacher does not change."""
     shared = []
-    sharing, measure = runs.share, runs._measure
+    sharing, measure = trainings.share, runs._measure
     originals = []
 
     def share(own, teacher):
@@ -107,7 +108,7 @@ def test_adapters_are_merged(finetuned, checkpoints, monkeypatch):
             assert all(torch.equal(p, originals[0][name]) for name, p in setup.original.named_parameters())
         return measure(setup, model)
 
-    monkeypatch.setattr(runs, "share", share)
+    monkeypatch.setattr(trainings, "share", share)
     monkeypatch.setattr(runs, "_measure", measured)
     source = load_file(checkpoints / "gpt2-shakespeare/model.safetensors")
     recipe = {"lora": {"r": 3, "alpha": 6}, "objective": ["lm", {"kind": "distill", "weight": 0.1}]}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 # what a forked process does not import again
 import normswap.cli.finetune
 import normswap.report.training  # noqa: F401
+import normswap.tune.prepare as prepare_module
 import normswap.tune.publish
 import normswap.tune.run as run_module
 from normswap.cli import main
@@ -149,7 +150,7 @@ def fail_in_surgery(_: object) -> None:
     def refuse(*args):
         raise RefusedError("this surgery is refused")
 
-    run_module.plan_surgery = refuse
+    prepare_module.plan_surgery = refuse
 
 
 def slow_main(seconds: float) -> None:

@@ -8,12 +8,13 @@ from normswap.calibration.data import Progress, silent
 from normswap.checkpoint.source import Source
 from normswap.planning.plans import Plan
 from normswap.tune.objectives import TAUGHT
+from normswap.tune.prepare import open_source, prepare
 from normswap.tune.processes import start
 from normswap.tune.recipe import Recipe
-from normswap.tune.run import open_source, prepare, running_order
 from normswap.tune.selection import select
 from normswap.tune.surgery import operate
 from normswap.tune.tapers import ramped, turns
+from normswap.tune.train import running_order
 
 #: to calibrate on, which shows what is made and takes seconds
 _TOKENS = 512
