@@ -24,25 +24,25 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name, entries in history.items():
-        colour = _COLOURS.get(name, "#b5651d")
-        for axis, key, style in ((left, "loss", ":"), (left, "eval_mean", "-"), (right, "eval_p99.9", "-")):
+    figure, panels = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    shown = {"eval_mean": "held out, mean", "eval_p99.9": "held out, 99.9th percentile", "loss": "what is minimised"}
+    for axis, (key, title) in zip(panels, shown.items(), strict=True):
+        for name, entries in history.items():
             points = [(entry["tokens"], entry[key]) for entry in entries if key in entry]
             if points:
-                label = f"{name}, {'training' if key == 'loss' else 'held out'}"
                 marker = "" if key == "loss" else "o"
-                axis.plot(*zip(*points, strict=True), style, color=colour, label=label, marker=marker, markersize=3)
-        ramps = [(entry["tokens"], entry["ramp"]) for entry in entries if "ramp" in entry]
-        if ramps:
-            other = left.twinx()
-            other.fill_between(*zip(*ramps, strict=True), color=colour, alpha=0.12, linewidth=0)
-            other.set(ylim=(0, 1), ylabel="ramp, from the exact form (1) to the target (0)")
-    for axis, key, title in ((left, "mean", "loss"), (right, "p99.9", "99.9th percentile over tokens")):
-        if "source" in scores:
-            axis.axhline(scores["source"][key], color="#444444", linewidth=0.8, linestyle="--", label="source")
+                colour = _COLOURS.get(name, "#b5651d")
+                axis.plot(*zip(*points, strict=True), color=colour, label=name, marker=marker, markersize=3)
+        score = {"eval_mean": "mean", "eval_p99.9": "p99.9"}.get(key)
+        if score and "source" in scores:
+            axis.axhline(scores["source"][score], color="#444444", linewidth=0.8, linestyle="--", label="source")
         axis.set(title=title, xlabel="tokens")
         axis.legend(frameon=False, fontsize=8)
         axis.grid(alpha=0.25)
+    ramps = [(entry["tokens"], entry["ramp"]) for entry in history.get("healed", ()) if "ramp" in entry]
+    if ramps:
+        other = panels[0].twinx()
+        other.fill_between(*zip(*ramps, strict=True), color=_COLOURS["healed"], alpha=0.12, linewidth=0)
+        other.set(ylim=(0, 1), ylabel="ramp (1: exact form, 0: target)")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -114,7 +114,7 @@ def _write_weights(
     with tempfile.TemporaryDirectory(dir=folder) as inside:
         published.to(wanted).save_pretrained(inside, max_shard_size=max(shard, 1 << 20))
         for path in Path(inside).glob("model*.safetensors*"):
-            shutil.move(path, folder / path.name)
+            shutil.copyfile(path, folder / path.name)  # with the permissions that the umask gives
     check_files(model, open_published(folder, plan, source.model_class))
     return published
 
