@@ -52,10 +52,12 @@ Examples:
 @click.option("--disk", is_flag=True, help="Save, convert and load each type as well, in a process without normswap.")
 @click.option(
     "--placement",
-    type=click.Choice(["post", "deepnorm", "keel"]),
+    type=click.Choice(["post", "deepnorm", "keel", "layernorm-scaling"]),
     help="Move the norms of pre-norm streams there, in place of all else.",
 )
-@click.option("--kind", type=click.Choice(["batchnorm"]), help="Only norms of this kind, in place of all else.")
+@click.option(
+    "--kind", type=click.Choice(["batchnorm", "rmsnorm"]), help="Only norms of this kind, in place of all else."
+)
 @click.option("--seconds", default=180.0, show_default=True, help="Time that one type may take.")
 @click.option("--gibibytes", default=6.0, show_default=True, help="Memory that one process may take.")
 @click.option("--table", type=click.Path(path_type=Path), help="Write summary and table there, as Markdown.")

@@ -52,11 +52,11 @@ def publish(
     with Checkpoint.open(source.folder) as checkpoint:
         copy_side_files(checkpoint, folder)
         origin = {"name": source.title, "revision": source_revision(recipe), "headers": checkpoint.fingerprint()}
-        largest = max((source.folder / shard.name).stat().st_size for shard in checkpoint.shards)
+        sizes = [(source.folder / shard.name).stat().st_size for shard in checkpoint.shards]
     raw = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
     config = configure(raw, source, source.build(), plan, folder, recipe.dtype)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _write_weights(folder, source, plan, model, largest, recipe.dtype)
+    _write_weights(folder, source, plan, model, sizes, recipe.dtype)
     (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     training = {
         "recipe": recipe.model_dump(mode="json"),
@@ -104,15 +104,17 @@ def _unchanged(source: Source) -> Plan:
 
 
 def _write_weights(
-    folder: Path, source: Source, plan: Plan, model: nn.Module, shard: int, dtype: str | None
+    folder: Path, source: Source, plan: Plan, model: nn.Module, sizes: list[int], dtype: str | None
 ) -> PreTrainedModel:
     cls = load_generated(folder) if plan.module_edits() else source.model_class
     config = cls.config_class.from_pretrained(folder)
     published = cls(config)
     published.load_state_dict(model.state_dict())
     wanted = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
+    # one file where the source is one, and else parts of the size of its parts
+    largest = max(sizes) if len(sizes) > 1 else 1 << 60
     with tempfile.TemporaryDirectory(dir=folder) as inside:
-        published.to(wanted).save_pretrained(inside, max_shard_size=max(shard, 1 << 20))
+        published.to(wanted).save_pretrained(inside, max_shard_size=max(largest, 1 << 20))
         for path in Path(inside).glob("model*.safetensors*"):
             shutil.copyfile(path, folder / path.name)  # with the permissions that the umask gives
     check_files(model, open_published(folder, plan, source.model_class))

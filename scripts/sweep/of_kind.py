@@ -11,7 +11,10 @@ from normswap.understand.normmap import NormMap, find_sites
 from sweep.examine import batches_of, build, convert, pattern, quieten, short
 
 #: by kind of norm, the exact conversions that are for it, in the words of the command line
-CONVERSIONS = {"batchnorm": {"--fold": dict(fold=True), "--norm affine": dict(norm="affine")}}
+CONVERSIONS = {
+    "batchnorm": {"--fold": dict(fold=True), "--norm affine": dict(norm="affine")},
+    "rmsnorm": {"--rotate hadamard": dict(rotate="hadamard")},
+}
 
 
 def examine_kind(model_type: str, kind: str) -> dict[str, Any]:
