@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from normswap.cli.options import err, progress_bars, quiet
+from normswap.tune.objectives import TAUGHT
 from normswap.tune.recipe import Recipe
 from normswap.tune.run import finetune
 
@@ -56,6 +57,9 @@ def main(text: str, minilm: str | None, only: str, tokens: int | None, work: Pat
             continue
         length = [f"stages.0.tokens={tokens}"] if tokens else []
         recipe = Recipe.of(name.split()[0], (*common, *length, *overrides, f"output={kept.with_suffix('')}"))
+        if recipe.objective[0].kind in TAUGHT:  # the source is at no distance from itself, and does not learn
+            _run(name, recipe, kept)
+            continue
         control = _control(recipe, work)
         if not control.exists():
             plain = Recipe.of(_plain(recipe) | {"output": str(control.with_suffix(""))})
