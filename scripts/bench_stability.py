@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from normswap.calibration.data import silent
 from normswap.cli.options import err, quiet
 from normswap.tune.prepare import open_source, prepare
+from normswap.tune.processes import start
 from normswap.tune.recipe import Recipe
 from normswap.tune.surgery import operate
 from normswap.tune.train import train
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "scripts" / "results"
 SURGERIES = {"pre": None, "post": {"placement": "post"}, "deepnorm": {"placement": "deepnorm"},
              "sandwich": {"placement": "sandwich"}}  # fmt: skip
-RATES, WARMUPS = (3e-4, 1e-3, 3e-3, 1e-2), (0.0, 0.2)
+RATES, WARMUPS = (1e-3, 3e-3, 1e-2), (0.0, 0.3)
 #: a run has diverged when its loss stands so many nats above its start
 DIVERGED = 0.5
 
@@ -68,12 +69,13 @@ class Gradients(TrainerCallback):
 def main(text: str, model: str, steps: int) -> None:
     quiet()
     runs = []
+    start({})
     for placement, surgery in SURGERIES.items():
         recipe = Recipe.of(
             {
                 "model": model,
                 "surgery": [] if surgery is None else [surgery],
-                "data": {"source": text, "block": 64, "held_out": 0.03, "held_out_blocks": 64},
+                "data": {"source": text, "block": 64, "held_out": 0.03, "held_out_blocks": 64, "calibration_tokens": 4096},
                 "stages": [{"steps": steps, "learning_rate": 1e-3, "schedule": "constant"}],
                 "training": {"per_device_train_batch_size": 16, "max_grad_norm": 0.0, "logging_steps": 1,
                              "save_strategy": "no", "eval_steps": steps},
@@ -171,7 +173,7 @@ def _draw(runs: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, len(SURGERIES), figsize=(14, 6.5), layout="constrained", sharey="row")
-    colours = dict(zip(RATES, ("#1b6ca8", "#3a9d5d", "#d98c1f", "#b3261e"), strict=True))
+    colours = dict(zip(RATES, ("#1b6ca8", "#3a9d5d", "#b3261e"), strict=True))
     for column, placement in enumerate(SURGERIES):
         for run in (run for run in runs if run["placement"] == placement):
             style = "-" if run["warmup"] else ":"
