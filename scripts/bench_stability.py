@@ -75,7 +75,8 @@ def main(text: str, model: str, steps: int) -> None:
             {
                 "model": model,
                 "surgery": [] if surgery is None else [surgery],
-                "data": {"source": text, "block": 64, "held_out": 0.03, "held_out_blocks": 64, "calibration_tokens": 4096},
+                "data": {"source": text, "block": 64, "held_out": 0.03, "held_out_blocks": 64,
+                         "calibration_tokens": 4096},
                 "stages": [{"steps": steps, "learning_rate": 1e-3, "schedule": "constant"}],
                 "training": {"per_device_train_batch_size": 16, "max_grad_norm": 0.0, "logging_steps": 1,
                              "save_strategy": "no", "eval_steps": steps},
