@@ -14,6 +14,7 @@ from sweep.disk import check_type, load_all
 TOLERANCE = 1e-6  # 2e-14 is measured; code that casts to float32 inside, which nothing lifts here, gives up to 1e-7
 
 # type, or type:head, and how the source is stored. Renamed, split and merged keys come with the types.
+LONG = pytest.mark.long
 TEXT = (
     "gpt2 gpt2:GPT2ForSequenceClassification:sharded gpt2:GPT2DoubleHeadsModel bert:BertForMaskedLM:legacy "
     "bert:BertForPreTraining bert:BertForTokenClassification bert:BertModel bert:BertForQuestionAnswering:legacy "
@@ -53,7 +54,11 @@ def _check(cases: str, folder: Path) -> dict[str, float]:
     return {name: said["error"] for name, said in found.items()}
 
 
-@pytest.mark.parametrize("cases", [TEXT, EXPERTS, PAIRS, PICTURES], ids=["text", "experts", "pairs", "pictures"])
+@pytest.mark.parametrize(
+    "cases",
+    [TEXT, pytest.param(EXPERTS, marks=LONG), pytest.param(PAIRS, marks=LONG), pytest.param(PICTURES, marks=LONG)],
+    ids=["text", "experts", "pairs", "pictures"],
+)
 def test_converted_folders_load_in_stock_transformers_and_agree(cases, tmp_path):
     errors = _check(cases, tmp_path)
     assert len(errors) == len(cases.split()) >= 10
