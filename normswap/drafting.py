@@ -11,13 +11,14 @@ from torch import nn
 from normswap.calibration.by_eps import by_eps, express
 from normswap.calibration.data import Data
 from normswap.calibration.inserted import inserted
+from normswap.calibration.moves import Make
 from normswap.calibration.run import calibrated
 from normswap.errors import RefusedError
 from normswap.planning.planner import make_plan, plan_moves
 from normswap.planning.plans import Plan
 from normswap.planning.request import Request
 from normswap.planning.rewrites.moved import MovedStep, Scales
-from normswap.understand.normmap import inspect
+from normswap.understand.normmap import NormMap, inspect
 from normswap.verification.untying import why_tied
 
 
@@ -32,15 +33,7 @@ def draft(
 
     `dtype`: in which the result is stored, None: in the model's own.
     """
-    prefix = getattr(model, "base_model_prefix", "")
-    prefix = prefix if prefix and hasattr(model, prefix) else ""
-    model_type = getattr(getattr(model, "config", None), "model_type", "")
-    normmap = inspect(model, inputs=inputs)
-    everywhere = request.everywhere()
-    made = make_plan(normmap, everywhere, model_type, prefix)
-    stays_tied = why_tied(model, made, inputs)
-    if stays_tied:
-        made = make_plan(normmap, everywhere, model_type, prefix, stays_tied)
+    normmap, made, make = _planner(model, request, inputs)
     if request.chooses_layers and (data is None or made.claim == "exact"):
         raise RefusedError(
             f"{request.words()}: layers are chosen by what moving them costs on text, "
@@ -57,10 +50,29 @@ def draft(
         return express(made, asked, None)
     if data is None or (made.claim == "exact" and not made.lacks() and not inserted(made)):
         return made
+    data = data()
+    made = calibrated(normmap, request, make, data, moves=bool(request.placements) and made.claim != "exact")
+    return made if asked is None else express(made, asked, data)
+
+
+def with_scales(model: nn.Module, request: Request, scales: Scales) -> Plan:
+    """The plan of a move whose constants are known, with nothing else fitted."""
+    _, _, make = _planner(model, request, None)
+    return make(request, scales)[0]
+
+
+def _planner(model: nn.Module, request: Request, inputs: Mapping[str, Any] | None) -> tuple[NormMap, Plan, Make]:
+    """What the norms of a model are, the plan of a request with nothing fitted, and what makes such plans."""
+    prefix = getattr(model, "base_model_prefix", "")
+    prefix = prefix if prefix and hasattr(model, prefix) else ""
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    normmap, everywhere = inspect(model, inputs=inputs), request.everywhere()
+    made = make_plan(normmap, everywhere, model_type, prefix)
+    stays_tied = why_tied(model, made, inputs)
+    if stays_tied:
+        made = make_plan(normmap, everywhere, model_type, prefix, stays_tied)
 
     def make(asked: Request, scales: Scales | None) -> tuple[Plan, tuple[MovedStep, ...]]:
         return plan_moves(normmap, asked, model_type, prefix, stays_tied, scales)
 
-    data = data()
-    made = calibrated(normmap, request, make, data, moves=bool(request.placements) and made.claim != "exact")
-    return made if asked is None else express(made, asked, data)
+    return normmap, made, make

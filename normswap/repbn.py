@@ -139,10 +139,17 @@ def _affine(norm: nn.Module) -> Affine:
     return rest.train(norm.training)
 
 
+def has_repbn(model: nn.Module) -> bool:
+    return bool(_found(model))
+
+
+def _found(model: nn.Module) -> list[str]:
+    """Paths of all RepBNs. They are known by what they have: a folder's own modelling file has a class of its own."""
+    return [path for path, module in model.named_modules() if hasattr(module, "bn_var") and hasattr(module, "eta")]
+
+
 def _paths(model: nn.Module) -> list[str]:
-    """Of all RepBNs. They are known by what they have: a folder's own modelling file has a class of its own."""
-    found = [path for path, module in model.named_modules() if hasattr(module, "bn_var") and hasattr(module, "eta")]
-    if not found:
+    if not (found := _found(model)):
         raise RefusedError(f"{type(model).__name__} has no RepBN. Put them in with --norm repbn.")
     return found
 

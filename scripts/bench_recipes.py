@@ -48,7 +48,8 @@ def main(text: str, minilm: str | None, only: str, tokens: int | None, work: Pat
     quiet()
     work.mkdir(parents=True, exist_ok=True)
     common = [f"data.source={text}", "data.held_out=0.03", "verify=fast"]
-    lines = {f"{recipe} {model}": _of_language(recipe, model) for model in MODELS for recipe in (*TARGETS, *OTHERS)}
+    trained = ROOT / "tests" / "checkpoints"
+    lines = {f"{recipe} {m}": [f"model={trained / m}"] for m in MODELS for recipe in (*TARGETS, *OTHERS)}
     if minilm:
         lines[f"{EMBEDDINGS[0]} all-MiniLM-L6-v2"] = [f"model={minilm}", "data.held_out=0.1"]
     for name, overrides in lines.items():
@@ -92,10 +93,6 @@ def _control(recipe: Recipe, work: Path) -> Path:
     """Where the control of a recipe is kept."""
     digest = hashlib.sha256(json.dumps(_plain(recipe), sort_keys=True).encode()).hexdigest()[:12]
     return work / f"control_{digest}.json"
-
-
-def _of_language(recipe: str, model: str) -> list[str]:
-    return [f"model={ROOT / 'tests' / 'checkpoints' / model}"]
 
 
 def _table(work: Path, lines: dict[str, list[str]]) -> str:

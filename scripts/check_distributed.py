@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def compared(name: str, base: Path) -> Iterator[tuple[str, float, float]]:
-    """How each of the pairs of processes ends, and how far from one process."""
+    """How each of the pairs of processes ends, and how far from one."""
     import tune_tasks
 
     recipe, overrides = written(base, *CASES[name])
@@ -80,7 +80,11 @@ def compared(name: str, base: Path) -> Iterator[tuple[str, float, float]]:
 
     rows = "per_device_train_batch_size=4" if name == "repbn" else "gradient_accumulation_steps=2"
     one = run("one", f"training.{rows}")
-    for what, args in (("DDP", ()), ("FSDP", ("training.fsdp=true",))):
+    ways = {"DDP": (), "FSDP": ("training.fsdp=true",)}
+    if name == "lora":  # with FSDP it is not resumed, and says so
+        two = run("FSDP", *ways.pop("FSDP"), processes=2)
+        yield "FSDP, whole", *apart(tune_tasks, one, two)
+    for what, args in ways.items():
         run(what, *args, processes=2, code=-9, kill_in_step=3)
         two = run(what, *args, "--resume", processes=2)
         yield f"{what}, killed", *apart(tune_tasks, one, two)

@@ -10,8 +10,9 @@ from click.testing import CliRunner, Result
 from normswap.cli import main
 from normswap.errors import DestinationError, NormswapError, RecipeError, RefusedError, SourceError
 from normswap.tune.dry_run import foresee
-from normswap.tune.recipe import Recipe, shipped
+from normswap.tune.recipe import Recipe
 from normswap.tune.run import finetune
+from normswap.tune.shipped import shipped
 
 BASE = {
     "model": "a-model",

@@ -11,11 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertModel, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 import normswap
 from normswap.apply.modelling import load_generated
-from normswap.tune.recipe import Recipe, shipped
+from normswap.tune.recipe import Recipe
+from normswap.tune.shipped import shipped
 from normswap.verification.text import calibration_text
 
 WANTED = {
@@ -81,10 +90,31 @@ def test_it_validates_and_says_what_it_is_for(name):
     assert re.match(r"# .{20,}", text), "the first line says what the recipe is for"
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, checkpoints) -> dict[str, Path]:
+    """Two of the trained checkpoints' kinds with less of all, random, and their tokenizers."""
+    sizes = {
+        "gpt2": dict(n_layer=2, n_embd=40, n_head=2),
+        "llama": dict(num_hidden_layers=2, hidden_size=40, intermediate_size=80, num_attention_heads=2,
+                      num_key_value_heads=2, head_dim=20),
+    }  # fmt: skip
+    found = {}
+    for name, size in sizes.items():
+        source, folder = checkpoints / f"{name}-shakespeare", tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **size))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        found[name] = folder
+    return found
+
+
 @pytest.mark.parametrize("name", sorted(WANTED))
-def test_it_runs_and_the_result_is_all_there(tmp_path, checkpoints, bert, name):
-    sources = {"rmsnorm-to-layernorm": checkpoints / "llama-shakespeare", "post-to-pre": bert}
-    source = sources.get(name, checkpoints / "gpt2-shakespeare")
+def test_it_runs_and_the_result_is_all_there(tmp_path, small, bert, name):
+    source = {"rmsnorm-to-layernorm": small["llama"], "post-to-pre": bert}.get(name, small["gpt2"])
     recipe = Recipe.of(name, (*TINY, f"model={source}", f"output={tmp_path / name}"))
     done = normswap.finetune(recipe)
     assert {"source", "start", "healed"} <= done.scores.keys()
@@ -94,7 +124,11 @@ def test_it_runs_and_the_result_is_all_there(tmp_path, checkpoints, bert, name):
     assert not done.folder.with_name(f"{name}.training").exists()
     record = json.loads((done.folder / "normswap.json").read_text())
     assert record["training"]["scores"]["healed"] == done.scores["healed"]
-    assert Recipe.of(done.folder / "recipe.yaml") == done.recipe
+    shared = Recipe.of(done.folder / "recipe.yaml")
+    assert shared == done.recipe.without_folders(Path(source).name)
+    # of the user's folders nothing is written
+    texts = [path.read_text("utf-8") for path in done.folder.iterdir() if path.suffix in (".json", ".yaml", ".md")]
+    assert len(texts) > 4 and not any(str(folder) in text for text in texts for folder in (tmp_path, source))
     if done.folded is not None:
         assert done.folded < 1e-5  # measured: 3e-7
     # scaffolding is gone

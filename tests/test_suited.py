@@ -18,7 +18,8 @@ def check(model, objective, **columns) -> None:
     recipe = Recipe.of(recipe | {"data": {"label": "y", "pack": False}})
     ids = torch.randint(3, 99, (3, 12), generator=torch.Generator().manual_seed(4)).tolist()
     rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 12] * 3} | columns)
-    check_suited(model, recipe.objective, Corpus(rows, rows, default_data_collator, "ids"))
+    collate = default_data_collator
+    check_suited(model, recipe.objective, Corpus(rows, rows, collate, collate, "ids", "ids"))
 
 
 def bert(cls, **options):

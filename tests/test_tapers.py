@@ -419,5 +419,5 @@ def test_a_model_that_had_repbn_is_published_without_it(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(done.folder, trust_remote_code=True)
     assert not [name for name in model.state_dict() if "bn_" in name or "eta" in name or "ramp" in name]
     assert not [name for name, _ in model.named_parameters() if ".h." in name and ".ln_" in name]  # nothing is left
-    assert Recipe.of(done.folder / "recipe.yaml") == done.recipe
+    assert Recipe.of(done.folder / "recipe.yaml").stages == done.recipe.stages
     assert "RepBN" not in (done.folder / "modeling_normswap.py").read_text(encoding="utf-8")

@@ -8,13 +8,15 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import normswap
 import normswap.tune.publish
 import normswap.tune.run as runs
 import normswap.tune.train as trainings
 from normswap.errors import RecipeError
 from normswap.norms.kinds.repbn import RepBNLayerNorm
 from normswap.tune.recipe import Recipe
-from normswap.tune.trainer import arguments, blocks, check_rhythm
+from normswap.tune.trainer import blocks
+from normswap.tune.training_arguments import arguments, check_rhythm
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,18 @@ def finetuned(checkpoints, tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(finetuned):
     return finetuned("plain")
+
+
+def test_what_was_trained_and_not_converted_is_a_checkpoint_as_any(plain):
+    _, _, folder = plain
+    assert not (folder / "normswap.json").exists()
+    assert json.loads((folder / "training.json").read_text())["training"]["tokens"] == 3 * 4 * 32
+    assert normswap.plan(folder, norm="rmsnorm").claim == "exact"
+
+
+def test_without_a_surgery_no_block_is_moved(finetuned):
+    with pytest.raises(RecipeError, match="train 'moved' means no parameter"):
+        finetuned("moved", "stages.0.train=moved")
 
 
 def test_accumulated_and_checkpointed(finetuned, plain):
@@ -122,7 +136,7 @@ def test_adapters_are_merged(finetuned, checkpoints, monkeypatch):
     for name in maps:
         values = torch.linalg.svdvals((weights[name] - source[name]).double())
         assert values[3] < 1e-5 * values[0]  # rank 3, but for the rounding of the sum
-    record = json.loads((folder / "normswap.json").read_text())["training"]
+    record = json.loads((folder / "training.json").read_text())["training"]
     assert record["folded"] < 1e-5  # measured: 3e-7, between the model with adapters and the merged one
 
 

@@ -19,6 +19,7 @@ from normswap.apply.modules import ModuleEdits
 from normswap.errors import PlanError
 from normswap.planning.edits import FITTED, Initialise, SetEps, TensorEdit, Untie
 from normswap.planning.plans import Plan
+from normswap.understand.eps_keys import owner_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -210,13 +211,10 @@ def without_storage(model: nn.Module) -> nn.Module:
 
 def _config(model: nn.Module, key: str) -> tuple[object, str]:
     """The configuration object that holds `key` (dots lead into nested ones), and its name there."""
-    *parents, name = key.split(".")
-    config = model.config
-    for parent in parents:
-        if not hasattr(config, parent):
-            raise PlanError(f"the plan sets {key}, but {type(config).__name__} has no {parent}.")
-        config = getattr(config, parent)
-    return config, name
+    try:
+        return owner_of(model.config, key)
+    except AttributeError as error:
+        raise PlanError(f"the plan sets {key}, and the model's configuration has no such part: {error}.") from error
 
 
 def _eps_attributes(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, str, float]]:

@@ -6,13 +6,13 @@ off the same destination, and what a killed run left behind is cleared by the ne
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import shutil
 from pathlib import Path
 
 from normswap.checkpoint.files import CONFIG, INDEX, Checkpoint
+from normswap.checkpoint.lock import Lock
 from normswap.errors import DestinationError
 
 README = "README.md"
@@ -47,7 +47,11 @@ class Staging:
         self._made_parents = [p for p in self.destination.parents if not p.exists()]
         try:
             self.destination.parent.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._lock = Lock(self.destination.with_name(f".{self.destination.name}.normswap-lock"))
+            if not self._lock.acquire():
+                raise DestinationError(
+                    f"{self.destination}: another run is writing it. Wait for that to end, or give another destination."
+                )
         except BaseException as error:
             self._remove_parents()
             if isinstance(error, OSError):
@@ -61,7 +65,7 @@ class Staging:
             self._folder = self._hidden("partial")
             self._folder.mkdir()
         except BaseException:
-            self._unlock()
+            self._lock.release()
             self._remove_parents()
             raise
         return self._folder
@@ -73,7 +77,7 @@ class Staging:
         finally:
             # Gone by now if it was published.
             shutil.rmtree(self._folder, ignore_errors=True)
-            self._unlock()
+            self._lock.release()
             self._remove_parents()
 
     def publish(self) -> None:
@@ -132,26 +136,6 @@ class Staging:
                 os.rename(path, self.destination)
             elif path.name.startswith((start + "old-", start + "partial-")):
                 shutil.rmtree(path, ignore_errors=True)
-
-    def _lock(self) -> None:
-        self._lock_path = self.destination.with_name(f".{self.destination.name}.normswap-lock")
-        while True:
-            self._lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self._lock_fd)
-                raise DestinationError(
-                    f"{self.destination}: another run is writing it. Wait for that to end, or give another destination."
-                ) from None
-            # The run before may have removed the file between our opening and locking it; then the lock is of nothing.
-            if self._lock_path.exists() and os.path.samestat(os.fstat(self._lock_fd), self._lock_path.stat()):
-                return
-            os.close(self._lock_fd)
-
-    def _unlock(self) -> None:
-        self._lock_path.unlink(missing_ok=True)
-        os.close(self._lock_fd)
 
     def _remove_parents(self) -> None:
         """Take away the parents that were made, if nothing came to stand in them."""

@@ -86,12 +86,12 @@ class Record:
         return f"{done}, and fine-tuned on {tokens} tokens"
 
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `normswap.json`: the version of normswap, and the rest."""
+def write_record(folder: Path, record: Mapping[str, Any], name: str = RECORD) -> None:
+    """Write `normswap.json`, or a file of another name: the version of normswap, and the rest."""
     from normswap import __version__
 
     text = json.dumps({"normswap": __version__, **record}, indent=1)
-    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+    (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
 def stock_class(name: str, config_class: type[PretrainedConfig]) -> type[PreTrainedModel] | None:

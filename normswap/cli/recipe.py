@@ -27,7 +27,7 @@ def list_recipes(as_json: bool) -> None:
     """List the recipes that ship with normswap, and what each is for."""
     from rich.table import Table
 
-    from normswap.tune.recipe import shipped
+    from normswap.tune.shipped import shipped
 
     about = {name: _purpose(path.read_text(encoding="utf-8")) for name, path in shipped().items()}
     if as_json:
@@ -44,7 +44,8 @@ def list_recipes(as_json: bool) -> None:
 @click.option("--resolved", is_flag=True, help="With all that it leaves out filled in.")
 def show(recipe: str, resolved: bool) -> None:
     """Print RECIPE, a name or a file."""
-    from normswap.tune.recipe import Recipe, find
+    from normswap.tune.recipe import Recipe
+    from normswap.tune.shipped import find
 
     text = Recipe.of(recipe).to_yaml() if resolved else find(recipe).read_text(encoding="utf-8")
     click.echo(text, nl=False)

@@ -34,13 +34,8 @@ def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command:
         "",
         f"Made from `{source.title}` by normswap. Claim: **{plan.claim}**{unmeasured}. {MEANINGS[plan.claim]}",
         "",
-        *(f"- {reason}" for reason in plan.reasons),
+        *_done(plan),
     ]
-    if not plan.base_output_unchanged:
-        lines.append("- The model without its head gives its output before the last norm's gain and bias.")
-    if plan.refused:
-        lines += ["", f"{len(plan.refused)} norms are as they were, or not all that was asked for was done:", ""]
-        lines += [f"- `{refusal.site}`: {refusal.reason}" for refusal in plan.refused]
     lines += _moved(plan) if plan.moved else []
     lines += ["", "## Measured", "", *proof_markdown(report), *_use(folder, plan)]
     lines += ["## Made by", "", "```", command, "```", ""]
@@ -66,7 +61,7 @@ def write_trained_card(folder: Path, source: Source, plan: Plan, report: Report,
         f"Made from `{source.title}` by normswap, and fine-tuned on {done.tokens} tokens ({data}).",
         "",
         *(["As converted, before training:", ""] if plan.reasons else []),
-        *(f"- {reason}" for reason in plan.reasons),
+        *_done(plan),
         *_moved_table(plan),
         "",
         "## Measured",
@@ -94,6 +89,17 @@ def write_trained_card(folder: Path, source: Source, plan: Plan, report: Report,
         *_changes(done),
     ]
     _write(folder, source, lines)
+
+
+def _done(plan: Plan) -> list[str]:
+    """What was done, why it holds, and what was not."""
+    lines = [f"- {reason}" for reason in plan.reasons]
+    if not plan.base_output_unchanged:
+        lines.append("- The model without its head gives its output before the last norm's gain and bias.")
+    if plan.refused:
+        lines += ["", f"{len(plan.refused)} norms are as they were, or not all that was asked for was done:", ""]
+        lines += [f"- `{refusal.site}`: {refusal.reason}" for refusal in plan.refused]
+    return lines
 
 
 def _changes(done: Finetuned) -> list[str]:

@@ -24,6 +24,8 @@ BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parq
 PLACE = "place"
 Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 _SEED = 0
+#: rows of a batch to calibrate on, at most
+_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,16 @@ class Corpus:
 
     Attributes:
         train, held_out: columns `input_ids`, `attention_mask`, and what the objective reads beside them.
-        collate: makes a batch of rows.
+        collate: makes a batch of rows as they are trained on, and `plain` of them as they are.
+        name: of the source, without folders.
         described: what it is, in words.
     """
 
     train: Dataset
     held_out: Dataset
     collate: Collate
+    plain: Collate
+    name: str
     described: str
 
     @property
@@ -47,17 +52,13 @@ class Corpus:
         return sum(len(ids) for ids in self.train.with_format(None)["input_ids"])
 
     def calibration(self, tokens: int) -> list[dict[str, torch.Tensor]]:
-        """About so many tokens of the training part, from all over it, as batches of one length."""
-        length = len(self.train[0]["input_ids"])
-        count = min(len(self.train), max(2, tokens // length))
-        chosen = [i * len(self.train) // count for i in range(count)]
-        rows = [self.train[i] for i in chosen]
-        kept = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in rows[0]]
-        by_length: dict[int, list[dict[str, Any]]] = {}
-        for row in rows:
-            by_length.setdefault(len(row["input_ids"]), []).append(row)
-        parts = [group[i : i + 8] for group in by_length.values() for i in range(0, len(group), 8)]
-        return [{name: torch.tensor([row[name] for row in part]) for name in kept} for part in parts]
+        """About so many tokens of the training part, from all over it, two batches at least; short rows are padded."""
+        count = min(len(self.train), max(2, round(tokens * len(self.train) / self.train_tokens)))
+        rows = [self.train[i * len(self.train) // count] for i in range(count)]
+        rows = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+        size = min(_TOGETHER, (count + 1) // 2)
+        rows.sort(key=lambda row: len(row["input_ids"]))  # rows of about one length together
+        return [dict(self.plain(rows[i : i + size])) for i in range(0, count, size)]
 
 
 def corpus(recipe: Recipe, tokenizer, takes: set[str], longest: int | None) -> Corpus:
@@ -79,7 +80,7 @@ def corpus(recipe: Recipe, tokenizer, takes: set[str], longest: int | None) -> C
             f"data.block is {data.block}, and the model has positions for {longest} tokens: expected fewer."
         )
     disable_progress_bar()
-    rows, described = _load(data, data.source)
+    rows, name = _load(data, data.source)
     make = _packed if data.pack else _each
     if data.held_out_source is not None:
         kept, _ = _load(data, data.held_out_source)
@@ -89,13 +90,13 @@ def corpus(recipe: Recipe, tokenizer, takes: set[str], longest: int | None) -> C
     train, held_out = (_fitting(part, takes) for part in (train, held_out))
     held_out = held_out.select(range(min(len(held_out), data.held_out_blocks)))
     masked = next((o for o in recipe.objective if isinstance(o, MaskedLanguageModelling)), None)
+    plain = _placeless(default_data_collator if data.pack else _padding(tokenizer, recipe))
+    collate = plain
     if masked is not None:
         held_out = _masked(held_out, _masking(tokenizer, masked.probability, _SEED, recipe))
         collate = _drawing(_masking(tokenizer, masked.probability, None, recipe))
-    else:
-        collate = _placeless(default_data_collator if data.pack else _padding(tokenizer, recipe))
-    described = f"{len(train)} rows of up to {data.block} tokens of {described}"
-    return Corpus(train, held_out, collate, described)
+    described = f"{len(train)} rows of up to {data.block} tokens of {name}"
+    return Corpus(train, held_out, collate, plain, name, described)
 
 
 def _load(data: Data, source: str) -> tuple[Dataset, str]:

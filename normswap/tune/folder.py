@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from normswap.checkpoint.lock import Lock
 from normswap.errors import RecipeError
 from normswap.planning.plans import Plan
 from normswap.tune import checkpoints
@@ -36,20 +36,15 @@ def control_of(run: Path) -> Path:
 def held(run: Path) -> Iterator[None]:
     """Make the folder and keep other runs off it, until the block or the process ends. Raises RecipeError."""
     run.mkdir(parents=True, exist_ok=True)
-    lock = os.open(run / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    lock = Lock(run / _LOCK)
+    if not lock.acquire():
+        raise RecipeError(f"{run}: another process is training there. Wait for it to end, or give another output.")
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RecipeError(
-                f"{run}: another process is training there. Wait for it to end, or give another output."
-            ) from None
         yield
-        (run / _LOCK).unlink(missing_ok=True)
     finally:
-        os.close(lock)
-        if run.is_dir() and {path.name for path in run.iterdir()} <= {_LOCK}:
-            shutil.rmtree(run)
+        lock.release()
+        if not any(run.iterdir()):
+            run.rmdir()
 
 
 def begin(recipe: Recipe, size: Mapping[str, Any], resume: bool, restart: bool) -> list[Change]:

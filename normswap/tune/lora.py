@@ -27,7 +27,7 @@ def add_adapters(
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise RecipeError("lora: PEFT is not installed. pip install 'normswap[lora]'.") from error
-    own = {name for name in select(model, "norms", plan, norms)}
+    own = select(model, "norms", plan, norms)
     try:
         targets = lora.target_modules
         config = LoraConfig(

@@ -24,7 +24,7 @@ from normswap.tune.recipe import Recipe
 from normswap.tune.schedule import Schedule
 from normswap.tune.suited import check_suited
 from normswap.tune.surgery import Surgery, plan_surgery
-from normswap.tune.trainer import BATCH
+from normswap.tune.training_arguments import BATCH
 from normswap.understand.normmap import find_sites
 from normswap.verification.inputs import of_text
 from normswap.verification.run import open_model, tokenizer_of
@@ -133,8 +133,8 @@ def _surgery(recipe: Recipe, source: Source, data: Corpus, progress: Progress, r
         model = open_model(source)
         make_eager(model)
         batches = data.calibration(recipe.data.calibration_tokens)
-        described = f"{sum(b['input_ids'].numel() for b in batches)} tokens of {Path(recipe.data.source).name}"
-        known = Data(model, batches[:-1] or batches, batches[-1:], described, progress)
+        count = sum(int(b.get("attention_mask", torch.ones_like(b["input_ids"])).sum()) for b in batches)
+        known = Data(model, batches[:-1] or batches, batches[-1:], f"{count} tokens of {data.name}", progress)
         made = plan_surgery(model, recipe.request(), known, tapers)
         if run is not None:
             save_plans(run, made)

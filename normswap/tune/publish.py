@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from normswap.apply.modelling import load_generated
 from normswap.calibration.data import Progress
 from normswap.checkpoint.files import CONFIG, Checkpoint
 from normswap.checkpoint.publish import copy_side_files
-from normswap.checkpoint.record import write_record
+from normswap.checkpoint.record import RECORD, write_record
 from normswap.checkpoint.source import Source
 from normswap.conversion import configure
 from normswap.planning.plans import Plan
+from normswap.planning.request import Request
 from normswap.report.card import write_trained_card
 from normswap.report.curves import draw
 from normswap.tune.recipe import Recipe
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from normswap.tune.run import Finetuned
 
 RECIPE, CURVES = "recipe.yaml", "training.png"
+#: the record of a training without a conversion
+PLAIN = "training.json"
 
 
 def publish(
@@ -38,7 +40,7 @@ def publish(
     """Write all of the result into the unpublished `folder`.
 
     The weights are stored as the source's are, or in `recipe.dtype`; reopened, they must be the trained ones, rounded
-    once.
+    once. Of the user's folders no name is written but the last.
 
     Args:
         done: what was measured.
@@ -51,15 +53,16 @@ def publish(
     plan = done.plan or _unchanged(source)
     with Checkpoint.open(source.folder) as checkpoint:
         copy_side_files(checkpoint, folder)
-        origin = {"name": source.title, "revision": source_revision(recipe), "headers": checkpoint.fingerprint()}
+        origin = {"name": source.title, "revision": recipe.model.revision, "headers": checkpoint.fingerprint()}
         sizes = [(source.folder / shard.name).stat().st_size for shard in checkpoint.shards]
     raw = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
     config = configure(raw, source, source.build(), plan, folder, recipe.dtype)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _write_weights(folder, source, plan, model, sizes, recipe.dtype)
-    (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    public = recipe.without_folders(source.title)
+    (folder / RECIPE).write_text(public.to_yaml(), encoding="utf-8")
     training = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": public.model_dump(mode="json"),
         "data": data,
         "scores": done.scores,
         "tokens": done.tokens,
@@ -75,23 +78,19 @@ def publish(
         "undo": {"impossible": "it was trained: it is not the function that the source computes"},
         "training": training,
     }
-    write_record(folder, record)
+    # what no norm of was changed is the source's kind of checkpoint still, and can be converted
+    name = RECORD if done.plan is not None else PLAIN
+    write_record(folder, record, name)
     progress("comparing with the source", 0, 1)
     report = _compared(source, folder, TOKENS[recipe.verify])
     progress("comparing with the source", 1, 1)
-    write_record(folder, record | {"report": report.model_dump(mode="json")})
+    write_record(folder, record | {"report": report.model_dump(mode="json")}, name)
     draw(folder / CURVES, done.history, done.scores)
     write_trained_card(folder, source, plan, report, done, data)
 
 
-def source_revision(recipe: Recipe) -> str | None:
-    return recipe.model.revision
-
-
 def _unchanged(source: Source) -> Plan:
     """The plan of a run that changes no norm."""
-    from normswap.planning.request import Request
-
     return Plan(
         architecture=source.model_class.__name__,
         model_type=source.config.model_type,
@@ -105,7 +104,7 @@ def _unchanged(source: Source) -> Plan:
 
 def _write_weights(
     folder: Path, source: Source, plan: Plan, model: nn.Module, sizes: list[int], dtype: str | None
-) -> PreTrainedModel:
+) -> None:
     cls = load_generated(folder) if plan.module_edits() else source.model_class
     config = cls.config_class.from_pretrained(folder)
     published = cls(config)
@@ -118,7 +117,6 @@ def _write_weights(
         for path in Path(inside).glob("model*.safetensors*"):
             shutil.copyfile(path, folder / path.name)  # with the permissions that the umask gives
     check_files(model, open_published(folder, plan, source.model_class))
-    return published
 
 
 def _compared(source: Source, folder: Path, tokens: int) -> Report:

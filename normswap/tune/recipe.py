@@ -6,7 +6,6 @@ The YAML and the Python form are one object; what a file leaves out is filled in
 from __future__ import annotations
 
 import copy
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +24,7 @@ from normswap.errors import RecipeError, RefusedError
 from normswap.planning.choice import kind_of
 from normswap.planning.request import Request, Words
 from normswap.planning.rewrites.steps import row_of
+from normswap.tune.shipped import find
 from normswap.tune.training_arguments import unknown
 from normswap.tune.yaml import dump, read, set_key
 from normswap.tune.yaml_errors import explain
@@ -334,6 +334,17 @@ class Recipe(Strict):
         """The conversions of `surgery` as one. Raises RefusedError where they do not go together."""
         return Request.merged([Request.of(**words) for words in self.surgery])
 
+    def without_folders(self, model: str) -> Recipe:
+        """The same with the last names of local paths alone, for what may be shared; `model`: what that is called."""
+        data = {name: _last(getattr(self.data, name)) for name in ("source", "held_out_source")}
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update={"path": model}),
+                "data": self.data.model_copy(update=data),
+                "output": Path(self.output).name,
+            }
+        )
+
     @property
     def taper(self) -> Taper | None:
         return next((stage.taper for stage in self.stages if stage.taper is not None), None)
@@ -362,21 +373,7 @@ class Recipe(Strict):
             raise RecipeError(f"{name}:\n{explain(error, cls)}") from error
 
 
-def shipped() -> dict[str, Path]:
-    """The recipes that come with normswap, by name."""
-    folder = Path(__file__).parents[1] / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def find(name: str | Path) -> Path:
-    """The file of a recipe, given that or the name of a shipped one. Raises RecipeError."""
-    known = shipped()
-    if str(name) in known:
-        return known[str(name)]
-    if not Path(name).is_file():
-        near = get_close_matches(str(name), known, 1)
-        meant = f" Did you mean {near[0]}?" if near else ""
-        raise RecipeError(
-            f"{name} is no file, and no recipe that comes with normswap ({', '.join(known) or 'none'}).{meant}"
-        )
-    return Path(name)
+def _last(source: str | None) -> str | None:
+    """The last name of a local path, a Hub id as it is."""
+    local = source is not None and (Path(source).expanduser().exists() or source.startswith((".", "/", "~")))
+    return Path(source).name if local else source

@@ -16,7 +16,7 @@ from normswap.calibration.data import Progress, silent
 from normswap.checkpoint.publish import Staging
 from normswap.errors import NormswapError, VerificationError
 from normswap.planning.plans import Plan
-from normswap.repbn import folded_plan, reestimate
+from normswap.repbn import folded_plan, has_repbn, reestimate
 from normswap.tune.amend import Change
 from normswap.tune.folder import begin, clear, control_of, forget, held, path_of
 from normswap.tune.prepare import Setup, open_source, prepare, step_size
@@ -25,7 +25,8 @@ from normswap.tune.publish import publish
 from normswap.tune.recipe import Recipe
 from normswap.tune.surgery import check_start, difference, finish, operate
 from normswap.tune.train import Say, train
-from normswap.tune.trainer import BATCH, judged
+from normswap.tune.trainer import judged
+from normswap.tune.training_arguments import BATCH
 
 _FOLDED = 1e-5
 
@@ -136,8 +137,6 @@ def _trained(setup: Setup, run: Path, resume: bool, progress: Progress, say: Say
 @torch.no_grad()
 def _measure(setup: Setup, model: nn.Module) -> dict[str, float]:
     """What held-out data say of a model. It, and the original, are on the CPU before and after."""
-    from transformers import EvalPrediction
-
     device = PartialState().device
     losses = setup.losses()
     mode = model.training
@@ -153,7 +152,7 @@ def _measure(setup: Setup, model: nn.Module) -> dict[str, float]:
     for part in together:
         part.to("cpu")
     model.train(mode)
-    return judged(EvalPrediction(torch.cat(found).numpy(), None))
+    return judged(torch.cat(found).numpy())
 
 
 def _without_scaffolding(setup: Setup, trained: nn.Module) -> tuple[Plan | None, nn.Module, float | None]:
@@ -171,7 +170,7 @@ def _without_scaffolding(setup: Setup, trained: nn.Module) -> tuple[Plan | None,
     final = trained if lora is None else trained.merge_and_unload()
     plan, final = (None, final) if surgery is None else finish(setup.original, surgery, final)
     found = difference(with_all, final, batches)
-    if any(hasattr(module, "bn_mean") for module in final.modules()):
+    if has_repbn(final):
         reestimate(final, calibration)
         before = copy.deepcopy(final)
         plan = folded_plan(plan, final)

@@ -22,17 +22,16 @@ from torch import nn
 
 from normswap.apply.live import apply_plan
 from normswap.calibration.data import Data
-from normswap.drafting import draft
+from normswap.drafting import draft, with_scales
 from normswap.errors import RefusedError, VerificationError
 from normswap.norms.kinds import KINDS
 from normswap.planning.edits import AddNorm, GrowBias, Initialise, SwapNorm, TensorEdit, Untie
-from normswap.planning.planner import make_plan
 from normswap.planning.plans import Plan
 from normswap.planning.request import Request
 from normswap.planning.rewrites.moved import Scales
 from normswap.planning.rewrites.steps import ROWS
 from normswap.tune.tapers import Tapered, TaperedLane, ramped, set_ramps
-from normswap.understand.normmap import inspect
+from normswap.verification.outputs import main_output, outputs_of
 
 # of the output, relative, what the start of a taper may be off, by the precision that it runs in
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -217,9 +216,7 @@ def _without_lanes(source: nn.Module, surgery: Surgery, trained: nn.Module) -> t
         for path, step in zip(_lanes(surgery.exact), surgery.target.moved, strict=True)
     }
     target = surgery.target
-    prefix = getattr(source, "base_model_prefix", "")
-    prefix = prefix if prefix and hasattr(source, prefix) else ""
-    plan = make_plan(inspect(source), target.request, target.model_type, prefix, scales=Scales(stream=scales))
+    plan = with_scales(source, target.request, Scales(stream=scales))
     told = {block.name: block for block in target.moved}
     moved = tuple(told[block.name].model_copy(update={"scale": block.scale}) for block in plan.moved)
     plan = plan.model_copy(update={"moved": moved, "claim": target.claim, "calibrated_on": target.calibrated_on})
@@ -237,18 +234,14 @@ def _without_lanes(source: nn.Module, surgery: Surgery, trained: nn.Module) -> t
 
 @torch.no_grad()
 def difference(a: nn.Module, b: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
-    """The relative difference of what two models give on batches, in eval mode: the norm of the difference of the
-    logits, or last hidden states, over the norm of a's."""
-    total = torch.zeros(2, dtype=torch.float64)
-    modes = {model: model.training for model in (a, b)}
-    for model in modes:
-        model.eval()
+    """The relative difference of the main output of two models in eval mode: the norm of it over the norm of a's."""
+    off, size = 0.0, 0.0
     for batch in batches:
-        x, y = (_main(model(**batch)).double() for model in (a, b))
-        total += torch.stack([(x - y).square().sum(), x.square().sum()]).cpu()
-    for model, mode in modes.items():
-        model.train(mode)
-    return float((total[0] / total[1].clamp_min(1e-300)).sqrt())
+        x, y = outputs_of(a, batch, False, "A"), outputs_of(b, batch, False, "B")
+        name = main_output(x)
+        off += float((x[name].double() - y[name].double()).square().sum())
+        size += float(x[name].double().square().sum())
+    return (off / size) ** 0.5 if size else off
 
 
 def check_start(source: nn.Module, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
@@ -261,7 +254,3 @@ def check_start(source: nn.Module, model: nn.Module, batches: Sequence[Mapping[s
             f"{limit:.0e} at most). Nothing was trained. Please report the model: this is a fault of normswap."
         )
     return found
-
-
-def _main(outputs: Any) -> torch.Tensor:
-    return outputs.logits if getattr(outputs, "logits", None) is not None else outputs[0]

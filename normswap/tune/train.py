@@ -14,13 +14,15 @@ from transformers import PreTrainedModel, TrainerCallback
 from normswap.calibration.data import Progress
 from normswap.errors import RecipeError
 from normswap.tune import checkpoints
+from normswap.tune.callbacks import Guard, Ramps, Told
 from normswap.tune.prepare import Setup
 from normswap.tune.processes import on_main
 from normswap.tune.recipe import Recipe
 from normswap.tune.selection import select
 from normswap.tune.surgery import Surgery
 from normswap.tune.tapers import ramped, turns
-from normswap.tune.trainer import Guard, Ramps, StagedTrainer, Told, arguments, check_rhythm
+from normswap.tune.trainer import StagedTrainer
+from normswap.tune.training_arguments import arguments, check_rhythm
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -47,7 +49,7 @@ def train(
     recipe, schedule = setup.recipe, setup.schedule
     plan = (surgery.exact or surgery.target) if surgery is not None else None
     chosen = {span.name: span.stage.train for span in schedule.spans}
-    if surgery is None:  # what the surgery brings, the control does not have
+    if surgery is None and setup.surgery is not None:  # what the surgery brings, the control does not have
         chosen = {name: "all" if train in ("skips", "moved") else train for name, train in chosen.items()}
     trained = {name: select(model, train, plan, setup.norms) for name, train in chosen.items()}
     own = dict(model.named_parameters())

@@ -1,10 +1,8 @@
-"""The transformers Trainer, with a recipe's losses, stages, ramps and guards."""
+"""The transformers Trainer, with a recipe's losses and stages."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +13,16 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from normswap.calibration.data import Progress
-from normswap.errors import DivergedError, RecipeError
+from normswap.errors import RecipeError
 from normswap.tune import checkpoints
 from normswap.tune.objectives import Losses
 from normswap.tune.passes import Passes
-from normswap.tune.processes import on_cpu, on_main, shard_on_cpu
-from normswap.tune.recipe import Guards
+from normswap.tune.processes import on_main, shard_on_cpu
 from normswap.tune.schedule import Schedule
-from normswap.tune.tapers import set_ramps
 
 WEIGHTS = "model.safetensors"
-#: rows on a device
-BATCH = 16
 
 
 class StagedTrainer(Trainer):
@@ -58,7 +51,8 @@ class StagedTrainer(Trainer):
         self._written: Path | None = None
         taken = schedule.steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         passes = Passes(rows, taken, args.seed if args.data_seed is None else args.data_seed)
-        super().__init__(args=args, train_dataset=passes, compute_metrics=judged, **kwargs)
+        kwargs["compute_metrics"] = lambda found: judged(found.predictions)
+        super().__init__(args=args, train_dataset=passes, **kwargs)
         # our losses are means over a batch: the Trainer divides by the number of batches in a step
         self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
@@ -211,177 +205,10 @@ def tied_names(model: nn.Module) -> list[set[str]]:
     return [names for names in by_id.values() if len(names) > 1]
 
 
-def judged(prediction: EvalPrediction) -> dict[str, float]:
+def judged(scores: np.ndarray) -> dict[str, float]:
     """What is said of scores `(rows, n)`: their mean, and the 99.9th percentile."""
-    scores = np.asarray(prediction.predictions, dtype=np.float64)
+    scores = np.asarray(scores, dtype=np.float64)
     scores = scores[scores > -99]  # the Trainer pads with -100; nan compares as false
     if not len(scores) or not np.isfinite(scores).all():
         return {"mean": float("nan"), "p99.9": float("nan")}
     return {"mean": float(scores.mean()), "p99.9": float(np.quantile(scores, 0.999))}
-
-
-class Ramps(TrainerCallback):
-    """Sets the ramp of every site before each step; what is evaluated and saved has them as they stand.
-
-    Args:
-        model: before it is wrapped.
-        sites: paths of the modules with a ramp.
-        groups: which turn each takes.
-    """
-
-    def __init__(self, model: nn.Module, schedule: Schedule, sites: list[str], groups: list[int]):
-        self.model, self.schedule, self.sites, self.groups = model, schedule, sites, groups
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        ramps = self.schedule.ramps(state.global_step, self.groups)
-        set_ramps(self.model, dict(zip(self.sites, ramps, strict=True)))
-
-    def mean(self, step: int) -> float | None:
-        found = self.schedule.ramps(step, self.groups)
-        return sum(found) / len(found) if found else None
-
-
-class Guard(TrainerCallback):
-    """Stops a run that diverges, before its weights are saved.
-
-    Args:
-        run: the folder that has its checkpoints, for the message.
-        schedule: to name the stage in it.
-    """
-
-    def __init__(self, guards: Guards, run: Path, schedule: Schedule):
-        self.guards, self.run, self.schedule = guards, run, schedule
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "grad_norm"):
-            if name in (logs or {}) and not math.isfinite(logs[name]):
-                raise self._diverged(state, f"{name} is {logs[name]} in training")
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        past = [entry for entry in state.log_history if "eval_mean" in entry and entry["step"] < state.global_step]
-        for name, key, margin in (
-            ("held-out loss", "eval_mean", self.guards.loss),
-            ("p99.9", "eval_p99.9", self.guards.tail),
-        ):
-            now = metrics[key]
-            best = min((entry[key] for entry in past), default=math.inf)
-            if not math.isfinite(now):
-                raise self._diverged(state, f"the {name} is {now}")
-            if margin is not None and now > best + margin:
-                raise self._diverged(
-                    state, f"the {name} is {now:.3f}, {now - best:.3f} above its best ({margin:g} allowed)"
-                )
-
-    def _diverged(self, state, what: str) -> DivergedError:
-        last = max((checkpoints.step(path) for path in self.run.glob("checkpoint-*")), default=None)
-        number = self.schedule.spans.index(self.schedule.at(max(state.global_step - 1, 0)))
-        lower = f"stages.{number}.learning_rate"
-        if last is None:
-            kept = f"no checkpoint was saved before. Begin again with a lower {lower} or a warmup"
-        else:
-            kept = (
-                f"the last good checkpoint is {self.run / f'checkpoint-{last}'}. The same command with --resume and a "
-                f"lower {lower} goes on from it"
-            )
-        return DivergedError(
-            f"the run diverged: in step {state.global_step} {what}; {kept}; a slower taper may help too. Nothing was "
-            f"published. guards.loss and guards.tail say what is allowed."
-        )
-
-
-class Told(TrainerCallback):
-    """Hands progress and log lines on.
-
-    Args:
-        what: is being trained.
-        say: called with each log entry.
-        ramps: to say how far the taper is.
-    """
-
-    def __init__(
-        self, what: str, progress: Progress, say: Callable[[dict[str, Any]], None], schedule: Schedule, ramps: Ramps
-    ):
-        self.what, self.progress, self.say, self.schedule, self.ramps = what, progress, say, schedule, ramps
-
-        self.minutes, self._since = 0.0, time.monotonic()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # those before it was interrupted
-        self.minutes = max((entry.get("minutes", 0.0) for entry in state.log_history), default=0.0)
-        self._since = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save:
-            # a loss in the log is the mean since the one before it: with none pending, a resumed run has the same
-            control.should_log = True
-        if state.is_world_process_zero:
-            self.progress(self.what, state.global_step, state.max_steps)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        last = max(state.global_step - 1, 0)
-        entry = state.log_history[-1]
-        entry["tokens"] = state.global_step * self.schedule.tokens_per_step
-        entry["stage"] = self.schedule.at(last).name
-        entry["minutes"] = self.minutes + (time.monotonic() - self._since) / 60
-        ramp = self.ramps.mean(last) if state.global_step else None
-        if ramp is not None:
-            entry["ramp"] = ramp
-        if state.is_world_process_zero:
-            self.say({"run": self.what, **entry})
-
-
-def arguments(given: Mapping[str, Any], run: Path, steps: int, learning_rate: float) -> TrainingArguments:
-    """`TrainingArguments` of a recipe, with what it leaves out filled in.
-
-    Evaluation and checkpoints: ten times in the run, unless `eval_steps` or `save_steps` say otherwise; the two newest
-    checkpoints are kept. A process trains on one device; for several there are several processes.
-    """
-    tenth = max(1, steps // 10)
-    chosen = {
-        "eval_strategy": "steps",
-        "eval_steps": tenth,
-        "save_strategy": "steps",
-        "save_steps": given.get("eval_steps", tenth),
-        "save_total_limit": 2,
-        "logging_steps": max(1, steps // 50),
-        "learning_rate": learning_rate,
-        "per_device_train_batch_size": BATCH,
-        "per_device_eval_batch_size": BATCH,
-        "weight_decay": 0.0,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_first_step": True,
-        "eval_on_start": True,
-        "logging_nan_inf_filter": False,  # the guard is to see them
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "seed": 42,
-        **given,
-        "output_dir": str(run),
-        "max_steps": steps,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "lr_scheduler_type": "constant",
-        "use_cpu": on_cpu(given),
-    }
-    made = TrainingArguments(**chosen)
-    made._n_gpu = min(made.n_gpu, 1)
-    return made
-
-
-def check_rhythm(args: TrainingArguments) -> None:
-    """Raises RecipeError where a checkpoint would be kept that was not found good, or never be one."""
-    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-        if getattr(args, name) not in ("steps", "no"):
-            raise RecipeError(
-                f"training: {name} is {getattr(args, name).value}; expected steps or no: the stages are so many steps, "
-                f"whatever the passes over the data."
-            )
-    if args.save_strategy == "no":
-        return
-    each = [math.ceil(n * args.max_steps) if n < 1 else n for n in (args.save_steps, args.eval_steps)]
-    if args.eval_strategy == "no" or each[0] % each[1]:
-        found = "never" if args.eval_strategy == "no" else f"every {each[1]:g} steps"
-        raise RecipeError(
-            f"training: save_steps is {args.save_steps:g}, and evaluation is {found}; a checkpoint is kept when it was "
-            f"found good: expected a multiple."
-        )
