@@ -65,19 +65,17 @@ def main(text: str, minilm: str | None, only: str, tokens: int | None, work: Pat
         if not control.exists():
             plain = Recipe.of(_plain(recipe) | {"output": str(control.with_suffix(""))})
             _run(f"control of {name}", plain, control)
-        _run(name, recipe, kept)
-        found = json.loads(kept.read_text())
-        found["scores"]["control"] = json.loads(control.read_text())["scores"]["healed"]
-        kept.write_text(json.dumps(found, indent=1))
+        _run(name, recipe, kept, control=json.loads(control.read_text())["scores"]["healed"])
     RESULTS.write_text(_table(work, lines))
     click.echo(RESULTS.read_text())
 
 
-def _run(name: str, recipe: Recipe, kept: Path) -> None:
+def _run(name: str, recipe: Recipe, kept: Path, **scores: dict[str, float]) -> None:
+    """Carry out a recipe, and keep what it gives, with `scores` of other models beside it."""
     err().print(name, style="bold")
     with progress_bars() as progress:
         done = finetune(recipe, restart=True, overwrite=True, progress=progress)
-    found = {"scores": done.scores, "tokens": done.tokens, "minutes": done.minutes, "folded": done.folded}
+    found = {"scores": done.scores | scores, "tokens": done.tokens, "minutes": done.minutes, "folded": done.folded}
     kept.write_text(json.dumps(found, indent=1))
 
 
@@ -119,7 +117,7 @@ def _table(work: Path, lines: dict[str, list[str]]) -> str:
         numbers += [
             str(found["tokens"]),
             f"{found['minutes']:.1f}",
-            "" if not found["folded"] else f"{found['folded']:.0e}",
+            "" if found["folded"] is None else f"{found['folded']:.0e}",
         ]
         rows.append(f"| {recipe} | {model} | {' | '.join(numbers)} |")
     return "\n".join(rows) + "\n"
