@@ -214,7 +214,8 @@ def _config(model: nn.Module, key: str) -> tuple[object, str]:
     try:
         return owner_of(model.config, key)
     except AttributeError as error:
-        raise PlanError(f"the plan sets {key}, and the model's configuration has no such part: {error}.") from error
+        holder = type(error.obj).__name__
+        raise PlanError(f"the plan sets {key}, but {holder} has no {error.name}.") from error
 
 
 def _eps_attributes(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, str, float]]:
