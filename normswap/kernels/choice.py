@@ -43,10 +43,16 @@ class Chooser:
 
     Attributes:
         asked: names of backends, the first that serves is taken; None: whichever is the fastest, the module if that is.
+        chosen: by call in words, what was chosen before.
     """
 
-    def __init__(self, asked: Sequence[str] | None, tell: Callable[[str], None] = lambda what: None):
-        self.asked, self.tell = asked, tell
+    def __init__(
+        self,
+        asked: Sequence[str] | None,
+        tell: Callable[[str], None] = lambda what: None,
+        chosen: Mapping[str, str | None] | None = None,
+    ):
+        self.asked, self.tell, self.chosen = asked, tell, chosen or {}
         self.known: dict[Call, Choice] = {}
         self._timings: Timings | None = None
 
@@ -64,7 +70,11 @@ class Chooser:
     def _chosen(self, call: Call, modules: Sequence[nn.Module], specs: Sequence[NormSpec]) -> Choice:
         choice = Choice(call)
         kernels: dict[str, Kernel] = {}
-        for name in self.asked or BACKENDS:
+        asked, before = self.asked, call.words() in self.chosen
+        if before:
+            name = self.chosen[call.words()]
+            asked = () if name is None else (name,)
+        for name in BACKENDS if asked is None else asked:
             why = BACKENDS[name].rejects(call)
             if why is None:
                 self.tell(f"measuring {name}: {call.words()}")
@@ -74,12 +84,12 @@ class Chooser:
                 choice.rejected[name] = why
                 continue
             kernels[name] = kernel
-            if self.asked:
+            if asked:
                 break
         if not kernels:
-            choice.why = "no backend serves it"
-        elif self.asked:
-            choice.backend, choice.why = next(iter(kernels)), "as asked"
+            choice.why = "its module, as before" if before and not asked else "no backend serves it"
+        elif asked:
+            choice.backend, choice.why = next(iter(kernels)), "as before" if before else "as asked"
         else:
             self._fastest(choice, kernels, modules, specs)
         choice.kernel = kernels.get(choice.backend)

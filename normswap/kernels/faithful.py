@@ -73,28 +73,28 @@ def unfaithful(kernel: Kernel, call: Call, modules: Sequence[nn.Module], specs: 
         getattr(m, name) if name else None for m, s in zip(modules, specs, strict=True) for name in (s.weight, s.bias)
     ]
 
-    def through(function, x, parameters):
+    def through(function, x, parameters, like=None):
         x = [t.detach().clone().requires_grad_() for t in x]
         y = function(*x)
         y = y if isinstance(y, tuple) else (y,)
+        for a, b in zip(y, like or y, strict=True):
+            if a.dtype != b.dtype or a.shape != b.shape:
+                return f"gives {tuple(a.shape)} {a.dtype}, the module {tuple(b.shape)} {b.dtype}", None
         gs = [g.to(t.dtype) for g, t in zip(grads, y, strict=False)]
         before = [t.detach().clone() for t in (*gs, *x)]
         wanted = [*x, *(p for p in parameters if p is not None)]
         gradients = torch.autograd.grad(y, wanted, gs)
         if not all(map(torch.equal, (*gs, *x), before)):
-            return None, None
+            return "writes into its input or its incoming gradient", None
         return [t.detach() for t in y], list(gradients)
 
     expected, expected_gradients = through(plainly(call.form, modules), inputs, tensors)
     try:
-        found, gradients = through(lambda *x: kernel(*x, *tensors), inputs, tensors)
+        found, gradients = through(lambda *x: kernel(*x, *tensors), inputs, tensors, expected)
     except Exception as error:  # of a compiler, a driver, a package: whatever it is, this kernel does not serve
         return f"fails: {type(error).__name__}: {_first_line(error)}"
-    if found is None:
-        return "writes into its input or its incoming gradient"
-    for a, b in zip(found, expected, strict=True):
-        if a.dtype != b.dtype or a.shape != b.shape:
-            return f"gives {tuple(a.shape)} {a.dtype}, the module {tuple(b.shape)} {b.dtype}"
+    if gradients is None:
+        return found
     wide = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
     exact, exact_gradients = through(_in_float64(call, specs, wide), [t.double() for t in inputs], wide)
     half = call.dtype in (torch.bfloat16, torch.float16)

@@ -117,12 +117,12 @@ class FusedNorm:
 @cache
 def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The fused form of a norm's class; its name ends as the class's does, which initialisers look at."""
-    return type(f"Fused{cls.__name__}", (FusedNorm, cls), {"__module__": cls.__module__})
+    return type(f"Fused{cls.__name__}", (FusedNorm, cls), {"__module__": cls.__module__, "plain_class": cls})
 
 
-def plain_class_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a fused norm before it was."""
-    return type(module).__mro__[2]
+def plain_class_of(module: FusedNorm) -> type[nn.Module] | None:
+    """The class of a fused norm before it was; None where its class has been changed again since."""
+    return vars(type(module)).get("plain_class")
 
 
 def _rebuilt_norm(cls: type[nn.Module]) -> nn.Module:

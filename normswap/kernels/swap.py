@@ -82,6 +82,11 @@ class Kernels:
         """Paths of the norms that kernels compute now."""
         return [site.path for site in self.sites if site.backend is not None]
 
+    def chosen(self) -> dict[str, str | None]:
+        """The backend of each call, in words; None: the module."""
+        found = [choice for site in self.sites for choice in site.choices.values()]
+        return {choice.call.words(): choice.backend for choice in found}
+
     def summary(self) -> dict[str, Any]:
         """As JSON."""
         return {
@@ -112,8 +117,10 @@ def use_kernels(
     model: nn.Module,
     backend: str | Sequence[str] = "auto",
     *,
+    device: str | None = None,
     autocast: torch.dtype | None = None,
     inputs: Mapping[str, Any] | None = None,
+    chosen: Mapping[str, str | None] | None = None,
     tell: Callable[[str], None] = lambda what: None,
 ) -> Kernels:
     """Let fused kernels compute the norms of a live model, in place; weights, names and the function stay.
@@ -126,10 +133,12 @@ def use_kernels(
         model: of transformers, or any with `inputs`; LayerNorms and RMSNorms, converted or not.
         backend: `auto`, the fastest on this machine for each norm, its own module where that is; the name of one
             (`normswap kernels` lists them), or several in order of preference.
+        device: type of the device that it will compute on; None: where its weights are.
         autocast: the dtype that the model will compute in under `torch.autocast`, where it has float32 weights. By
             default both half precisions are prepared on a GPU, and none on a CPU, where some backends take seconds to
             compile for each. Under what is not prepared, norms compute as they did.
         inputs: keyword arguments of `forward` for one small batch; by default made from what the model says it takes.
+        chosen: what an earlier call chose (`Kernels.chosen`), which is not measured anew.
         tell: called with what is being measured; compiling takes seconds.
 
     Returns:
@@ -143,8 +152,8 @@ def use_kernels(
     restore_kernels(model)
     sites = find_sites(model, inputs)
     modules = dict(model.named_modules())
-    device, dtype = _where(model)
-    chooser = Chooser(asked, tell)
+    device, dtype = _where(model, device)
+    chooser = Chooser(asked, tell, chosen or {})
     runtimes = runtimes_of(device, dtype, autocast)
     found = [examined(modules[path], path, spec, device, runtimes, chooser) for path, spec in sites]
     for site, (path, spec) in zip(found, sites, strict=True):
@@ -160,7 +169,7 @@ def restore_kernels(model: nn.Module) -> list[str]:
     """
     fused = [(path, module) for path, module in model.named_modules() if isinstance(module, FusedNorm)]
     for path, module in fused:
-        if type(module) is not fused_class(plain_class_of(module)):
+        if plain_class_of(module) is None:
             raise KernelError(
                 f"{path} has become a {type(module).__name__} since use_kernels: expected the class that it gave. "
                 f"Restore kernels before what wraps norms one by one (fully_shard), or leave norms out of that."
@@ -235,14 +244,14 @@ def _kept(module: nn.Module, spec: NormSpec) -> str | None:
     return unserved(spec)
 
 
-def _where(model: nn.Module) -> tuple[str, torch.dtype]:
+def _where(model: nn.Module, device: str | None) -> tuple[str, torch.dtype]:
     """Device type and dtype of a model."""
     floats = [p for p in model.parameters() if p.is_floating_point()]
     absent = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if not floats or absent is not None:
         what = "it has no parameters" if absent is None else f"{absent} has no values here (meta device, or offloaded)"
         raise KernelError(f"kernels go under a model as it computes, and {what}: load it whole, on its device.")
-    return floats[0].device.type, model.dtype if hasattr(model, "dtype") else floats[0].dtype
+    return device or floats[0].device.type, model.dtype if hasattr(model, "dtype") else floats[0].dtype
 
 
 def _swap(module: nn.Module, site: SiteKernels, spec: NormSpec, device: str) -> None:
