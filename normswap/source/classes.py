@@ -34,6 +34,7 @@ class Rewritten:
         methods: by name, the text of each method as the class has it.
         names: what the texts take from the modules that they come from, and which module that is.
         lazy: whether annotations are left unevaluated.
+        about: what was changed, for the docstring.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Rewritten:
     methods: Mapping[str, str]
     names: Mapping[str, tuple[str, object]]
     lazy: bool
+    about: str = "norms in other places"
 
     @property
     def is_model(self) -> bool:
@@ -49,7 +51,7 @@ class Rewritten:
     @cached_property
     def text(self) -> str:
         """The class statement."""
-        about = f'    """{self.base.__name__} with norms in other places: lines that are `# changed` or `# removed`."""'
+        about = f'    """{self.base.__name__} with {self.about}: lines that are `# changed` or `# removed`."""'
         if self.is_model:
             stock = self.base.__name__
             about += (
@@ -85,8 +87,14 @@ class Rewritten:
         return made
 
 
-def rewritten_classes(model: nn.Module, edits: Iterable[Rewrite]) -> dict[str, Rewritten]:
+def rewritten_classes(
+    model: nn.Module, edits: Iterable[Rewrite], prefix: str = PREFIX, about: str = Rewritten.about
+) -> dict[str, Rewritten]:
     """The class that each module gets, by path. Modules of one class with the same changes get the same one.
+
+    Args:
+        prefix: of the names of the classes.
+        about: what the edits change, for their docstrings.
 
     Raises:
         PlanError: the plan was made for another source than the installed one, or does not fit it.
@@ -107,13 +115,14 @@ def rewritten_classes(model: nn.Module, edits: Iterable[Rewrite]) -> dict[str, R
         key = (base, *((name, edit.changes, edit.digest) for name, edit in sorted(methods.items())))
         if key not in made:
             number = counts[base.__name__] = counts.get(base.__name__, 0) + 1
-            name = f"{PREFIX}{base.__name__}" + (str(number) if number > 1 else "")
-            made[key] = _rewritten(name, base, [(e.method, e.changes, e.digest) for _, e in sorted(methods.items())])
+            name = f"{prefix}{base.__name__}" + (str(number) if number > 1 else "")
+            changed = [(e.method, e.changes, e.digest) for _, e in sorted(methods.items())]
+            made[key] = _rewritten(name, base, changed, about)
         found[path] = made[key]
     return found
 
 
-def _rewritten(name: str, base: type, changed: list[tuple[str, tuple[Change, ...], str]]) -> Rewritten:
+def _rewritten(name: str, base: type, changed: list[tuple[str, tuple[Change, ...], str]], about: str) -> Rewritten:
     texts, names, lazy = {}, {}, set()
     for method_name, changes, digest in changed:
         method = Method.of(base, method_name)
@@ -132,4 +141,4 @@ def _rewritten(name: str, base: type, changed: list[tuple[str, tuple[Change, ...
         raise RefusedError(f"{base.__name__}: a method names the class itself, which was rewritten before.")
     if len(lazy) > 1:
         raise RefusedError(f"{base.__name__}: its methods come from modules that treat annotations differently.")
-    return Rewritten(name, base, texts, names, lazy == {True})
+    return Rewritten(name, base, texts, names, lazy == {True}, about)
