@@ -14,7 +14,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from normswap.errors import RefusedError
 from normswap.norms.spec import NormSpec
@@ -259,9 +259,13 @@ class _Finder:
             raise NoPlace("it is part of another sum's call")
         if why := _unfit(self.normmap.sites[path].spec):
             raise NoPlace(why)
+        op = next(op for op in self.trace.norm_operations() if op.norm == path)
+        if op.frames and op.frames[0].module not in (found.module, None):
+            frame = op.frames[0]
+            raise NoPlace(f"{frame.span.function} of {frame.module or 'the model'} calls it")
         call = self.places.call(path, self.places.runs(block))
         if call.module != found.module or call.method is not found.method:
-            raise NoPlace(f"{call.method.owner.__name__}.{call.method.name} of {call.module or 'the model'} calls it")
+            raise NoPlace(f"{call.method.owner.__name__}.{call.method.name} calls it")
         name = _attribute(call)
         if name is None or f"{call.module}.{name}" != path:
             raise NoPlace(f"it is called as `{call.method.source(call.node)}`: expected an attribute of the module")
@@ -302,14 +306,16 @@ class _Finder:
         call = reader.norm.call
         if reader.route is None:
             return (*changes, found.change("first"), call.change("unwrap", reader.norm.name))
+        return (*changes, *(_in_one(found, call, reader.route) or self._by_variable(found, call, reader.route)))
+
+    def _by_variable(self, found: Place, call: Place, route: Route) -> list[Change]:
+        """The norm's result in a variable of its own, from the sum to where the norm was called."""
         kept = self._new_name(found)
-        (target,) = Flow(found.method, ()).statement(found.node).targets
-        recall = call.change("recall-if" if reader.route.forgets else "recall", kept)
-        if reader.route.reshaped:
+        recall = call.change("recall-if" if route.forgets else "recall", kept)
+        if route.reshaped:
             recall = recall.model_copy(update={"argument": found.method.source(_given(call.node))})
-        changes += [found.change("beside", kept, target), recall]
-        changes += [Change(kind="forget", span=span, name=kept) for span in reader.route.forgets]
-        return tuple(changes)
+        forgets = [Change(kind="forget", span=span, name=kept) for span in route.forgets]
+        return [found.change("before", kept, _assignment(found).targets[0]), recall, *forgets]
 
     def _new_name(self, found: Place) -> str:
         """A local variable that the method does not have."""
@@ -321,6 +327,40 @@ class _Finder:
             number = self.kept[key]
             if (name := "normed" if number == 1 else f"normed_{number}") not in taken:
                 return name
+
+
+def _in_one(found: Place, call: Place, route: Route) -> list[Change] | None:
+    """The assignment of the sum becomes that of the norm's result as well; None where more stands in between.
+
+    `s = sum; r = s; s = norm(s)` as `s, r = ..`, `s = sum; s = norm(s)` as `s = ..[0]`, `s = sum; y = norm(s)` as
+    `y, s = ..`.
+    """
+    made, used = _assignment(found), _assignment(call)
+    if route.renames is None or used is None or call.method.around(used)[2].partition("#")[0].strip():
+        return None
+    target, result = made.targets[0].id, used.targets[0].id
+    names = [rename.targets[0].id for rename in route.renames]
+    read = {rename.value.id for rename in route.renames if isinstance(rename.value, ast.Name)}
+    gone = [*route.renames, used] if result == target else [used]
+    changes = [Change(kind="remove", span=place(statement)) for statement in gone]
+    if result != target:
+        if result in names or result in read:
+            return None
+        return [found.change("before", result, made.targets[0]), *changes]
+    if not names:
+        return [found.change("first"), *changes]
+    if len(names) > 1 or read != {target} or names[0] == target:
+        return None
+    return [found.change("behind", names[0], made.targets[0]), *changes]
+
+
+def _assignment(found: Place) -> ast.Assign | None:
+    """The statement `name = ..` whose whole right side is the expression at a place."""
+    for node in ast.walk(found.method.tree):
+        match node:
+            case ast.Assign(targets=[ast.Name()], value=value) if value is found.node:
+                return node
+    return None
 
 
 def _unfit(spec: NormSpec) -> str | None:

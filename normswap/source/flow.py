@@ -33,10 +33,12 @@ class Route:
         reshaped: it has been through `view` or `reshape`.
         forgets: positions of statements before which it is to be forgotten, so that whoever kept something made of it
             makes that anew: where branches begin that the pass did not take, and before a branch that makes it.
+        renames: the statements on the way, where all they do is to give it more names; None where there are others.
     """
 
     reshaped: bool
     forgets: tuple[Position, ...]
+    renames: tuple[ast.Assign, ...] | None = None
 
 
 class Flow:
@@ -100,7 +102,9 @@ class Flow:
         held = self._without(held, *(n for n in ast.walk(self.statement(read)) if isinstance(n, ast.NamedExpr)))
         if read.id not in (held or {}):
             raise Lost(f"`{read.id}` is given another value between them")
-        return Route(held[read.id], tuple(self.forgets))
+        between = block[first + 1 : last]
+        plain = not inside and not outside and all(map(_renames, between)) and set(map(type, between)) <= {ast.Assign}
+        return Route(held[read.id], tuple(self.forgets), tuple(between) if plain else None)
 
     def _through(self, statements: Iterable[ast.stmt], held: _Held) -> _Held:
         for statement in statements:
@@ -141,11 +145,10 @@ class Flow:
 
     def _forget(self, block: list[ast.stmt]) -> None:
         first = block[0]
-        begun = self.method.data[self.method.offset(first.lineno, 0) :][: first.col_offset]
         if isinstance(first, ast.If) and self.method.source(first).startswith("elif"):
             for inner in filter(None, (first.body, first.orelse)):
                 self._forget(inner)
-        elif begun.strip():
+        elif self.method.around(first)[0].strip():
             raise Lost("a branch between them begins on the line of its condition")
         else:
             self.forgets.append(place(first))

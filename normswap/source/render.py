@@ -42,6 +42,7 @@ _OPERATORS: dict[type, tuple[int, str]] = {
 # changes that leave a part of an expression, and what they expect
 _LEAVES = {"unwrap": "a call with an argument", "left": "a product or quotient", "right": "a product"}
 _MERGES = ("merge-left", "merge-right")
+_TARGETS = ("before", "behind")
 # changes that put something else in an expression's place
 _REPLACES = ("recall", "recall-if")
 # stand for the parentheses of calls that were put in, until lines are laid out
@@ -82,10 +83,13 @@ class _Rewriter:
         self.method = method
         self.entering = [change for change in changes if change.kind == "enter"]
         self.forgetting: dict[ast.AST, list[Change]] = {}
+        self.removed: set[ast.AST] = set()
         self.own: dict[ast.AST, list[Change]] = {}
         for change in changes:
             if change.kind == "forget":
                 self.forgetting.setdefault(self._statement_at(change), []).append(change)
+            elif change.kind == "remove":
+                self.removed.add(self._statement_at(change, alone=True))
             elif change.kind != "enter":
                 self.own.setdefault(self._target(change), []).append(change)
         # a call without arguments looks for the class that the text stands in, which will be another one
@@ -113,15 +117,16 @@ class _Rewriter:
             raise PlanError(f"{self.method.where}: {change.kind} needs the name of an attribute or variable.")
         if change.kind in _MERGES and (isinstance(node, ast.AugAssign) or summands(node) is None):
             raise PlanError(f"{self.method.where}: {change.kind} expects a sum, found {self.method.source(node)}")
-        if change.kind == "beside" and not (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)):
-            raise PlanError(f"{self.method.where}: beside expects a target, found {self.method.source(node)}")
+        if change.kind in _TARGETS and not (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)):
+            raise PlanError(f"{self.method.where}: {change.kind} expects a target, found {self.method.source(node)}")
         return node
 
-    def _statement_at(self, change: Change) -> ast.stmt:
-        """The statement that begins where a change says, on a line of its own."""
+    def _statement_at(self, change: Change, alone: bool = False) -> ast.stmt:
+        """The statement that begins where a change says, on a line of its own; `alone`, nothing comes behind it."""
         for node in ast.walk(self.method.tree):
             if isinstance(node, ast.stmt) and change.span and place(node)[:2] == change.span[:2]:
-                if not self.method.data[self.method.offset(node.lineno, 0) :][: node.col_offset].strip():
+                before, _, after = self.method.around(node)
+                if not before.strip() and not (alone and after.partition("#")[0].strip()):
                     return node
         raise PlanError(
             f"{self.method.where}: {change.kind} expects a statement that begins a line at {change.span}, found none "
@@ -133,7 +138,7 @@ class _Rewriter:
         while (parent := self.parents.get(node)) is not None:
             left = [_left(change, parent) for change in self.own.get(parent, ()) if change.kind in _LEAVES]
             gone = any(not (node is rest or isinstance(node, ast.keyword) and node.value is rest) for rest in left)
-            gone |= any(change.kind in _REPLACES for change in self.own.get(parent, ()))
+            gone |= parent in self.removed or any(change.kind in _REPLACES for change in self.own.get(parent, ()))
             if gone or isinstance(parent, ast.JoinedStr):
                 raise PlanError(
                     f"{self.method.where}: a change inside {self.method.source(parent)}, of which it leaves nothing."
@@ -147,7 +152,8 @@ class _Rewriter:
     # -- expressions -----------------------------------------------------------------------------------------------
 
     def _touched(self, node: ast.AST) -> bool:
-        return any(inner in part for inner in ast.walk(node) for part in (self.own, self.supers, self.forgetting))
+        parts = self.own, self.supers, self.forgetting, self.removed
+        return any(inner in part for inner in ast.walk(node) for part in parts)
 
     def _between(self, start: int, end: int, nodes: list[ast.AST], parent: ast.AST) -> str:
         """Source from `start` to `end` with the changed ones of `nodes`, which lie there, in their new form."""
@@ -205,11 +211,13 @@ class _Rewriter:
         return self._between(start, end, _placed_children(node), node)
 
     def _statement(self, node: ast.AST) -> str:
+        if node in self.removed:
+            return _removal(node)
         if isinstance(node, ast.AugAssign) and (node in self.own or self._touched(node.target)):
             return self._sum_in_place(node)
         text = self._inside(node)
         if isinstance(node, ast.Assign) and _says_nothing(text) and self._has_siblings(node):
-            return textwrap.shorten(f"# removed: {ast.unparse(node)}", WIDTH - node.col_offset)
+            return _removal(node)
         return text
 
     def _sum_in_place(self, node: ast.AugAssign) -> str:
@@ -288,6 +296,10 @@ class _Rewriter:
         return self.method.offset(first.lineno, first.col_offset)
 
 
+def _removal(node: ast.stmt) -> str:
+    return textwrap.shorten(f"# removed: {ast.unparse(node)}", WIDTH - node.col_offset)
+
+
 def _is_super(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args
 
@@ -326,8 +338,10 @@ def _applied(change: Change, inner: _Text) -> _Text:
             return _Text(f"self.{change.name}{_OPEN}{inner.text}{_CLOSE}", _ATOM)
         case "first":
             return _Text(f"{inner.within(_ATOM)}[0]", _ATOM)
-        case "beside":
+        case "before":
             return _Text(f"{change.name}, {inner.text}", _ATOM)
+        case "behind":
+            return _Text(f"{inner.text}, {change.name}", _ATOM)
         case "recall" | "recall-if":
             text = change.name
             text += f".reshape{_OPEN}{change.argument}.shape{_CLOSE}" if change.argument else ""

@@ -28,7 +28,8 @@ class Change(BaseModel):
     - `merge-left`, `merge-right`: the sum `x + y` becomes `self.name(x, y)`, of `merge-right` `self.name(y, x)`; with
       an argument, `self.name(x, y, self.argument)`;
     - `first`: `x` becomes `x[0]`;
-    - `beside`: the target of an assignment, `x = ..`, becomes `name, x = ..`;
+    - `before`, `behind`: the target of an assignment, `x = ..`, becomes `name, x = ..` or `x, name = ..`;
+    - `remove`: the statement that begins at the span is gone, and a comment in its place;
     - `recall`: the expression becomes the local variable `name`, with an argument `name.reshape(argument.shape)`;
     - `recall-if`: `x` becomes what `recall` makes of it, where `name` is not None, else it stays;
     - `forget`: `name = None` becomes the statement before the one that begins at the span.
@@ -36,8 +37,8 @@ class Change(BaseModel):
     Attributes:
         span: line, column, end line, end column of the expression. Lines count from the first line of the method
             (its first decorator, if it has any), columns in UTF-8 bytes, both from 0; as Python's syntax tree has them.
-        name: attribute of the module: a norm or a number; of a merge, dotted, a method of one; of the last four, a
-            local variable.
+        name: attribute of the module: a norm or a number; of a merge, dotted, a method of one; of `before`
+            and what follows it, a local variable.
         argument: of `enter`, the parameter's name; of a merge, a norm; of `recall`, a local variable.
     """
 
@@ -53,7 +54,9 @@ class Change(BaseModel):
         "merge-left",
         "merge-right",
         "first",
-        "beside",
+        "before",
+        "behind",
+        "remove",
         "recall",
         "recall-if",
         "forget",
