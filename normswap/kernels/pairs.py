@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 from normswap.errors import RefusedError
 from normswap.norms.spec import NormSpec
-from normswap.observe.trace import Operation, Ref
+from normswap.observe.trace import Operation, Ref, Span
 from normswap.planning.edits import Change
 from normswap.planning.rewrites.places import NoPlace, Place, Places
 from normswap.source.expressions import summands
-from normswap.source.flow import Flow, Route
+from normswap.source.flow import SIMPLE, Flow, Route
 from normswap.source.methods import place
 from normswap.understand.normmap import NormMap, StreamInfo
 from normswap.understand.placement import Block
@@ -104,6 +104,10 @@ class _Finder:
         self.consumers = self.trace.consumers()
         self.given = {v for call in self.trace.calls for v in call.outputs if call.path not in normmap.sites}
         self.given |= {*self.trace.outputs, *self.trace.reads}
+        self.spans: dict[str | None, set[Span]] = defaultdict(set)
+        for seen in (*self.trace.operations, *self.trace.calls):
+            for frame in seen.frames:
+                self.spans[frame.module].add(frame.span)
         self.used: set[str] = set()
         self.kept: dict[tuple[str, str], int] = defaultdict(int)
 
@@ -135,9 +139,6 @@ class _Finder:
             raise NoPlace(self.places.shown(found, "the sum is made elsewhere, in a function that this calls"))
         if len(op.leaves) != 2 or len(set(values)) != 2:
             raise NoPlace(self.places.shown(found, "expected a sum of two tensors"))
-        shapes = {self.trace.values[v].shape for v in (*values, *op.outputs)}
-        if len(shapes) != 1:
-            raise NoPlace(self.places.shown(found, f"expected both of one shape, found {sorted(shapes)}"))
         try:
             found.method.global_names()
         except RefusedError as error:
@@ -146,8 +147,7 @@ class _Finder:
 
     def _flow(self, found: Place) -> Flow:
         code = found.method.function.__code__
-        ops = [*self.trace.operations, *self.trace.calls]
-        spans = {frame.span for op in ops for frame in op.frames if frame.module == found.module}
+        spans = self.spans[found.module]
         lines = {s.line for s in spans if s.file == code.co_filename and s.function == code.co_qualname}
         return Flow(found.method, {line - found.method.first_line for line in lines})
 
@@ -162,20 +162,21 @@ class _Finder:
                 continue
             try:
                 norm = self._norm(op.norm, block, found)
-                self._check_only_reader(block, op, found)
                 self._check_moves(norm, node, found, flow)
+                self._check_only_reader(block, op)
                 return _Giver(norm, side), None
             except RefusedError as error:
                 why = why or f"{op.norm} gives a side of it, but {error}"
         return None, why
 
-    def _check_only_reader(self, block: Block, op: Operation, found: Place) -> None:
+    def _check_only_reader(self, block: Block, op: Operation) -> None:
+        """Whether the sum alone reads what a norm gives, and nothing changes before it does."""
+        results = {o.outputs[0]: o.index for o in self.trace.norm_operations() if o.norm == op.norm}
         for run in self.places.each_run(block):
-            value = next(v for v in run.operands if (p := self._producer(v)) is not None and p.norm == op.norm)
-            first = self._producer(value)
-            if value in self.given or [o.index for o in self.consumers[value]] != [run.add]:
+            value = next((v for v in run.operands if v in results), None)
+            if value is None or value in self.given or [o.index for o in self.consumers[value]] != [run.add]:
                 raise NoPlace("others read what it gives as well")
-            if any(other.mutated for other in self.trace.operations[first.index : run.add]):
+            if any(other.mutated for other in self.trace.operations[results[value] : run.add]):
                 raise NoPlace("something is changed in place between them")
 
     def _check_moves(self, norm: _Norm, side: ast.AST, found: Place, flow: Flow) -> None:
@@ -197,13 +198,15 @@ class _Finder:
         reads = [n for n in ast.walk(used) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)]
         between = [n for s in block[first + 1 : last] for n in ast.walk(s) if isinstance(n, ast.Name) and n.id == name]
         if reads != [side] or between:
-            raise NoPlace(f"`{name}` is used in between as well")
+            raise NoPlace(f"`{name}` is used elsewhere as well")
+        if not all(isinstance(s, SIMPLE) for s in block[first + 1 : last]):
+            raise NoPlace("a branch between them may change what it reads")
         replaced = isinstance(used, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in used.targets)
         loops = any(isinstance(owner, ast.For | ast.While | ast.AsyncFor) for owner, *_ in around)
         later = [n for n in ast.walk(found.method.tree) if isinstance(n, ast.Name) and n.id == name]
         later = [n for n in later if isinstance(n.ctx, ast.Load) and place(n)[:2] > place(used)[2:]]
         if not replaced and (later or loops) and not isinstance(used, ast.Return):
-            raise NoPlace(f"`{name}` is used after the sum as well")
+            raise NoPlace(f"`{name}` is used elsewhere as well")
 
     # -- the norm after it -----------------------------------------------------------------------------------------
 
@@ -278,10 +281,6 @@ class _Finder:
         if _given(call.node) is None:
             raise NoPlace(f"it is called as `{call.method.source(call.node)}`: expected one argument")
         return _Norm(path, call, name)
-
-    def _producer(self, value: int) -> Operation | None:
-        index = self.trace.values[value].producer
-        return None if index is None else self.trace.operations[index]
 
     def _changes(
         self, block: Block, found: Place, sides, giver: _Giver | None, reader: _Reader | None

@@ -18,7 +18,8 @@ Position = tuple[int, int, int, int]
 _Held = dict[str, bool] | None
 _RESHAPES = ("view", "reshape")
 _LEAVES = (ast.Return, ast.Raise, ast.Continue, ast.Break)
-_SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Delete, ast.Pass, ast.Assert)
+#: statements that have no others in them, and go on to the next
+SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Delete, ast.Pass, ast.Assert)
 
 
 class Lost(RefusedError):
@@ -127,7 +128,7 @@ class Flow:
                 return {n: shaped for n, shaped in ends[0].items() if ends[-1].get(n) is shaped} if ends else None
         if isinstance(statement, _LEAVES):
             return None
-        if isinstance(statement, _SIMPLE):
+        if isinstance(statement, SIMPLE):
             return self._without(held, statement)
         if _named(statement) & held.keys():
             raise Lost(f"a `{_word(statement)}` between them uses `{', '.join(_named(statement) & held.keys())}`")
@@ -137,7 +138,11 @@ class Flow:
         named = {name for statement in block for name in _named(statement)}
         if not named & held.keys() or all(map(_renames, block)):
             return self._through(block, held)
-        if block and any(block[0].lineno <= line <= block[-1].end_lineno for line in self.ran):
+        if len(block) == 1 and isinstance(block[0], ast.If):  # an `elif`, or as good as one
+            if any(_named(n) & held.keys() for n in ast.walk(block[0].test) if isinstance(n, ast.Call)):
+                raise Lost("a condition between them calls something with it")
+            return self._step(block[0], held)
+        if any(block[0].lineno <= line <= block[-1].end_lineno for line in self.ran):
             return self._through(block, held)
         if not isinstance(block[-1], _LEAVES):
             self._forget(block)
@@ -145,13 +150,9 @@ class Flow:
 
     def _forget(self, block: list[ast.stmt]) -> None:
         first = block[0]
-        if isinstance(first, ast.If) and self.method.source(first).startswith("elif"):
-            for inner in filter(None, (first.body, first.orelse)):
-                self._forget(inner)
-        elif self.method.around(first)[0].strip():
+        if self.method.around(first)[0].strip():
             raise Lost("a branch between them begins on the line of its condition")
-        else:
-            self.forgets.append(place(first))
+        self.forgets.append(place(first))
 
     @staticmethod
     def _without(held: _Held, *nodes: ast.AST) -> _Held:
