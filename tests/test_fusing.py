@@ -1,4 +1,4 @@
-"""Residual sums made by the norms beside them: the same bits and gradients, readable code, and what is not proved stays."""
+"""Residual sums made by the norms beside them: the same bits and gradients; what is not proved stays."""
 
 import copy
 from collections import Counter

@@ -100,7 +100,7 @@ CASES = {
         [("unwrap", None, "self.ln(hidden_states=w)")],
         ["+ self.mlp(hidden_states=w)"],
     ),
-    "a sum that a norm makes": ([("merge-left", "n.add_norm", "x + self.ln(y)")], ["z = self.n.add_norm(x, self.ln(y))"]),
+    "a sum that a norm makes": ([("merge-left", "n.f", "x + self.ln(y)")], ["z = self.n.f(x, self.ln(y))"]),
     "and both that it gives": (
         [("merge-right", "n.add_norm", "x + self.ln(y)"), ("before", "y", "z"), ("unwrap", None, "self.ln(y)")],
         ["y, z = self.n.add_norm(y, x)"],
