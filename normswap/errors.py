@@ -39,6 +39,10 @@ class DestinationError(NormswapError):
     """The destination exists, is the source, or cannot be written."""
 
 
+class KernelError(NormswapError):
+    """Fused kernels that were asked for cannot be had here, or cannot go under this model."""
+
+
 class RecipeError(NormswapError):
     """A recipe is not understood, or does not fit its model or data; nothing was trained."""
 
