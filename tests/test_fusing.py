@@ -12,46 +12,36 @@ from models import tiny
 from moved import gpt2_sandwich, llama_post
 from nets import WIDTH, Net, ids, ready
 from normswap.apply.live import apply_plan
-from normswap.errors import PlanError
-from normswap.kernels.fusing import Fusing, fuse
+from normswap.errors import KernelError
+from normswap.kernels.fused import FusedNorm, Table, fused_class
+from normswap.kernels.fusing import Fusing, fuse, unfuse
 from normswap.kernels.pairs import find_pairs
+from normswap.kernels.swap import restore_kernels
 from normswap.norms.centred import centre_input
 from normswap.observe.inputs import example_inputs
 from normswap.understand.normmap import NormMap
 
-
-class Counting:
-    """A fused norm without kernels, which counts what it is asked for."""
-
-    asked = Counter()
-
-    def add_norm(self, x, residual):
-        self.asked["add-norm"] += 1
-        s = residual + x
-        return self(s), s
-
-    def norm_add(self, x, residual):
-        self.asked["norm-add"] += 1
-        return residual + self(x)
-
-    def norm_add_norm(self, x, residual, second):
-        self.asked["norm-add-norm"] += 1
-        s = residual + self(x)
-        return second(s), s
+ASKED = Counter()
 
 
-def swapped(model, paths):
-    for path in paths:
-        module = model.get_submodule(path)
-        cls = type(module)
-        module.__class__ = type(f"Fused{cls.__name__}", (Counting, cls), {"__module__": cls.__module__})
+@pytest.fixture(autouse=True)
+def counted(monkeypatch):
+    """No kernel serves anything, and what is asked for is counted: fused norms compute as modules do."""
+
+    def none(self, form, *_):
+        ASKED[form] += form != "norm"
+
+    monkeypatch.setattr(FusedNorm, "_kernel", none)
 
 
 def fused(model, inputs, only=None) -> Fusing:
     """The norms of `model` swapped, and its sums fused with them."""
     normmap = NormMap.of(model, inputs)
     paths = [path for path in normmap.sites if only is None or path in only]
-    swapped(model, paths)
+    for path in paths:
+        module = model.get_submodule(path)
+        module.__class__ = fused_class(type(module))
+        module.kernels = Table(path, None, None)
     return fuse(model, normmap, paths)
 
 
@@ -104,26 +94,29 @@ def test_the_same_bits_and_gradients(family):
     inputs = inputs_of(model)
     expected = run(model, inputs), run(model.train(), inputs)
     classes = {path: type(module) for path, module in model.named_modules()}
-    lists = {path: getattr(module, "_no_split_modules", None) for path, module in model.named_modules()}
-    original = copy.deepcopy(model)
-    normmap = NormMap.of(model, inputs)
+    names = {path: type(module).__name__ for path, module in model.named_modules() if not is_norm(module)}
+    parameters = [name for name, _ in model.named_parameters()]
 
     fusing = fused(model, inputs)
     assert Counter(pair.form for pair in fusing.fused) == forms and len(fusing.kept) == kept
     assert all(pair.reason for pair in fusing.kept)
-    Counting.asked.clear()
+    ASKED.clear()
     # measured: no element differs, by the mathematics of the modules; in training dropout draws the same
     assert same_bits(run(model.eval(), inputs), expected[0])
-    assert Counting.asked == forms
+    assert ASKED == forms
     assert same_bits(run(model.train(), inputs), expected[1])
-    assert [name for name, _ in model.named_parameters()] == [name for name, _ in original.named_parameters()]
+    assert [name for name, _ in model.named_parameters()] == parameters
+    # those who look for blocks by the names of their classes find them
+    assert {path: type(model.get_submodule(path)).__name__ for path in names} == names
 
-    fusing.restore(model)
-    for path in normmap.sites:
-        model.get_submodule(path).__class__ = classes[path]
+    assert set(unfuse(model)) == {pair.module for pair in fusing.fused}
+    restore_kernels(model)
     assert {path: type(module) for path, module in model.named_modules()} == classes
-    assert {p: getattr(m, "_no_split_modules", None) for p, m in model.named_modules()} == lists
     assert same_bits(run(model.eval(), inputs), expected[0])
+
+
+def is_norm(module):
+    return "norm" in type(module).__name__.lower()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
@@ -135,9 +128,9 @@ def test_in_training_with_dropout_and_checkpointing(family):
     expected = run(model, inputs)
     assert not torch.equal(run(model, inputs, seed=1)[0], expected[0])  # dropout is there
     fused(model, inputs)
-    Counting.asked.clear()
+    ASKED.clear()
     assert same_bits(run(model, inputs), expected)
-    assert Counting.asked["add-norm"] == 2 * forms["add-norm"]  # each again in the backward pass
+    assert ASKED["add-norm"] == 2 * forms["add-norm"]  # each again in the backward pass
 
 
 def lines(fusing, name):
@@ -225,21 +218,29 @@ def test_fused_blocks_compile_without_a_break():
         assert float((found - expected).abs().max()) < 1e-12  # measured: 0
 
 
-def test_what_changed_since_is_not_restored():
+def test_what_changed_since():
     model, _, _ = made("llama")
-    fusing = fused(model, inputs_of(model))
-    centre_input(model.model.layers[1])
-    with pytest.raises(PlanError, match="expected a FusedLlamaDecoderLayer, as fusing left it, found a Centred"):
-        fusing.restore(model)
-    assert type(model.model.layers[0]).__name__ == "FusedLlamaDecoderLayer"
+    layers, inputs = model.model.layers, inputs_of(model)
+    plain = type(layers[0])
+    fused(model, inputs)
+    centre_input(layers[1])
+    unfuse(model)
+    assert type(layers[0]) is plain and type(layers[1]).__mro__[2] is plain  # still centred
+    restore_kernels(model)
+    fused(model, inputs)
+    layers[1].__class__ = type("Sharded", (type(layers[1]),), {})
+    with pytest.raises(KernelError, match=r"layers\.1 has become a Sharded since its sums were fused"):
+        unfuse(model)
+    assert type(layers[0]) is not plain
 
 
-def test_norms_without_the_methods_are_refused():
+def test_norms_that_were_not_swapped_are_refused():
     model, _, _ = made("llama")
     normmap = NormMap.of(model, inputs_of(model))
-    with pytest.raises(PlanError, match="LlamaRMSNorm. has no add_norm: swap it first"):
+    plain = type(model.model.layers[0])
+    with pytest.raises(KernelError, match="layernorm: expected a fused norm, found a LlamaRMSNorm"):
         fuse(model, normmap, ["model.layers.0.post_attention_layernorm"])
-    assert type(model.model.layers[0]).__name__ == "LlamaDecoderLayer"
+    assert type(model.model.layers[0]) is plain
 
 
 # -- blocks that do something in between -------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from normswap.errors import RefusedError
-from normswap.norms.spec import NormSpec
+from normswap.kernels.call import Form, unserved
 from normswap.observe.trace import Operation, Ref, Span
 from normswap.planning.edits import Change
 from normswap.planning.rewrites.places import NoPlace, Place, Places
@@ -27,13 +27,16 @@ from normswap.source.methods import place
 from normswap.understand.normmap import NormMap, StreamInfo
 from normswap.understand.placement import Block
 
+#: the method of a fused norm for each form
+METHODS: dict[Form, str] = {"add-norm": "add_norm", "norm-add": "norm_add", "norm-add-norm": "norm_add_norm"}
+
 
 @dataclass(frozen=True)
 class Pair:
     """A residual sum, and what becomes of it.
 
     Attributes:
-        form: `add-norm`, `norm-add` or `norm-add-norm`; None where sum and norms stay as they are.
+        form: of the call that they become; None where sum and norms stay as they are.
         module: path of the module in which the sum is.
         method: the method that is changed, `Class.name`; None where it stays.
         norms: paths of the norms in the call, in the order in which they run.
@@ -42,7 +45,7 @@ class Pair:
         changes: of it.
     """
 
-    form: str | None
+    form: Form | None
     module: str
     method: str | None = None
     norms: tuple[str, ...] = ()
@@ -119,10 +122,10 @@ class _Finder:
         reader, no_reader = self._reader(stream, block, found, flow)
         if giver is None and reader is None:
             raise NoPlace("; ".join(dict.fromkeys(filter(None, (no_reader, no_giver)))))
-        changes = self._changes(block, found, sides, giver, reader)
+        form: Form = "norm-add-norm" if giver and reader else "norm-add" if giver else "add-norm"
+        changes = self._changes(block, found, sides, giver, reader, METHODS[form])
         norms = tuple(beside.norm.path for beside in (giver, reader) if beside is not None)
         self.used.update(norms)
-        form = "norm-add-norm" if len(norms) == 2 else "add-norm" if giver is None else "norm-add"
         method = found.method
         where = f"{method.owner.__name__}.{method.name}"
         return Pair(form, found.module, where, norms, None, method.name, method.digest, changes)
@@ -260,7 +263,7 @@ class _Finder:
             raise NoPlace("no kernel serves it")
         if path in self.used:
             raise NoPlace("it is part of another sum's call")
-        if why := _unfit(self.normmap.sites[path].spec):
+        if why := unserved(self.normmap.sites[path].spec):
             raise NoPlace(why)
         op = next(op for op in self.trace.norm_operations() if op.norm == path)
         if op.frames and op.frames[0].module not in (found.module, None):
@@ -283,7 +286,7 @@ class _Finder:
         return _Norm(path, call, name)
 
     def _changes(
-        self, block: Block, found: Place, sides, giver: _Giver | None, reader: _Reader | None
+        self, block: Block, found: Place, sides, giver: _Giver | None, reader: _Reader | None, method: str
     ) -> tuple[Change, ...]:
         side = giver.side if giver else next(s for s, (_, v) in sides.items() if v == block.operands[1])
         ours = {giver.norm.call.node} if giver else set()
@@ -292,9 +295,6 @@ class _Finder:
             if giver and side == "right":
                 raise NoPlace(self.places.shown(found, "both sides call something, and would change places"))
             side = "left"
-        method = {(True, True): "norm_add_norm", (True, False): "norm_add", (False, True): "add_norm"}[
-            giver is not None, reader is not None
-        ]
         first = (giver or reader).norm.name
         second = reader.norm.name if giver and reader else None
         merge = found.change(f"merge-{side}", f"{first}.{method}")
@@ -359,15 +359,6 @@ def _assignment(found: Place) -> ast.Assign | None:
         match node:
             case ast.Assign(targets=[ast.Name()], value=value) if value is found.node:
                 return node
-    return None
-
-
-def _unfit(spec: NormSpec) -> str | None:
-    """Why a norm has no fused form."""
-    if spec.kind not in ("layernorm", "rmsnorm"):
-        return f"it is a {spec.kind}: expected a layernorm or rmsnorm"
-    if spec.axes != (-1,) or spec.groups != 1 or spec.gate is not None:
-        return "it normalises another axis than the last, or groups, or has a gate"
     return None
 
 

@@ -7,8 +7,9 @@ import hashlib
 import inspect
 import linecache
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,6 +36,7 @@ class Rewritten:
         names: what the texts take from the modules that they come from, and which module that is.
         lazy: whether annotations are left unevaluated.
         about: what was changed, for the docstring.
+        disguised: whether those who look for classes by name (FSDP, device maps) take it for its base.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Rewritten:
     names: Mapping[str, tuple[str, object]]
     lazy: bool
     about: str = "norms in other places"
+    disguised: bool = False
 
     @property
     def is_model(self) -> bool:
@@ -79,6 +82,8 @@ class Rewritten:
         namespace |= {self.base.__name__: self.base, "__name__": self.base.__module__}
         exec(compile(self.text, file, "exec", flags, dont_inherit=True), namespace)
         made = namespace[self.name]
+        if self.disguised:
+            made.__name__ = self.base.__name__
         if self.is_model:
             # and by this, how to convert a checkpoint's keys; the modelling file registers its own names for that
             made.__name__ = self.base.__name__
@@ -88,13 +93,13 @@ class Rewritten:
 
 
 def rewritten_classes(
-    model: nn.Module, edits: Iterable[Rewrite], prefix: str = PREFIX, about: str = Rewritten.about
+    model: nn.Module, edits: Iterable[Rewrite], prefix: str = PREFIX, **attributes: Any
 ) -> dict[str, Rewritten]:
     """The class that each module gets, by path. Modules of one class with the same changes get the same one.
 
     Args:
         prefix: of the names of the classes.
-        about: what the edits change, for their docstrings.
+        attributes: of every `Rewritten`.
 
     Raises:
         PlanError: the plan was made for another source than the installed one, or does not fit it.
@@ -117,12 +122,12 @@ def rewritten_classes(
             number = counts[base.__name__] = counts.get(base.__name__, 0) + 1
             name = f"{prefix}{base.__name__}" + (str(number) if number > 1 else "")
             changed = [(e.method, e.changes, e.digest) for _, e in sorted(methods.items())]
-            made[key] = _rewritten(name, base, changed, about)
+            made[key] = replace(_rewritten(name, base, changed), **attributes)
         found[path] = made[key]
     return found
 
 
-def _rewritten(name: str, base: type, changed: list[tuple[str, tuple[Change, ...], str]], about: str) -> Rewritten:
+def _rewritten(name: str, base: type, changed: list[tuple[str, tuple[Change, ...], str]]) -> Rewritten:
     texts, names, lazy = {}, {}, set()
     for method_name, changes, digest in changed:
         method = Method.of(base, method_name)
@@ -141,4 +146,4 @@ def _rewritten(name: str, base: type, changed: list[tuple[str, tuple[Change, ...
         raise RefusedError(f"{base.__name__}: a method names the class itself, which was rewritten before.")
     if len(lazy) > 1:
         raise RefusedError(f"{base.__name__}: its methods come from modules that treat annotations differently.")
-    return Rewritten(name, base, texts, names, lazy == {True}, about)
+    return Rewritten(name, base, texts, names, lazy == {True})
