@@ -310,3 +310,12 @@ def test_compiled():
     }
     assert {int(stack) for _, _, _, stack, _ in lines} == {0}
     assert max(int(shared) for *_, shared in lines) <= 232448  # of an H200; 99328 here
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes in the interpreter")
+def test_two_processes(tmp_path):
+    """DTensors with sharded rows stay so, their gradients of weights are partial; FSDP2 and DDP train as one does."""
+    script = Path(__file__).with_name("triton_distributed.py")
+    told = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=True).stdout
+    assert told.split("\n")[0] == "dtensors 34 fsdp 5 ddp 5"
