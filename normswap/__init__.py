@@ -3,6 +3,7 @@
     normswap.inspect("./my-model")                            # what its norms are, and where
     normswap.convert("./my-model", "./out", norm="rmsnorm")   # checkpoint to checkpoint
     normswap.convert_model(model, norm="rmsnorm")             # a live model, in place
+    normswap.use_kernels(model)                               # fused kernels under its norms
 
 Names are imported when they are used, so that importing the package costs nothing.
 """
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from normswap.errors import (
         DestinationError,
         DivergedError,
+        KernelError,
         NormswapError,
         ObserveError,
         PlanError,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
         SourceError,
         VerificationError,
     )
+    from normswap.kernels.swap import Kernels, restore_kernels, use_kernels
     from normswap.loading import load
     from normswap.norms.spec import NormSpec
     from normswap.planning.plans import Plan
@@ -41,6 +44,7 @@ _HOME = {
     "errors": (
         "DestinationError",
         "DivergedError",
+        "KernelError",
         "NormswapError",
         "ObserveError",
         "PlanError",
@@ -49,6 +53,7 @@ _HOME = {
         "SourceError",
         "VerificationError",
     ),
+    "kernels.swap": ("Kernels", "restore_kernels", "use_kernels"),
     "loading": ("load",),
     "understand.normmap": ("NormMap", "inspect"),
     "norms.spec": ("NormSpec",),

@@ -246,7 +246,9 @@ BROKEN = [
     ({"data": {"block": 4}}, ["data.block: expected 8 or more, found 4"]),
     ({"data": "corpus.txt"}, ["data: expected keys and values (block, ", "found 'corpus.txt'"]),
     ({"verify": "none"}, ["verify: expected 'full' or 'fast', found 'none'"]),
-    ({"kernels": "liger"}, ["kernels: this version has no fused kernels: leave `kernels` out, or null, found 'liger'"]),
+    ({"kernels": "lieger"}, ["kernels.backend: expected auto, or of ", "liger", "found 'lieger'"]),
+    ({"kernels": ["auto", "torch"]}, ["kernels.backend: expected auto, or of "]),
+    ({"kernels": {"backends": "torch"}}, ["kernels.backends: no such key; did you mean 'backend'?"]),
     # the surgery
     ({"surgery": "dyt"}, ["surgery: expected options of `normswap convert`, such as {norm: dyt}, or a list of such"]),
     ({"surgery": {"norm": "dtt"}}, ["`surgery`: norm 'dtt' is not offered: expected one of", "repbn", "mean dyt?"]),

@@ -29,7 +29,7 @@ from normswap.verification.text import calibration_text
 
 WANTED = {
     "layernorm-to-rmsnorm", "rmsnorm-to-layernorm", "pre-to-post", "post-to-pre", "to-sandwich", "to-repbn", "to-dyt",
-    "remove-norms", "add-qk-norm",
+    "remove-norms", "add-qk-norm", "kernels-only",
 }  # fmt: skip
 TINY = (
     "data.block=32", "data.held_out_blocks=2", "data.calibration_tokens=256", "stages.0.tokens=256", "verify=fast",
@@ -46,6 +46,7 @@ MADE = {
     "to-dyt": {"dyt"},
     "remove-norms": {"none"},
     "add-qk-norm": {"layernorm", "rmsnorm"},
+    "kernels-only": {"layernorm"},
 }
 LOADS = """
 import json, sys, torch

@@ -100,6 +100,23 @@ CASES = {
         [("unwrap", None, "self.ln(hidden_states=w)")],
         ["+ self.mlp(hidden_states=w)"],
     ),
+    "a sum that a norm makes": ([("merge-left", "n.f", "x + self.ln(y)")], ["z = self.n.f(x, self.ln(y))"]),
+    "and both that it gives": (
+        [("merge-right", "n.add_norm", "x + self.ln(y)"), ("before", "y", "z"), ("unwrap", None, "self.ln(y)")],
+        ["y, z = self.n.add_norm(y, x)"],
+    ),
+    "one of what it gives": (
+        [
+            ("merge-left", "n.norm_add", "x + y", 1),
+            ("first", None, "x + y", 1),
+            ("unwrap", None, "self.ln(\n            x + y,  # both\n        )"),
+        ],
+        ["w = self.n.norm_add(x, y)[0]"],
+    ),
+    "what was kept": ([("recall", "kept", "self.ln(w)")], ["w = kept"]),
+    "what may have been kept": ([("recall-if", "kept", "self.ln(w)")], ["w = self.ln(w) if kept is None else kept"]),
+    "a statement less": ([("remove", None, "w", 1)], ["# removed: w = self.ln(w)"]),
+    "a statement more": ([("forget", "kept", "w", 1)], ["kept = None"]),
     "keyword of another call": (
         [("unwrap", None, "self.mlp(hidden_states=self.ln(hidden_states=w))"), ("wrap", "n", "w", 3)],
         ["+ self.ln(hidden_states=self.n(w))"],
@@ -287,6 +304,13 @@ def test_centring_around_a_module_is_seen_through():
         ("sums", dict(kind="left", span=find("sums", "x + self.ln(y)")), "left expects a product or quotient"),
         ("grouped", dict(kind="right", span=find("grouped", "y(x) / x")), "right expects a product, found"),
         ("sums", dict(kind="wrap", span=find("sums", "x + self.ln(y)")), "needs the name"),
+        (
+            "sums",
+            dict(kind="merge-left", name="n.f", span=find("sums", "self.ln(y)")),
+            "merge-left expects a sum, found",
+        ),
+        ("sums", dict(kind="before", name="n", span=find("sums", "self.ln(y)")), "before expects a target, found"),
+        ("short", dict(kind="forget", name="n", span=find("short", "x")), "expects a statement that begins a line"),
         ("sums", dict(kind="enter", argument="q", name="n"), "enter expects an argument q, found self, x, y"),
         ("short", dict(kind="enter", argument="x", name="n"), "a body on lines of its own"),
     ],

@@ -18,6 +18,7 @@ COMMANDS = {
     "norms": "List the kinds of norm that can be asked for.",
     "convert": "Convert a checkpoint, verify the result and publish it.",
     "verify": "Measure how far two checkpoints are apart.",
+    "kernels": "Show which fused kernel each norm would get.",
     "finetune": "Convert a checkpoint and heal it, as a recipe says.",
     "recipe": "Look at recipes: list, show, validate, schema.",
 }
@@ -57,6 +58,7 @@ def main() -> None:
     normswap convert MODEL OUT --norm rmsnorm
     normswap convert MODEL OUT --placement post
     normswap verify MODEL OUT
+    normswap kernels MODEL
     normswap finetune RECIPE
 
     MODEL is a folder with config.json and *.safetensors, or a Hub id. Results go to stdout, messages to stderr.

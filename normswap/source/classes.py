@@ -7,8 +7,9 @@ import hashlib
 import inspect
 import linecache
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -34,6 +35,8 @@ class Rewritten:
         methods: by name, the text of each method as the class has it.
         names: what the texts take from the modules that they come from, and which module that is.
         lazy: whether annotations are left unevaluated.
+        about: what was changed, for the docstring.
+        disguised: whether those who look for classes by name (FSDP, device maps) take it for its base.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Rewritten:
     methods: Mapping[str, str]
     names: Mapping[str, tuple[str, object]]
     lazy: bool
+    about: str = "norms in other places"
+    disguised: bool = False
 
     @property
     def is_model(self) -> bool:
@@ -49,7 +54,7 @@ class Rewritten:
     @cached_property
     def text(self) -> str:
         """The class statement."""
-        about = f'    """{self.base.__name__} with norms in other places: lines that are `# changed` or `# removed`."""'
+        about = f'    """{self.base.__name__} with {self.about}: lines that are `# changed` or `# removed`."""'
         if self.is_model:
             stock = self.base.__name__
             about += (
@@ -77,6 +82,8 @@ class Rewritten:
         namespace |= {self.base.__name__: self.base, "__name__": self.base.__module__}
         exec(compile(self.text, file, "exec", flags, dont_inherit=True), namespace)
         made = namespace[self.name]
+        if self.disguised:
+            made.__name__ = self.base.__name__
         if self.is_model:
             # and by this, how to convert a checkpoint's keys; the modelling file registers its own names for that
             made.__name__ = self.base.__name__
@@ -85,8 +92,14 @@ class Rewritten:
         return made
 
 
-def rewritten_classes(model: nn.Module, edits: Iterable[Rewrite]) -> dict[str, Rewritten]:
+def rewritten_classes(
+    model: nn.Module, edits: Iterable[Rewrite], prefix: str = PREFIX, **attributes: Any
+) -> dict[str, Rewritten]:
     """The class that each module gets, by path. Modules of one class with the same changes get the same one.
+
+    Args:
+        prefix: of the names of the classes.
+        attributes: of every `Rewritten`.
 
     Raises:
         PlanError: the plan was made for another source than the installed one, or does not fit it.
@@ -107,8 +120,9 @@ def rewritten_classes(model: nn.Module, edits: Iterable[Rewrite]) -> dict[str, R
         key = (base, *((name, edit.changes, edit.digest) for name, edit in sorted(methods.items())))
         if key not in made:
             number = counts[base.__name__] = counts.get(base.__name__, 0) + 1
-            name = f"{PREFIX}{base.__name__}" + (str(number) if number > 1 else "")
-            made[key] = _rewritten(name, base, [(e.method, e.changes, e.digest) for _, e in sorted(methods.items())])
+            name = f"{prefix}{base.__name__}" + (str(number) if number > 1 else "")
+            changed = [(e.method, e.changes, e.digest) for _, e in sorted(methods.items())]
+            made[key] = replace(_rewritten(name, base, changed), **attributes)
         found[path] = made[key]
     return found
 

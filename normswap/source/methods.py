@@ -105,6 +105,13 @@ class Method:
         line, column, end_line, end_column = place(node)
         return self.data[self.offset(line, column) : self.offset(end_line, end_column)].decode()
 
+    def around(self, node: ast.AST) -> tuple[str, str, str]:
+        """The text of a node, what stands before it on its first line, and what after it on its last."""
+        line, column, end_line, end_column = place(node)
+        end = self.offset(end_line, end_column)
+        before, after = self.data[self.offset(line, 0) : self.offset(line, column)], self.data[end:].split(b"\n")[0]
+        return before.decode(), self.source(node), after.decode()
+
     def locate(self, span: Span) -> ast.expr | ast.AugAssign:
         """The expression that a call in the trace stands at, or the statement `x += y` of a sum in place.
 

@@ -1,8 +1,8 @@
 """A method's new text: `Change`s made in its source, everything else as it stands there.
 
-Changes are insertions and deletions at single expressions. Expressions are put together from the inside out, so changes
-may stand inside each other; of several changes of one expression the first listed is the innermost. Parentheses
-come only where the new text would group otherwise without them.
+Changes are made at single expressions. Expressions are put together from the inside out, so changes may stand inside
+each other; of several changes of one expression the first listed is the innermost. Parentheses come only where the new
+text would group otherwise without them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from normswap.errors import PlanError
 from normswap.planning.edits import Change
+from normswap.source.expressions import summands
 from normswap.source.methods import Method, place
 
 WIDTH = 120
@@ -40,6 +41,10 @@ _OPERATORS: dict[type, tuple[int, str]] = {
 }
 # changes that leave a part of an expression, and what they expect
 _LEAVES = {"unwrap": "a call with an argument", "left": "a product or quotient", "right": "a product"}
+_MERGES = ("merge-left", "merge-right")
+_TARGETS = ("before", "behind")
+# changes that put something else in an expression's place
+_REPLACES = ("recall", "recall-if")
 # stand for the parentheses of calls that were put in, until lines are laid out
 _OPEN, _CLOSE = "\ue000", "\ue001"
 
@@ -77,9 +82,15 @@ class _Rewriter:
     def __init__(self, method: Method, changes: Sequence[Change]):
         self.method = method
         self.entering = [change for change in changes if change.kind == "enter"]
+        self.forgetting: dict[ast.AST, list[Change]] = {}
+        self.removed: set[ast.AST] = set()
         self.own: dict[ast.AST, list[Change]] = {}
         for change in changes:
-            if change.kind != "enter":
+            if change.kind == "forget":
+                self.forgetting.setdefault(self._statement_at(change), []).append(change)
+            elif change.kind == "remove":
+                self.removed.add(self._statement_at(change, alone=True))
+            elif change.kind != "enter":
                 self.own.setdefault(self._target(change), []).append(change)
         # a call without arguments looks for the class that the text stands in, which will be another one
         self.supers = {node for node in ast.walk(method.tree) if _is_super(node)}
@@ -100,15 +111,34 @@ class _Rewriter:
                     f"{self.method.where}: {change.kind} expects {_LEAVES[change.kind]}, found "
                     f"{self.method.source(node)}"
                 )
+        elif change.kind == "first":
+            return node
         elif change.name is None:
-            raise PlanError(f"{self.method.where}: {change.kind} needs the name of an attribute.")
+            raise PlanError(f"{self.method.where}: {change.kind} needs the name of an attribute or variable.")
+        if change.kind in _MERGES and (isinstance(node, ast.AugAssign) or summands(node) is None):
+            raise PlanError(f"{self.method.where}: {change.kind} expects a sum, found {self.method.source(node)}")
+        if change.kind in _TARGETS and not (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)):
+            raise PlanError(f"{self.method.where}: {change.kind} expects a target, found {self.method.source(node)}")
         return node
+
+    def _statement_at(self, change: Change, alone: bool = False) -> ast.stmt:
+        """The statement that begins where a change says, on a line of its own; `alone`, nothing comes behind it."""
+        for node in ast.walk(self.method.tree):
+            if isinstance(node, ast.stmt) and change.span and place(node)[:2] == change.span[:2]:
+                before, _, after = self.method.around(node)
+                if not before.strip() and not (alone and after.partition("#")[0].strip()):
+                    return node
+        raise PlanError(
+            f"{self.method.where}: {change.kind} expects a statement that begins a line at {change.span}, found none "
+            f"there in:\n{self.method.text}"
+        )
 
     def _check_reachable(self, node: ast.AST) -> None:
         """Refuse changes of what another change deletes, and inside of strings."""
         while (parent := self.parents.get(node)) is not None:
             left = [_left(change, parent) for change in self.own.get(parent, ()) if change.kind in _LEAVES]
             gone = any(not (node is rest or isinstance(node, ast.keyword) and node.value is rest) for rest in left)
+            gone |= parent in self.removed or any(change.kind in _REPLACES for change in self.own.get(parent, ()))
             if gone or isinstance(parent, ast.JoinedStr):
                 raise PlanError(
                     f"{self.method.where}: a change inside {self.method.source(parent)}, of which it leaves nothing."
@@ -122,7 +152,8 @@ class _Rewriter:
     # -- expressions -----------------------------------------------------------------------------------------------
 
     def _touched(self, node: ast.AST) -> bool:
-        return any(inner in self.own or inner in self.supers for inner in ast.walk(node))
+        parts = self.own, self.supers, self.forgetting, self.removed
+        return any(inner in part for inner in ast.walk(node) for part in parts)
 
     def _between(self, start: int, end: int, nodes: list[ast.AST], parent: ast.AST) -> str:
         """Source from `start` to `end` with the changed ones of `nodes`, which lie there, in their new form."""
@@ -130,9 +161,12 @@ class _Rewriter:
         cuts = [(*self._extent(node), node) for node in nodes if hasattr(node, "lineno") and self._touched(node)]
         if parent is self.method.tree and self.entering:
             at = self._entrance()
-            cuts.append((at, at, None))
+            cuts.append((at, at, self._entering()))
+        for node in self.forgetting.keys() & set(nodes):
+            at = self._extent(node)[0]
+            cuts.append((at, at, self._forgetting(node)))
         for first, last, node in sorted(cuts, key=lambda cut: cut[:2]):
-            new = self._entering() if node is None else self._in_place(node, parent)
+            new = node if isinstance(node, str) else self._in_place(node, parent)
             parts += [data[start:first].decode(), new]
             start = last
         return "".join([*parts, data[start:end].decode()])
@@ -157,9 +191,18 @@ class _Rewriter:
         for change in self.own.get(node, ()):
             if change.kind in _LEAVES:
                 new = self._expression(_left(change, node))
+            elif change.kind in _MERGES:
+                new = self._merged(change, node)
             else:
                 new = _applied(change, new)
         return new
+
+    def _merged(self, change: Change, node: ast.expr) -> _Text:
+        """A call of a method instead of a sum."""
+        given = [self._expression(side).within(_TEST) for side in summands(node)]
+        given = given[::-1] if change.kind == "merge-right" else given
+        given += [f"self.{change.argument}"] if change.argument else []
+        return _Text(f"self.{change.name}{_OPEN}{', '.join(given)}{_CLOSE}", _ATOM)
 
     def _inside(self, node: ast.AST) -> str:
         if node in self.supers:
@@ -168,11 +211,13 @@ class _Rewriter:
         return self._between(start, end, _placed_children(node), node)
 
     def _statement(self, node: ast.AST) -> str:
+        if node in self.removed:
+            return _removal(node)
         if isinstance(node, ast.AugAssign) and (node in self.own or self._touched(node.target)):
             return self._sum_in_place(node)
         text = self._inside(node)
         if isinstance(node, ast.Assign) and _says_nothing(text) and self._has_siblings(node):
-            return textwrap.shorten(f"# removed: {ast.unparse(node)}", WIDTH - node.col_offset)
+            return _removal(node)
         return text
 
     def _sum_in_place(self, node: ast.AugAssign) -> str:
@@ -219,7 +264,11 @@ class _Rewriter:
             node = parent
         return False
 
-    # -- entrances -------------------------------------------------------------------------------------------------
+    # -- statements that come before others -------------------------------------------------------------------------
+
+    def _forgetting(self, node: ast.stmt) -> str:
+        margin = " " * node.col_offset
+        return "".join(f"{change.name} = None\n{margin}" for change in self.forgetting[node])
 
     def _entering(self) -> str:
         """The statements that come first."""
@@ -245,6 +294,10 @@ class _Rewriter:
                 f"{self.method.where}: enter expects a body on lines of its own, found:\n{self.method.text}"
             )
         return self.method.offset(first.lineno, first.col_offset)
+
+
+def _removal(node: ast.stmt) -> str:
+    return textwrap.shorten(f"# removed: {ast.unparse(node)}", WIDTH - node.col_offset)
 
 
 def _is_super(node: ast.AST) -> bool:
@@ -280,8 +333,21 @@ def _placed_children(node: ast.AST) -> list[ast.AST]:
 
 
 def _applied(change: Change, inner: _Text) -> _Text:
-    if change.kind == "wrap":
-        return _Text(f"self.{change.name}{_OPEN}{inner.text}{_CLOSE}", _ATOM)
+    match change.kind:
+        case "wrap":
+            return _Text(f"self.{change.name}{_OPEN}{inner.text}{_CLOSE}", _ATOM)
+        case "first":
+            return _Text(f"{inner.within(_ATOM)}[0]", _ATOM)
+        case "before":
+            return _Text(f"{change.name}, {inner.text}", _ATOM)
+        case "behind":
+            return _Text(f"{inner.text}, {change.name}", _ATOM)
+        case "recall" | "recall-if":
+            text = change.name
+            text += f".reshape{_OPEN}{change.argument}.shape{_CLOSE}" if change.argument else ""
+            if change.kind == "recall":
+                return _Text(text, _ATOM)
+            return _Text(f"{inner.within(_OR)} if {change.name} is None else {text}", _TEST)
     return _Text(f"self.{change.name} * {inner.within(_FACTOR)}", _TERM)
 
 

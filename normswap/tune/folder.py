@@ -21,6 +21,8 @@ from normswap.tune.surgery import Surgery
 #: behind the name of the output
 RUN = ".training"
 _STATE, _PLANS, _LOCK = "run.json", "plans", "lock"
+#: which backend was chosen for which call of a kernel: a resumed run, and every process, has the same
+CHOSEN = "kernels.json"
 
 
 def path_of(recipe: Recipe) -> Path:
@@ -118,7 +120,8 @@ def clear(run: Path, logs: bool = False) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             elif path.is_dir() and (path.name in (_PLANS, checkpoints.PARTIAL) or path.name.startswith("checkpoint-")):
                 shutil.rmtree(path)
-        (folder / _STATE).unlink(missing_ok=True)
+        for name in (_STATE, CHOSEN):
+            (folder / name).unlink(missing_ok=True)
         if folder != run and not any(folder.iterdir()):
             folder.rmdir()
 

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from normswap.errors import RecipeError, RefusedError
+from normswap.kernels.backends import BACKENDS
 from normswap.planning.choice import kind_of
 from normswap.planning.request import Request, Words
 from normswap.planning.rewrites.steps import row_of
@@ -192,6 +193,24 @@ class Guards(Strict):
     tail: float | None = Field(5.0, gt=0)
 
 
+class Kernels(Strict):
+    """Fused kernels under the norms while they train (`normswap.use_kernels`); the result has none.
+
+    Attributes:
+        backend: `auto`, the fastest for each norm; a name, or several in order of preference.
+    """
+
+    backend: str | Annotated[tuple[str, ...], Field(min_length=1)] = "auto"
+
+    @field_validator("backend")
+    @classmethod
+    def _known(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for name in (value,) if isinstance(value, str) else value:
+            if name not in ("auto", *BACKENDS) or (name == "auto" and not isinstance(value, str)):
+                raise ValueError(f"expected auto, or of {', '.join(BACKENDS)}")
+        return value
+
+
 class Lora(Strict):
     """Train low-rank adapters in the place of linear maps (PEFT); they are merged at the end. Norms train as they are.
 
@@ -211,6 +230,11 @@ def _path_alone(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _backend_alone(value: Any) -> Any:
+    """A name in the place of kernels."""
+    return {"backend": value} if isinstance(value, str | list | tuple) else value
+
+
 def _objectives(value: Any) -> Any:
     """One objective in the place of a list of one; a bare word for its kind."""
     several = value if isinstance(value, list | tuple) else [value]
@@ -228,6 +252,7 @@ def _conversions(value: Any) -> Any:
 
 # What may stand in a file, beside what it is read as.
 Short = Literal["lm", "mlm", "classification", "distill", "hidden", "embedding"]
+Fused = Annotated[Kernels, BeforeValidator(_backend_alone, json_schema_input_type=Kernels | str | tuple[str, ...])]
 Models = Annotated[Model, BeforeValidator(_path_alone, json_schema_input_type=Model | str)]
 Conversions = Annotated[
     tuple[Words, ...], BeforeValidator(_conversions, json_schema_input_type=Words | tuple[Words, ...])
@@ -246,8 +271,8 @@ class Recipe(Strict):
         model: or its path alone.
         surgery: conversions, in the words of `normswap convert` (`planning.request.Words`), done as one; none: plain
             fine-tuning.
-        kernels: fused norm kernels; this version has none.
-        data, objective, stages, guards, lora: see there. Objectives are added, by their weights.
+        kernels, data, objective, stages, guards, lora: see there; of kernels the backend alone will
+            do. Objectives are added, by their weights.
         training: passed to `transformers.TrainingArguments` under their own names.
         control: fine-tune the unconverted model as well, with the same data and budget, to compare with.
         output: the folder to make.
@@ -257,7 +282,7 @@ class Recipe(Strict):
 
     model: Models
     surgery: Conversions = ()
-    kernels: None = None
+    kernels: Fused | None = None
     data: Data = Data()
     objective: Objectives = (LanguageModelling(),)
     stages: tuple[Stage, ...] = Field(min_length=1)
@@ -268,13 +293,6 @@ class Recipe(Strict):
     output: str
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     verify: Literal["full", "fast"] = "full"
-
-    @field_validator("kernels", mode="before")
-    @classmethod
-    def _no_kernels(cls, value: Any) -> Any:
-        if value is not None:
-            raise ValueError("this version has no fused kernels: leave `kernels` out, or null")
-        return value
 
     @field_validator("training")
     @classmethod

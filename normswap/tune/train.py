@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from normswap.calibration.data import Progress
 from normswap.errors import RecipeError
+from normswap.kernels.swap import restore_kernels
 from normswap.tune import checkpoints
 from normswap.tune.callbacks import Guard, Ramps, Told
+from normswap.tune.kernels import fuse
 from normswap.tune.prepare import Setup
 from normswap.tune.processes import on_main
 from normswap.tune.recipe import Recipe
@@ -53,6 +55,10 @@ def train(
         chosen = {name: "all" if train in ("skips", "moved") else train for name, train in chosen.items()}
     trained = {name: select(model, train, plan, setup.norms) for name, train in chosen.items()}
     own = dict(model.named_parameters())
+    rate = max(span.learning_rate for span in schedule.spans)
+    args = _arguments(recipe, run, schedule.steps, rate)
+    if recipe.kernels is not None:
+        say({"run": what, "note": fuse(model, recipe, args, run)})
     if recipe.lora is not None:
         from normswap.tune.lora import add_adapters
 
@@ -63,8 +69,6 @@ def train(
     sites = list(ramped(model)) if surgery is not None and surgery.tapers else []
     sites = running_order(sites, setup)
     ramps = Ramps(model, schedule, sites, turns(sites, recipe.taper.order) if recipe.taper else [])
-    rate = max(span.learning_rate for span in schedule.spans)
-    args = _arguments(recipe, run, schedule.steps, rate)
     found = on_main(lambda: checkpoints.last(run)) if resume else None
     if found is not None:
         args.eval_on_start = False  # it was evaluated when it was saved
@@ -95,6 +99,7 @@ def train(
     if not any(e.get("step") == schedule.steps and "eval_mean" in e for e in trainer.state.log_history):
         trainer.evaluate()
     model = trainer.result(spare)
+    restore_kernels(model)
     for parameter in shared:  # what is done to the one from here on is not done to the other
         parameter.data = parameter.data.clone()
     if losses.teacher is not None:

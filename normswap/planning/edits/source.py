@@ -8,9 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from normswap.planning.edits.modules import ModuleEdit
 
+_DOTTED = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
+
 
 class Change(BaseModel):
-    """One change of a method's source. All are insertions and deletions at the ends of one expression.
+    """One change of a method's source, at one expression.
+
+    Insertions and deletions at its ends:
 
     - `unwrap`: the call of a norm becomes its first argument;
     - `wrap`: `x` becomes `self.name(x)`; where the expression is a statement `x += y`, that becomes
@@ -19,19 +23,47 @@ class Change(BaseModel):
     - `left`, `right`: the product `x * y` (of `left`, the quotient `x / y` too) becomes that side of it;
     - `enter`: `argument = self.name(argument)` becomes the first statement of the method.
 
+    A sum that a method of a norm makes, and what that gives beside the sum:
+
+    - `merge-left`, `merge-right`: the sum `x + y` becomes `self.name(x, y)`, of `merge-right` `self.name(y, x)`; with
+      an argument, `self.name(x, y, self.argument)`;
+    - `first`: `x` becomes `x[0]`;
+    - `before`, `behind`: the target of an assignment, `x = ..`, becomes `name, x = ..` or `x, name = ..`;
+    - `remove`: the statement that begins at the span is gone, and a comment in its place;
+    - `recall`: the expression becomes the local variable `name`, with an argument `name.reshape(argument.shape)`;
+    - `recall-if`: `x` becomes what `recall` makes of it, where `name` is not None, else it stays;
+    - `forget`: `name = None` becomes the statement before the one that begins at the span.
+
     Attributes:
         span: line, column, end line, end column of the expression. Lines count from the first line of the method
             (its first decorator, if it has any), columns in UTF-8 bytes, both from 0; as Python's syntax tree has them.
-        name: attribute of the module: a norm or a number.
-        argument: of `enter`, the parameter's name.
+        name: attribute of the module: a norm or a number; of a merge, dotted, a method of one; of `before`
+            and what follows it, a local variable.
+        argument: of `enter`, the parameter's name; of a merge, a norm; of `recall`, a local variable.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["unwrap", "wrap", "scale", "left", "right", "enter"]
+    kind: Literal[
+        "unwrap",
+        "wrap",
+        "scale",
+        "left",
+        "right",
+        "enter",
+        "merge-left",
+        "merge-right",
+        "first",
+        "before",
+        "behind",
+        "remove",
+        "recall",
+        "recall-if",
+        "forget",
+    ]
     span: tuple[int, int, int, int] | None = None
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    argument: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    name: str | None = Field(default=None, pattern=_DOTTED)
+    argument: str | None = Field(default=None, pattern=_DOTTED)
 
 
 class Rewrite(ModuleEdit):

@@ -1,0 +1,234 @@
+/* One norm over the last axis, forward and backward.
+
+   y = gain * (x - m) * r + b,    m = mean(x) (0 for an rmsnorm),    r = 1 / sqrt(mean((x - m)^2) + eps)
+
+   With h = (x - m) r and t = gain dy:
+
+   dx = r (t - mean(t) - h mean(t h))   (no mean(t) for an rmsnorm),    dgain = sum dy h,    dbias = sum dy
+
+   Compiled once for each combination of (library.py):
+     X, Y, W, B        dtype of x and dx, of y and dy, of the weight, of the bias; W and B may be NONE
+     CENTRED, ONE_PLUS is it a layernorm; is the gain 1 + w
+     ROUND_H, ROUND_GAIN, ROUND_PRODUCT, ROUND_SUM
+                       to which dtype h, the gain, their product and the sum with the bias are rounded on the way
+
+   Everything is computed in float32. Sums run over LANES columns side by side and are added up in one order, so that
+   they do not depend on the width of the machine's vectors. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define NONE 0
+#define FLOAT32 1
+#define BFLOAT16 2
+#define FLOAT16 3
+
+#define LANES 64
+#define ROWS 4 /* that one pass of the backward takes together: each column's sum is then read and written once */
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* ---- dtypes ---- */
+
+INLINE float as_float(uint32_t u) {
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+INLINE uint32_t as_bits(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return u;
+}
+
+INLINE float from_bf16(uint16_t h) { return as_float((uint32_t)h << 16); }
+
+INLINE uint16_t to_bf16(float f) {
+    uint32_t u = as_bits(f);
+    uint32_t nearest_even = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return f != f ? 0x7fc0 : nearest_even;
+}
+
+INLINE float from_f16(uint16_t h) {
+    /* the exponent's bias is 112 less than a float's; infinities and NaN become 2^16 and more, and get a float's */
+    uint32_t u = as_bits(as_float((uint32_t)(h & 0x7fff) << 13) * 0x1p112f);
+    u |= u >= 0x47800000 ? 0x7f800000 : 0;
+    return as_float(u | (uint32_t)(h & 0x8000) << 16);
+}
+
+INLINE uint16_t to_f16(float f) {
+    /* adding a power of two that leaves ten bits of the mantissa rounds as the machine rounds, subnormals included */
+    uint32_t u = as_bits(f), magnitude = u & 0x7fffffff;
+    uint32_t exponent = magnitude & 0x7f800000;
+    exponent = exponent < 0x38800000 ? 0x38800000 : exponent;
+    float scaled = as_float(magnitude) * 0x1p112f * 0x1p-110f; /* 2^16 and more overflow */
+    uint32_t sum = as_bits(scaled + as_float(exponent + 0x07800000));
+    uint32_t half = ((sum >> 13) & 0x7c00) + (sum & 0x0fff);
+    half = magnitude > 0x7f800000 ? 0x7e00 : half;
+    return half | ((u >> 16) & 0x8000);
+}
+
+INLINE float get(const void *p, int64_t i, int dtype) {
+    if (dtype == FLOAT32) return ((const float *)p)[i];
+    uint16_t h = ((const uint16_t *)p)[i];
+    return dtype == BFLOAT16 ? from_bf16(h) : from_f16(h);
+}
+
+INLINE void put(void *p, int64_t i, float value, int dtype) {
+    if (dtype == FLOAT32)
+        ((float *)p)[i] = value;
+    else
+        ((uint16_t *)p)[i] = dtype == BFLOAT16 ? to_bf16(value) : to_f16(value);
+}
+
+INLINE float rounded(float value, int dtype) {
+    if (dtype == FLOAT32) return value;
+    return dtype == BFLOAT16 ? from_bf16(to_bf16(value)) : from_f16(to_f16(value));
+}
+
+INLINE int64_t size(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+/* ---- one call, cut into chunks of rows that threads take in turn ---- */
+
+struct call {
+    const void *x, *weight, *bias, *dy;
+    void *y, *dx;
+    float *scale, *mean; /* r and m of each row */
+    float *dgain, *dbias; /* of each chunk, (chunks, width) */
+    int64_t rows, width, chunks, taken;
+    float eps;
+    void (*run)(const struct call *, int64_t first, int64_t last, int64_t chunk);
+};
+
+typedef void (*parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags); /* GOMP_parallel */
+
+static void take_chunks(void *data) {
+    struct call *c = data;
+    int64_t k;
+    while ((k = __atomic_fetch_add(&c->taken, 1, __ATOMIC_RELAXED)) < c->chunks)
+        c->run(c, k * c->rows / c->chunks, (k + 1) * c->rows / c->chunks, k);
+}
+
+static void run_chunks(struct call *c, parallel in_parallel) {
+    if (c->chunks > 1)
+        in_parallel(take_chunks, c, (unsigned)c->chunks, 0);
+    else
+        take_chunks(c);
+}
+
+/* ---- the mathematics ---- */
+
+#define SUM(total, expression)                                          \
+    do {                                                                \
+        float lanes[LANES] = {0};                                       \
+        int64_t start = 0;                                              \
+        for (; start + LANES <= width; start += LANES)                  \
+            for (int64_t k = 0; k < LANES; k++) {                       \
+                const int64_t i = start + k;                            \
+                lanes[k] += (expression);                               \
+            }                                                           \
+        for (int64_t i = start; i < width; i++) lanes[i - start] += (expression); \
+        total = 0;                                                      \
+        for (int64_t k = 0; k < LANES; k++) total += lanes[k];          \
+    } while (0)
+
+INLINE float gain(const void *weight, int64_t i) {
+    if (W == NONE) return 1;
+    float w = get(weight, i, W);
+    return ONE_PLUS ? rounded(1 + w, ROUND_GAIN) : w;
+}
+
+static void forward_rows(const struct call *c, int64_t first, int64_t last, int64_t chunk) {
+    const int64_t width = c->width;
+    const void *restrict weight = c->weight, *restrict bias = c->bias;
+    (void)chunk;
+    for (int64_t row = first; row < last; row++) {
+        const void *restrict x = (const char *)c->x + row * width * size(X);
+        void *restrict y = (char *)c->y + row * width * size(Y);
+        float mean = 0, square;
+        if (CENTRED) {
+            SUM(mean, get(x, i, X));
+            mean /= width;
+        }
+        SUM(square, (get(x, i, X) - mean) * (get(x, i, X) - mean));
+        const float scale = 1 / sqrtf(square / width + c->eps);
+        if (c->scale) c->scale[row] = scale;
+        if (CENTRED && c->mean) c->mean[row] = mean;
+        for (int64_t i = 0; i < width; i++) {
+            float h = rounded((get(x, i, X) - mean) * scale, ROUND_H);
+            if (W != NONE) h = rounded(h * gain(weight, i), ROUND_PRODUCT);
+            if (B != NONE) h = rounded(h + get(bias, i, B), ROUND_SUM);
+            put(y, i, h, Y);
+        }
+    }
+}
+
+/* count, sums: constants where this is inlined; without sums there is no gradient of gain and bias */
+INLINE void backward_of(const struct call *c, int64_t row, const int count, const int sums, int64_t chunk) {
+    const int64_t width = c->width;
+    const void *restrict weight = c->weight;
+    float *restrict dgain = c->dgain + chunk * width, *restrict dbias = c->dbias + chunk * width;
+    const void *x[ROWS], *dy[ROWS];
+    void *dx[ROWS];
+    float scale[ROWS], mean[ROWS], along[ROWS], shift[ROWS];
+    for (int j = 0; j < count; j++) {
+        const void *restrict xj = x[j] = (const char *)c->x + (row + j) * width * size(X);
+        const void *restrict dyj = dy[j] = (const char *)c->dy + (row + j) * width * size(Y);
+        dx[j] = (char *)c->dx + (row + j) * width * size(X);
+        scale[j] = c->scale[row + j];
+        mean[j] = CENTRED ? c->mean[row + j] : 0;
+        const float m = mean[j];
+        SUM(along[j], get(dyj, i, Y) * gain(weight, i) * (get(xj, i, X) - m));
+        along[j] *= scale[j] / width;
+        shift[j] = 0;
+        if (CENTRED) {
+            SUM(shift[j], get(dyj, i, Y) * gain(weight, i));
+            shift[j] /= width;
+        }
+    }
+#pragma GCC ivdep
+    for (int64_t i = 0; i < width; i++) {
+        const float g = gain(weight, i);
+        float of_gain = 0, of_bias = 0;
+#pragma GCC unroll 4
+        for (int j = 0; j < count; j++) {
+            const float d = get(dy[j], i, Y), h = (get(x[j], i, X) - mean[j]) * scale[j];
+            of_gain += d * h;
+            of_bias += d;
+            put(dx[j], i, scale[j] * (d * g - shift[j] - h * along[j]), X);
+        }
+        if (sums && W != NONE) dgain[i] += of_gain;
+        if (sums && B != NONE) dbias[i] += of_bias;
+    }
+}
+
+INLINE void backward_chunk(const struct call *c, int64_t first, int64_t last, const int sums, int64_t chunk) {
+    int64_t row = first;
+    for (; row + ROWS <= last; row += ROWS) backward_of(c, row, ROWS, sums, chunk);
+    for (; row < last; row++) backward_of(c, row, 1, sums, chunk);
+}
+
+static void backward_rows(const struct call *c, int64_t first, int64_t last, int64_t chunk) {
+    if (c->dgain || c->dbias)
+        backward_chunk(c, first, last, 1, chunk);
+    else
+        backward_chunk(c, first, last, 0, chunk);
+}
+
+/* scale and mean may be NULL: then they are not kept */
+void forward(const void *x, const void *weight, const void *bias, void *y, float *scale, float *mean, int64_t rows,
+             int64_t width, float eps, int64_t chunks, parallel in_parallel) {
+    struct call c = {.x = x, .weight = weight, .bias = bias, .y = y, .scale = scale, .mean = mean, .rows = rows,
+                     .width = width, .eps = eps, .chunks = chunks, .run = forward_rows};
+    run_chunks(&c, in_parallel);
+}
+
+/* dgain, dbias: (chunks, width) of zeros, both or neither */
+void backward(const void *x, const void *weight, const void *dy, float *scale, float *mean, void *dx, float *dgain,
+              float *dbias, int64_t rows, int64_t width, int64_t chunks, parallel in_parallel) {
+    struct call c = {.x = x, .weight = weight, .dy = dy, .scale = scale, .mean = mean, .dx = dx, .dgain = dgain,
+                     .dbias = dbias, .rows = rows, .width = width, .chunks = chunks, .run = backward_rows};
+    run_chunks(&c, in_parallel);
+}

@@ -1,0 +1,97 @@
+"""Residual sums made by the norms beside them, in eager mode: blocks of a live model with some source changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from normswap.errors import KernelError
+from normswap.kernels.fused import FusedNorm
+from normswap.kernels.pairs import Pair
+from normswap.norms.centred import plain_class, rebased
+from normswap.planning.edits import Change, Rewrite
+from normswap.source.classes import Rewritten, rewritten_classes
+
+# in the namespace of a class that `fuse` made, the class that it was made of
+_BEFORE = "_class_before_fusing"
+
+
+@dataclass
+class Fusing:
+    """What `fuse` did.
+
+    Attributes:
+        pairs: every residual sum of the model.
+        classes: by path of a module, the class that it has now.
+    """
+
+    pairs: list[Pair]
+    classes: dict[str, Rewritten] = field(repr=False)
+
+    @property
+    def fused(self) -> list[Pair]:
+        return [pair for pair in self.pairs if pair.form is not None]
+
+    @property
+    def kept(self) -> list[Pair]:
+        """The sums that stay as they are; each has its reason."""
+        return [pair for pair in self.pairs if pair.form is None]
+
+    def source(self) -> dict[str, str]:
+        """The text of each new class, by its name there."""
+        return {rewritten.name: rewritten.text for rewritten in self.classes.values()}
+
+
+def fuse(model: nn.Module, pairs: list[Pair]) -> Fusing:
+    """Let fused norms of a live model make the residual sums beside them, where that is proved to be the same.
+
+    `unfuse` undoes it.
+
+    Args:
+        model: whose blocks get new classes, in place; parameters and names stay.
+        pairs: of it, found before any of its classes changed.
+
+    Raises:
+        KernelError: a norm of one is no fused norm; the model is unchanged.
+    """
+    fused = [pair for pair in pairs if pair.form is not None]
+    for path in (path for pair in fused for path in pair.norms):
+        if not isinstance(module := model.get_submodule(path), FusedNorm):
+            raise KernelError(f"{path}: expected a fused norm, found a {type(module).__name__}; use_kernels makes one.")
+    classes = rewritten_classes(model, _edits(fused), "Fused", about="residual sums made by norms", disguised=True)
+    built = {path: rewritten.build() for path, rewritten in classes.items()}
+    for path, cls in built.items():
+        setattr(cls, _BEFORE, classes[path].base)
+        module = model.get_submodule(path)
+        module.__class__ = rebased(type(module), cls)
+    return Fusing(pairs, classes)
+
+
+def unfuse(model: nn.Module) -> list[str]:
+    """Give every block of a model its own class back. Returns the paths of those that `fuse` changed.
+
+    Raises:
+        KernelError: something else has changed the class of a block since (`fully_shard`); the model is unchanged.
+    """
+    fused = [(path, m) for path, m in model.named_modules() if hasattr(type(m), _BEFORE)]
+    for path, module in fused:
+        if _BEFORE not in vars(plain_class(type(module))):
+            raise KernelError(
+                f"{path} has become a {type(module).__name__} since its sums were fused: expected the class that it "
+                "got. Restore kernels before what wraps blocks one by one (fully_shard)."
+            )
+    for _, module in fused:
+        module.__class__ = rebased(type(module), getattr(type(module), _BEFORE))
+    return [path for path, _ in fused]
+
+
+def _edits(pairs: list[Pair]) -> list[Rewrite]:
+    """One for each method of a module."""
+    changes: dict[tuple[str, str, str], list[Change]] = {}
+    for pair in pairs:
+        changes.setdefault((pair.module, pair.name, pair.digest), []).extend(pair.changes)
+    return [
+        Rewrite(module=module, method=method, changes=tuple(made), digest=digest)
+        for (module, method, digest), made in changes.items()
+    ]
