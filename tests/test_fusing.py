@@ -42,7 +42,7 @@ def fused(model, inputs, only=None) -> Fusing:
         module = model.get_submodule(path)
         module.__class__ = fused_class(type(module))
         module.kernels = Table(path, None, None)
-    return fuse(model, normmap, paths)
+    return fuse(model, find_pairs(normmap, paths))
 
 
 def run(model, inputs, seed=0):
@@ -239,7 +239,7 @@ def test_norms_that_were_not_swapped_are_refused():
     normmap = NormMap.of(model, inputs_of(model))
     plain = type(model.model.layers[0])
     with pytest.raises(KernelError, match="layernorm: expected a fused norm, found a LlamaRMSNorm"):
-        fuse(model, normmap, ["model.layers.0.post_attention_layernorm"])
+        fuse(model, find_pairs(normmap, ["model.layers.0.post_attention_layernorm"]))
     assert type(model.model.layers[0]) is plain
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -326,3 +327,30 @@ def test_command(checkpoints):
     for words in (["--backend", "nope"], ["--device", "nowhere"]):
         run = CliRunner().invoke(main, ["kernels", str(checkpoints / "gpt2-shakespeare"), *words])
         assert run.exit_code == 2 and words[1] in run.stderr and "Traceback" not in run.stderr
+
+
+def test_sums_are_made_by_norms_where_a_backend_can(plain):
+    model = tiny("gemma2")
+    inputs = example_inputs(model)
+    blocks = [type(module) for module in model.modules()]
+    expected, gradients = loss_and_gradients(model, inputs)
+    made = normswap.use_kernels(model, "plain", fuse_residual=True)
+    forms = [pair.form for pair in made.fusing.fused]
+    assert forms.count("norm-add-norm") == 2 and forms.count("norm-add") == 2
+    assert "norm_add_norm(" in "".join(made.fusing.source().values())
+    plain.calls = 0
+    found, now = loss_and_gradients(model, inputs)
+    assert plain.calls == 9 - 2  # of nine norms two are in calls of others
+    assert (found - expected).norm() <= 5e-6 * expected.norm()  # measured: 1e-7
+    assert all((now[n] - g).norm() <= 1e-5 * g.norm() for n, g in gradients.items())
+    assert json.dumps(made.summary())
+    normswap.restore_kernels(model)
+    assert [type(module) for module in model.modules()] == blocks
+    # of a backend without such forms the smaller ones, or none, are taken
+    plain.abilities = replace(plain.abilities, forms=("norm", "add-norm"))
+    made = normswap.use_kernels(model, "plain", fuse_residual=True)
+    assert {pair.form for pair in made.fusing.fused} == {"add-norm"}
+    kept = [pair.reason for pair in made.fusing.kept]
+    assert kept and all("no backend serves it" in reason for reason in kept), kept
+    found, _ = loss_and_gradients(model, inputs)
+    assert (found - expected).norm() <= 5e-6 * expected.norm()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from normswap.kernels.backend import Kernel
 from normswap.kernels.backends import BACKENDS
-from normswap.kernels.call import Call
+from normswap.kernels.call import Call, Norm
 from normswap.kernels.faithful import plainly, unfaithful
 from normswap.kernels.timing import ROWS, Timings
 from normswap.norms.spec import NormSpec
@@ -102,8 +102,9 @@ class Chooser:
         tensors = [
             getattr(m, n) if n else None for m, s in zip(modules, specs, strict=True) for n in (s.weight, s.bias)
         ]
-        plain = plainly(call.form, modules)
-        contenders = {MODULE: _step(call, plain, tensors)}
+        # a sum and a norm together are held against the sum, and the norm by what serves it alone
+        apart = [self._alone(call, norm, m, s) for norm, m, s in zip(call.norms, modules, specs, strict=True)]
+        contenders = {MODULE: _step(call, plainly(call.form, apart), tensors)}
         for name, kernel in kernels.items():
             contenders[name] = _step(call, lambda *x, kernel=kernel: kernel(*x, *tensors), tensors)
         if self._timings is None:
@@ -117,6 +118,13 @@ class Chooser:
             choice.why = f"the module itself is as fast as any ({own:.0f} us)"
         else:
             choice.backend, choice.why = best, f"{ratio:.2f} times as fast as the module ({own:.0f} us)"
+
+    def _alone(self, call: Call, norm: Norm, module: nn.Module, spec: NormSpec) -> Callable:
+        known = self.known.get(replace(call, form="norm", norm=norm, then=None))
+        if call.form == "norm" or known is None or known.kernel is None:
+            return module
+        tensors = [getattr(module, name) if name else None for name in (spec.weight, spec.bias)]
+        return lambda x: known.kernel(x, *tensors)
 
 
 def _step(call: Call, function: Callable, tensors: Sequence[torch.Tensor | None]) -> Callable[[], None]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from normswap.errors import KernelError
 from normswap.kernels.fused import FusedNorm
-from normswap.kernels.pairs import Pair, find_pairs
+from normswap.kernels.pairs import Pair
 from normswap.norms.centred import plain_class, rebased
 from normswap.planning.edits import Change, Rewrite
 from normswap.source.classes import Rewritten, rewritten_classes
-from normswap.understand.normmap import NormMap
 
 # in the namespace of a class that `fuse` made, the class that it was made of
 _BEFORE = "_class_before_fusing"
@@ -45,25 +43,23 @@ class Fusing:
         return {rewritten.name: rewritten.text for rewritten in self.classes.values()}
 
 
-def fuse(model: nn.Module, normmap: NormMap, paths: Collection[str]) -> Fusing:
+def fuse(model: nn.Module, pairs: list[Pair]) -> Fusing:
     """Let fused norms of a live model make the residual sums beside them, where that is proved to be the same.
 
     `unfuse` undoes it.
 
     Args:
         model: whose blocks get new classes, in place; parameters and names stay.
-        normmap: of it, made before any of its classes changed.
-        paths: the norms that are fused norms now.
+        pairs: of it, found before any of its classes changed.
 
     Raises:
-        KernelError: one is not; the model is unchanged.
+        KernelError: a norm of one is no fused norm; the model is unchanged.
     """
-    for path in paths:
+    fused = [pair for pair in pairs if pair.form is not None]
+    for path in (path for pair in fused for path in pair.norms):
         if not isinstance(module := model.get_submodule(path), FusedNorm):
             raise KernelError(f"{path}: expected a fused norm, found a {type(module).__name__}; use_kernels makes one.")
-    pairs = find_pairs(normmap, paths)
-    edits = _edits([pair for pair in pairs if pair.form is not None])
-    classes = rewritten_classes(model, edits, "Fused", about="residual sums made by norms", disguised=True)
+    classes = rewritten_classes(model, _edits(fused), "Fused", about="residual sums made by norms", disguised=True)
     built = {path: rewritten.build() for path, rewritten in classes.items()}
     for path, cls in built.items():
         setattr(cls, _BEFORE, classes[path].base)

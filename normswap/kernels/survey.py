@@ -11,7 +11,8 @@ from normswap.checkpoint.source import Source
 from normswap.errors import KernelError
 from normswap.kernels.backends import BACKENDS
 from normswap.kernels.choice import Chooser
-from normswap.kernels.swap import Kernels, check_backends, examined, runtimes_of
+from normswap.kernels.sites import examined, runtimes_of
+from normswap.kernels.swap import Kernels, check_backends
 from normswap.understand.normmap import find_sites
 
 

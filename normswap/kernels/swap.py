@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,57 +11,12 @@ from torch import nn
 
 from normswap.errors import KernelError
 from normswap.kernels.backends import BACKENDS
-from normswap.kernels.call import Call, norm_of, short, unserved
 from normswap.kernels.choice import Choice, Chooser
-from normswap.kernels.faithful import sample
 from normswap.kernels.fused import FusedNorm, Served, Table, fused_class, key_of, plain_class_of
-from normswap.norms.spec import NormSpec
-from normswap.understand.normmap import find_sites
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """What a norm may be called with.
-
-    Attributes:
-        dtype: of its input.
-        autocast: dtype of the autocast that it runs under; None: under none.
-    """
-
-    dtype: torch.dtype
-    autocast: torch.dtype | None = None
-
-    def entered(self, device: str) -> torch.autocast:
-        return torch.autocast(device, self.autocast, enabled=self.autocast is not None)
-
-
-@dataclass
-class SiteKernels:
-    """What became of one site.
-
-    Attributes:
-        path: of the norm in the model.
-        choices: by what it may be called with; the model's own dtype first.
-        kept: why it keeps its module whatever it is called with; None where `choices` says.
-    """
-
-    path: str
-    choices: dict[Runtime, Choice] = field(default_factory=dict)
-    kept: str | None = None
-
-    @property
-    def first(self) -> Choice | None:
-        """The choice for the model's own dtype."""
-        return next(iter(self.choices.values()), None)
-
-    @property
-    def backend(self) -> str | None:
-        """That serves the model's own dtype, None: its module."""
-        return self.first.backend if self.first else None
-
-    @property
-    def why(self) -> str:
-        return self.kept or self.first.why
+from normswap.kernels.fusing import Fusing, fuse, unfuse
+from normswap.kernels.sites import Runtime, SiteKernels, examined, runtimes_of
+from normswap.kernels.sums import choose_sums
+from normswap.understand.normmap import find_sites, inspect
 
 
 @dataclass
@@ -71,11 +26,13 @@ class Kernels:
     Attributes:
         sites: every norm of the model, in execution order.
         device, dtype: that the model computes on and in.
+        fusing: what became of residual sums, None where that was not asked for.
     """
 
     sites: list[SiteKernels]
     device: str
     dtype: torch.dtype
+    fusing: Fusing | None = None
 
     @property
     def served(self) -> list[str]:
@@ -110,6 +67,10 @@ class Kernels:
                 }
                 for site in self.sites
             ],
+            "sums": [
+                {"module": pair.module, "form": pair.form, "norms": pair.norms, "why": pair.reason}
+                for pair in (self.fusing.pairs if self.fusing else ())
+            ],
         }
 
 
@@ -117,6 +78,7 @@ def use_kernels(
     model: nn.Module,
     backend: str | Sequence[str] = "auto",
     *,
+    fuse_residual: bool = False,
     device: str | None = None,
     autocast: torch.dtype | None = None,
     inputs: Mapping[str, Any] | None = None,
@@ -133,6 +95,10 @@ def use_kernels(
         model: of transformers, or any with `inputs`; LayerNorms and RMSNorms, converted or not.
         backend: `auto`, the fastest on this machine for each norm, its own module where that is; the name of one
             (`normswap kernels` lists them), or several in order of preference.
+        fuse_residual: have norms make the residual sums beside them, where a backend can: the source of a block's
+            `forward` is rewritten to `y, h = self.norm.add_norm(f, residual)` and the like, where the trace and the
+            source prove that it is the same. `Kernels.fusing` has the new source, and why other sums stay. For eager
+            mode: `torch.compile` fuses sums and norms by itself.
         device: type of the device that it will compute on; None: where its weights are.
         autocast: the dtype that the model will compute in under `torch.autocast`, where it has float32 weights. By
             default both half precisions are prepared on a GPU, and none on a CPU, where some backends take seconds to
@@ -150,22 +116,31 @@ def use_kernels(
     """
     asked = check_backends(backend)
     restore_kernels(model)
-    sites = find_sites(model, inputs)
+    normmap = inspect(model, inputs=inputs) if fuse_residual else None
+    sites = [(path, site.spec) for path, site in normmap.sites.items()] if normmap else find_sites(model, inputs)
     modules = dict(model.named_modules())
     device, dtype = _where(model, device)
     chooser = Chooser(asked, tell, chosen or {})
     runtimes = runtimes_of(device, dtype, autocast)
     found = [examined(modules[path], path, spec, device, runtimes, chooser) for path, spec in sites]
-    for site, (path, spec) in zip(found, sites, strict=True):
-        _swap(modules[path], site, spec, device)
-    return Kernels(found, device, dtype)
+    pairs, forms = choose_sums(normmap, {site.path: site for site in found}, chooser) if normmap else ([], [])
+    for site in found:
+        own = [(pair, choices) for pair, choices in forms if pair.norms[0] == site.path]
+        rows = [
+            (pair.form, pair.norms[1] if pair.form == "norm-add-norm" else "", runtime, choice)
+            for pair, choices in own
+            for runtime, choice in choices.items()
+        ]
+        seconds = any(site.path in pair.norms[1:] for pair, _ in forms)
+        _swap(modules[site.path], site, rows, device, seconds)
+    return Kernels(found, device, dtype, fuse(model, pairs) if pairs else None)
 
 
 def restore_kernels(model: nn.Module) -> list[str]:
-    """Give every norm of a model its own class back. Returns the paths of those that had a kernel.
+    """Give every norm, and every block, of a model its own class back. Returns the paths of norms that had a kernel.
 
     Raises:
-        KernelError: something else has changed the class of a norm since (`fully_shard`): undo that first.
+        KernelError: something else has changed the class of one since (`fully_shard`): undo that first.
     """
     fused = [(path, module) for path, module in model.named_modules() if isinstance(module, FusedNorm)]
     for path, module in fused:
@@ -174,6 +149,7 @@ def restore_kernels(model: nn.Module) -> list[str]:
                 f"{path} has become a {type(module).__name__} since use_kernels: expected the class that it gave. "
                 f"Restore kernels before what wraps norms one by one (fully_shard), or leave norms out of that."
             )
+    unfuse(model)
     for _, module in fused:
         module.__class__ = plain_class_of(module)
         del module.kernels
@@ -193,57 +169,6 @@ def check_backends(backend: str | Sequence[str]) -> tuple[str, ...] | None:
     return asked
 
 
-def examined(
-    module: nn.Module,
-    path: str,
-    spec: NormSpec,
-    device: str,
-    runtimes: Sequence[Runtime],
-    chooser: Chooser,
-    cast: torch.dtype | None = None,
-) -> SiteKernels:
-    """Which backend serves one norm.
-
-    Args:
-        runtimes: what it may be called with.
-        cast: examine the norm as if its weights had this dtype; None: as they are.
-    """
-    site = SiteKernels(path, kept=_kept(module, spec))
-    if site.kept is not None:
-        return site
-    made = sample(module, device, cast)
-    weights = [p.dtype for p in made.parameters()]
-    for runtime in runtimes:
-        with runtime.entered(device):
-            try:
-                with torch.no_grad():
-                    out = made(torch.ones(2, spec.width, device=device, dtype=runtime.dtype))
-            except RuntimeError:
-                continue  # not even the module takes this
-            norm = norm_of(spec, runtime.dtype, weights[0] if weights else None, out.dtype)
-            call = Call("norm", spec.width, runtime.dtype, device, norm)
-            site.choices[runtime] = chooser.choose(call, [made], [spec])
-    if not site.choices:
-        site.kept = f"fails on {short(runtimes[0].dtype)} rows of {spec.width} when it is run alone"
-    return site
-
-
-def runtimes_of(device: str, dtype: torch.dtype, autocast: torch.dtype | None) -> list[Runtime]:
-    """What the norms of a model of `dtype` may be called with; see `use_kernels` for `autocast`."""
-    found = [Runtime(dtype)]
-    if dtype == torch.float32:
-        usual = (torch.bfloat16, torch.float16) if device == "cuda" else ()
-        for half in usual if autocast is None else (autocast,):
-            found += [Runtime(torch.float32, half), Runtime(half, half)]
-    return found
-
-
-def _kept(module: nn.Module, spec: NormSpec) -> str | None:
-    if "forward" in vars(module):
-        return "its forward was replaced on the module itself (by hooks of accelerate, or another patch)"
-    return unserved(spec)
-
-
 def _where(model: nn.Module, device: str | None) -> tuple[str, torch.dtype]:
     """Device type and dtype of a model."""
     floats = [p for p in model.parameters() if p.is_floating_point()]
@@ -254,12 +179,19 @@ def _where(model: nn.Module, device: str | None) -> tuple[str, torch.dtype]:
     return device or floats[0].device.type, model.dtype if hasattr(model, "dtype") else floats[0].dtype
 
 
-def _swap(module: nn.Module, site: SiteKernels, spec: NormSpec, device: str) -> None:
-    table = Table(site.path, spec.weight, spec.bias)
-    for runtime, choice in site.choices.items():
+def _swap(
+    module: nn.Module, site: SiteKernels, forms: Sequence[tuple[str, str, Runtime, Choice]], device: str, seconds: bool
+) -> None:
+    """Give a norm its kernels: alone, and in `forms` (which form, the path of the second norm, ...).
+
+    `seconds`: whether it is the second norm of another's form, which asks it for its tensors.
+    """
+    table = Table(site.path, site.spec.weight, site.spec.bias)
+    alone = [("norm", "", runtime, choice) for runtime, choice in site.choices.items()]
+    for form, second, runtime, choice in (*alone, *forms):
         if choice.backend is not None:
-            key = key_of("norm", runtime.dtype, device, runtime.autocast)
+            key = key_of(form, runtime.dtype, device, runtime.autocast, second)
             table.add(key, Served(choice.call, choice.backend), choice.kernel)
-    if table.served:
+    if table.served or seconds:
         module.__class__ = fused_class(type(module))
         module.kernels = table

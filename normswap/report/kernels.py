@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from normswap.kernels.choice import MODULE, Choice
-from normswap.kernels.swap import Kernels, SiteKernels
+from normswap.kernels.sites import SiteKernels
+from normswap.kernels.swap import Kernels
 from normswap.paths import folded
 
 

@@ -96,7 +96,9 @@ def load(variant: Variant) -> ctypes.CDLL:
             command = [*compiler, *flags, str(_SOURCE), "-lm", "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise KernelError(f"{' '.join(compiler)} could not compile {_SOURCE.name}: {done.stderr.strip()[-500:]}")
+                raise KernelError(
+                    f"{' '.join(compiler)} could not compile {_SOURCE.name}: {done.stderr.strip()[-500:]}"
+                )
             made.replace(built)
     library = ctypes.CDLL(str(built))
     library.forward.argtypes = [_POINTER] * 6 + [_INT] * 2 + [ctypes.c_float, _INT, _POINTER]

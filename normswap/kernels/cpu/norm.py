@@ -114,11 +114,13 @@ class _Kernel:
             return dx, None, None
         dgain, dbias = sums.squeeze(1) if chunks == 1 else sums.sum(1)
         held = self.variant
-        return dx, None if held.weight is None else dgain.to(held.weight), None if held.bias is None else dbias.to(held.bias)
+        return (
+            dx,
+            None if held.weight is None else dgain.to(held.weight),
+            None if held.bias is None else dbias.to(held.bias),
+        )
 
-    def differentiable(
-        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def differentiable(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
         """The same in torch and float32, for gradients of gradients."""
         v = self.variant
         spec = NormSpec(
