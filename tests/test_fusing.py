@@ -384,6 +384,12 @@ class Scaled(Odd):
         return h + self.g(self.norm(2 * h))
 
 
+class Oneself(Odd):
+    def forward(this, x):  # noqa: N805
+        h = x + this.f(x)
+        return h + this.g(this.norm(h))
+
+
 class Helper(Odd):
     def forward(self, x):
         h = added(x, self.f(x))
@@ -416,6 +422,7 @@ REFUSED = {
     Context: "a `with` begins or ends between them",
     Choice: "`h` is given another value between them",
     Scaled: "",
+    Oneself: "expected an attribute of the module",
     Helper: "the sum is made elsewhere, in a function that this calls",
     BothDrop: "both sides call something, and would change places",
 }
@@ -471,6 +478,14 @@ class Keyword(Odd):
         return self.after(self.g(y).add(x))
 
 
+class OneLine(Odd):
+    """As few write it; a comment in the place of a statement would hide the next."""
+
+    def forward(self, x):
+        x = x + self.f(x); y = self.norm(x); z = self.g(y)  # fmt: skip  # noqa: E702
+        return x + z
+
+
 class Sandwiched(Odd):
     def forward(self, x):
         x = self.norm(self.f(x)) + x
@@ -482,6 +497,7 @@ PROVED = {
     Branching: ({"add-norm": 2}, ["in place", "another", "leave"]),
     Reshaping: ({"add-norm": 2}, ["both", "other"]),
     Keyword: ({"add-norm": 4}, []),
+    OneLine: ({"add-norm": 2}, []),
     Sandwiched: ({"norm-add-norm": 2}, []),
 }
 

@@ -335,12 +335,14 @@ def _in_one(found: Place, call: Place, route: Route) -> list[Change] | None:
     `y, s = ..`.
     """
     made, used = _assignment(found), _assignment(call)
-    if route.renames is None or used is None or call.method.around(used)[2].partition("#")[0].strip():
+    if route.renames is None or used is None:
         return None
     target, result = made.targets[0].id, used.targets[0].id
     names = [rename.targets[0].id for rename in route.renames]
     read = {rename.value.id for rename in route.renames if isinstance(rename.value, ast.Name)}
     gone = [*route.renames, used] if result == target else [used]
+    if not all(map(found.method.alone, gone)):
+        return None
     changes = [Change(kind="remove", span=place(statement)) for statement in gone]
     if result != target:
         if result in names or result in read:
@@ -378,5 +380,6 @@ def _attribute(call: Place) -> str | None:
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
         node = node.value
-    own = call.method.tree.args.args[0].arg
-    return ".".join(reversed(names)) if isinstance(node, ast.Name) and node.id == own and names else None
+    first = call.method.tree.args.args[0].arg
+    own = isinstance(node, ast.Name) and node.id == first == "self"
+    return ".".join(reversed(names)) if own and names else None

@@ -150,7 +150,7 @@ class Flow:
 
     def _forget(self, block: list[ast.stmt]) -> None:
         first = block[0]
-        if self.method.around(first)[0].strip():
+        if not self.method.begins_line(first):
             raise Lost("a branch between them begins on the line of its condition")
         self.forgets.append(place(first))
 

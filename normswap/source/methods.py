@@ -105,12 +105,15 @@ class Method:
         line, column, end_line, end_column = place(node)
         return self.data[self.offset(line, column) : self.offset(end_line, end_column)].decode()
 
-    def around(self, node: ast.AST) -> tuple[str, str, str]:
-        """The text of a node, what stands before it on its first line, and what after it on its last."""
-        line, column, end_line, end_column = place(node)
-        end = self.offset(end_line, end_column)
-        before, after = self.data[self.offset(line, 0) : self.offset(line, column)], self.data[end:].split(b"\n")[0]
-        return before.decode(), self.source(node), after.decode()
+    def begins_line(self, node: ast.AST) -> bool:
+        """Whether nothing stands before a node on its first line."""
+        return not self.data[self.offset(node.lineno, 0) : self.offset(node.lineno, node.col_offset)].strip()
+
+    def alone(self, node: ast.AST) -> bool:
+        """Whether nothing but a comment stands beside a node on its lines."""
+        _, _, end_line, end_column = place(node)
+        after = self.data[self.offset(end_line, end_column) :].split(b"\n")[0].strip()
+        return self.begins_line(node) and (not after or after.startswith(b"#"))
 
     def locate(self, span: Span) -> ast.expr | ast.AugAssign:
         """The expression that a call in the trace stands at, or the statement `x += y` of a sum in place.

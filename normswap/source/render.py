@@ -125,8 +125,7 @@ class _Rewriter:
         """The statement that begins where a change says, on a line of its own; `alone`, nothing comes behind it."""
         for node in ast.walk(self.method.tree):
             if isinstance(node, ast.stmt) and change.span and place(node)[:2] == change.span[:2]:
-                before, _, after = self.method.around(node)
-                if not before.strip() and not (alone and after.partition("#")[0].strip()):
+                if self.method.alone(node) if alone else self.method.begins_line(node):
                     return node
         raise PlanError(
             f"{self.method.where}: {change.kind} expects a statement that begins a line at {change.span}, found none "
