@@ -424,7 +424,7 @@ REFUSED = {
     Scaled: "",
     Oneself: "expected an attribute of the module",
     Helper: "the sum is made elsewhere, in a function that this calls",
-    BothDrop: "both sides call something, and would change places",
+    BothDrop: "the sides would change places",
 }
 
 
