@@ -89,6 +89,33 @@ def test_autocast(finetuned, plain):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+def test_kernels_train_as_norms_do(finetuned):
+    """Of a plain model, with sums made by norms; and of both norms that a taper has, with an autocast."""
+    notes = []
+    small = ("data.block=8", "training.per_device_train_batch_size=2", "data.held_out_blocks=1")
+    taper = {
+        "surgery": {"norm": "rmsnorm"},
+        "training": {"bf16": True, "learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 1},
+        "stages": [{"steps": 3, "taper": {}}],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        train = runs.train
+        patch.setattr(runs, "train", lambda *a: train(*a[:-1], lambda e: notes.append(e.get("note")) or a[-1](e)))
+        for words, kernels, said in (
+            ({}, {"backend": "triton", "fuse_residual": True}, "13 norms by triton; 6 of 12 sums by norms"),
+            (taper, "cpu", "26 norms by cpu"),
+        ):
+            name = said[:2]
+            losses, weights, _ = finetuned(f"{name}-modules", *small, **words)
+            found, found_weights, folder = finetuned(f"{name}-kernels", *small, kernels=kernels, **words)
+            assert [note for note in notes if note][-1] == f"kernels: {said}"
+            # float32, and under autocast to bfloat16 norms in float32; measured 1e-7, of weights 1e-6
+            assert found == pytest.approx(losses, rel=1e-6)
+            apart = sum(float((found_weights[n] - w).square().sum()) for n, w in weights.items()) ** 0.5
+            assert apart < 1e-5 * sum(float(w.square().sum()) for w in weights.values()) ** 0.5
+            assert not folder.with_name(f"{name}-kernels.training").exists()
+
+
 def test_logs_stay(finetuned):
     """What TensorBoard wrote is there when the run has ended, and does not pass for a run that has not."""
     for time, control in enumerate(("false", "true")):
