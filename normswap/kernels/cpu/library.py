@@ -96,7 +96,9 @@ def load(variant: Variant) -> ctypes.CDLL:
             command = [*compiler, *flags, str(_SOURCE), "-lm", "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise KernelError(f"{' '.join(compiler)} could not compile {_SOURCE.name}: {done.stderr.strip()[-500:]}")
+                raise KernelError(
+                    f"{' '.join(compiler)} could not compile {_SOURCE.name}: {done.stderr.strip()[-500:]}"
+                )
             made.replace(built)
     library = ctypes.CDLL(str(built))
     library.forward.argtypes = [_POINTER] * 6 + [_INT] * 2 + [ctypes.c_float, _INT, _POINTER]
@@ -157,7 +159,7 @@ def _compiler() -> tuple[list[str], tuple[str, ...], str]:
 
 @cache
 def _folder() -> Path:
-    """Where compiled kernels are kept: nobody else's, since they are run. A folder of this process where none can be."""
+    """Where compiled kernels are kept. It must be the user's alone, since they are run; else one of this process."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "normswap" / "cpu"
     try:
