@@ -133,7 +133,7 @@ def test_every_half_value_is_read_and_written_as_torch_does(dtype):
     magnitude = every.float().abs()
     every = every[~(magnitude > 2.0**17) & ~((magnitude > 0) & (magnitude < 2.0**-90))].unsqueeze(1)
     y = norm(every, torch.full((1,), 2.0**30), None, eps=2.0**60, **how)
-    assert len(every) > 30000 and same(y, every)
+    assert len(every) > 27000 and same(y, every)
     # rows whose norm is one: what comes out is the gain, rounded; ties, subnormals and overflow among them
     wide = torch.randint(-(2**31), 2**31, (2**18,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     ties = (every.float() + every.float().roll(-1)).flatten() / 2
@@ -144,7 +144,9 @@ def test_every_half_value_is_read_and_written_as_torch_does(dtype):
 
 @pytest.mark.parametrize("function", [norm, few_passes])
 def test_infinities_and_nan_go_through_as_in_the_module(function):
-    for case in (CASES[0], CASES[2], CASES[6])[: 3 if function is norm else 2]:  # the third is torch's own there
+    for case in (CASES[0], CASES[2], CASES[5], CASES[6])[
+        : 4 if function is norm else 3
+    ]:  # the last is torch's own there
         x, weight, bias, how, _ = drawn(case, 96)
         x[0, 3], x[1, 5], x[2, :2] = torch.inf, torch.nan, torch.tensor([torch.inf, -torch.inf])
         x[3], x[4] = 0, 3e38
