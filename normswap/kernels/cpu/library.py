@@ -159,7 +159,7 @@ def _compiler() -> tuple[list[str], tuple[str, ...], str]:
 
 @cache
 def _folder() -> Path:
-    """Where compiled kernels are kept: nobody else's, since they are run. A folder of this process where none can be."""
+    """Where compiled kernels are kept. It must be the user's alone, since they are run; else one of this process."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "normswap" / "cpu"
     try:
