@@ -202,21 +202,20 @@ def test_models_whose_norms_were_moved(name, placement, forms):
     fusing = fused(model, inputs)
     assert Counter(pair.form for pair in fusing.fused) == forms and not fusing.kept
     ASKED.clear()
-    assert same_bits(run(model, inputs), expected) and ASKED == forms
+    assert same_bits(run(model, inputs), expected) and ASKED == Counter(forms)
     assert all(text.startswith("class FusedRewritten") for text in fusing.source().values())
 
 
 def test_fused_blocks_compile_without_a_break():
-    """`fullgraph` raises where there would be one."""
-    for family in ("gpt2", "bart"):
-        model, _, _ = made(family)
-        inputs = inputs_of(model)
-        with torch.no_grad():
-            expected = model(**inputs).logits
-            fused(model, inputs)
-            torch._dynamo.reset()
-            found = torch.compile(model, fullgraph=True, backend="eager")(**inputs).logits
-        assert float((found - expected).abs().max()) < 1e-12  # measured: 0
+    """`fullgraph` raises where there would be one: in the block with branches that forget, too."""
+    model, _, _ = made("gpt2", n_layer=1)
+    block, x = model.transformer.h[0], torch.randn(2, 5, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected = block(x)
+        assert "normed = None" in "".join(fused(model, inputs_of(model)).source().values())
+        torch._dynamo.reset()
+        found = torch.compile(block, fullgraph=True, backend="eager")(x)
+    assert float((found - expected).abs().max()) < 1e-12  # measured: 0
 
 
 def test_what_changed_since():
