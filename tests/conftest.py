@@ -14,6 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # coverage.py an
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels run on the CPU
+
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 

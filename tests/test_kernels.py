@@ -354,3 +354,11 @@ def test_sums_are_made_by_norms_where_a_backend_can(plain):
     assert kept and all("no backend serves it" in reason for reason in kept), kept
     found, _ = loss_and_gradients(model, inputs)
     assert (found - expected).norm() <= 5e-6 * expected.norm()
+
+
+def test_command_shows_the_new_source(plain, checkpoints):
+    words = ["kernels", str(checkpoints / "llama-shakespeare"), "--backend", "plain", "--fuse-residual"]
+    run = CliRunner().invoke(main, words)
+    assert run.exit_code == 0
+    assert "model.layers.0-5   model.layers.*.post_attention_layernorm" in run.stdout
+    assert "hidden_states, residual = self.post_attention_layernorm.add_norm(hidden_states, residual)" in run.stdout

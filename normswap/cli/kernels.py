@@ -17,6 +17,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, ... By default the GPU where there is one.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights. By default as the configuration says.")
 @click.option("--autocast", type=click.Choice(DTYPES[1:3]), help="The dtype of torch.autocast in training.")
+@click.option(
+    "--fuse-residual", is_flag=True, help="Have norms make the residual sums beside them, and show the source."
+)
 @source_options
 @json_option
 def command(
@@ -25,6 +28,7 @@ def command(
     device: str | None,
     dtype: str | None,
     autocast: str | None,
+    fuse_residual: bool,
     revision: str | None,
     trust_remote_code: bool,
     as_json: bool,
@@ -37,6 +41,7 @@ def command(
     \b
     normswap kernels
     normswap kernels ./my-llama --dtype bfloat16
+    normswap kernels ./my-llama --fuse-residual
     normswap kernels ./my-llama --backend liger --json | jq '.sites[0]'
     """
     quiet()
@@ -56,6 +61,7 @@ def command(
         found = survey(
             model,
             backend or "auto",
+            fuse_residual=fuse_residual,
             device=device,
             dtype=getattr(torch, dtype) if dtype else None,
             autocast=getattr(torch, autocast) if autocast else None,

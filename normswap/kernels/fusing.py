@@ -59,13 +59,19 @@ def fuse(model: nn.Module, pairs: list[Pair]) -> Fusing:
     for path in (path for pair in fused for path in pair.norms):
         if not isinstance(module := model.get_submodule(path), FusedNorm):
             raise KernelError(f"{path}: expected a fused norm, found a {type(module).__name__}; use_kernels makes one.")
-    classes = rewritten_classes(model, _edits(fused), "Fused", about="residual sums made by norms", disguised=True)
+    classes = rewritten(model, pairs)
     built = {path: rewritten.build() for path, rewritten in classes.items()}
     for path, cls in built.items():
         setattr(cls, _BEFORE, classes[path].base)
         module = model.get_submodule(path)
         module.__class__ = rebased(type(module), cls)
     return Fusing(pairs, classes)
+
+
+def rewritten(model: nn.Module, pairs: list[Pair]) -> dict[str, Rewritten]:
+    """By path of a block, the class that makes its sums as `pairs` say."""
+    edits = _edits([pair for pair in pairs if pair.form is not None])
+    return rewritten_classes(model, edits, "Fused", about="residual sums made by norms", disguised=True)
 
 
 def unfuse(model: nn.Module) -> list[str]:

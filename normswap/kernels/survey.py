@@ -11,15 +11,18 @@ from normswap.checkpoint.source import Source
 from normswap.errors import KernelError
 from normswap.kernels.backends import BACKENDS
 from normswap.kernels.choice import Chooser
+from normswap.kernels.fusing import Fusing, rewritten
 from normswap.kernels.sites import examined, runtimes_of
+from normswap.kernels.sums import choose_sums
 from normswap.kernels.swap import Kernels, check_backends
-from normswap.understand.normmap import find_sites
+from normswap.understand.normmap import inspect
 
 
 def survey(
     model: str | Path,
     backend: str | Sequence[str] = "auto",
     *,
+    fuse_residual: bool = False,
     device: str | None = None,
     dtype: torch.dtype | None = None,
     autocast: torch.dtype | None = None,
@@ -31,7 +34,7 @@ def survey(
 
     Args:
         model: a folder with a config.json, or a Hub id; no weights are read.
-        backend, autocast, tell: as of `use_kernels`.
+        backend, fuse_residual, autocast, tell: as of `use_kernels`.
         device: `cpu`, `cuda`, ...; None: the GPU where there is one.
         dtype: of the weights; None: as the configuration says.
 
@@ -50,8 +53,16 @@ def survey(
     dtype = dtype or source.config.dtype or torch.float32
     modules = dict(built.named_modules())
     chooser, runtimes = Chooser(asked, tell), runtimes_of(device, dtype, autocast)
-    sites = [examined(modules[path], path, spec, device, runtimes, chooser, dtype) for path, spec in find_sites(built)]
-    return Kernels(sites, device, dtype)
+    normmap = inspect(built)
+    sites = [
+        examined(modules[path], path, site.spec, device, runtimes, chooser, dtype)
+        for path, site in normmap.sites.items()
+    ]
+    if not fuse_residual:
+        return Kernels(sites, device, dtype)
+    pairs, forms = choose_sums(normmap, {site.path: site for site in sites}, chooser)
+    made = [choice for _, choices in forms for choice in choices.values()]
+    return Kernels(sites, device, dtype, Fusing(pairs, rewritten(built, pairs)), made)
 
 
 def backends() -> list[dict[str, object]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,12 +27,14 @@ class Kernels:
         sites: every norm of the model, in execution order.
         device, dtype: that the model computes on and in.
         fusing: what became of residual sums, None where that was not asked for.
+        forms: what serves those that norms make.
     """
 
     sites: list[SiteKernels]
     device: str
     dtype: torch.dtype
     fusing: Fusing | None = None
+    forms: list[Choice] = field(default_factory=list)
 
     @property
     def served(self) -> list[str]:
@@ -41,7 +43,7 @@ class Kernels:
 
     def chosen(self) -> dict[str, str | None]:
         """The backend of each call, in words; None: the module."""
-        found = [choice for site in self.sites for choice in site.choices.values()]
+        found = [*(choice for site in self.sites for choice in site.choices.values()), *self.forms]
         return {choice.call.words(): choice.backend for choice in found}
 
     def summary(self) -> dict[str, Any]:
@@ -133,7 +135,8 @@ def use_kernels(
         ]
         seconds = any(site.path in pair.norms[1:] for pair, _ in forms)
         _swap(modules[site.path], site, rows, device, seconds)
-    return Kernels(found, device, dtype, fuse(model, pairs) if pairs else None)
+    made = [choice for _, choices in forms for choice in choices.values()]
+    return Kernels(found, device, dtype, fuse(model, pairs) if pairs else None, made)
 
 
 def restore_kernels(model: nn.Module) -> list[str]:

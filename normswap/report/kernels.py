@@ -6,13 +6,15 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
 from normswap.kernels.choice import MODULE, Choice
+from normswap.kernels.fusing import Fusing
 from normswap.kernels.sites import SiteKernels
 from normswap.kernels.swap import Kernels
-from normswap.paths import folded
+from normswap.paths import blurred, folded
 
 
 def kernels_table(found: Kernels) -> RenderableType:
@@ -30,8 +32,25 @@ def kernels_table(found: Kernels) -> RenderableType:
         backend, why = dict(named)[paths[0]]
         table.add_row(shown, backend or "its module", why)
     parts.append(table)
-    parts += [_call(choice) for choice in _calls(found.sites)]
+    if found.fusing is not None:
+        parts.append(_sums(found.fusing))
+    parts += [_call(choice) for choice in {c.call: c for c in (*_calls(found.sites), *found.forms)}.values()]
+    if found.fusing is not None:
+        parts += [Syntax(text, "python", background_color="default") for text in found.fusing.source().values()]
     return Group(*parts)
+
+
+def _sums(fusing: Fusing) -> RenderableType:
+    table = _table("residual sums")
+    for column in ("block", "made by", "as"):
+        table.add_column(column)
+    named = [
+        (pair.module, (tuple(map(blurred, pair.norms)), pair.form or blurred(pair.reason))) for pair in fusing.pairs
+    ]
+    kinds = dict.fromkeys((blurred(path), value) for path, value in named)
+    for (shown, _), (_, (norms, words)) in zip(folded(named), kinds, strict=True):
+        table.add_row(shown, ", ".join(norms) or "no norm", words)
+    return table
 
 
 def backends_table(backends: list[dict[str, Any]]) -> RenderableType:

@@ -22,7 +22,7 @@ def fuse(model: nn.Module, recipe: Recipe, args: TrainingArguments, run: Path) -
     """Put the recipe's kernels under `model`. Returns what serves its norms, in words."""
     device = PartialState().device.type
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    options = {"device": device, "autocast": autocast, "backend": recipe.kernels.backend}
+    options = {"device": device, "autocast": autocast, **recipe.kernels.model_dump()}
     path = run / CHOSEN
 
     def choose() -> dict[str, str | None]:
@@ -36,4 +36,6 @@ def fuse(model: nn.Module, recipe: Recipe, args: TrainingArguments, run: Path) -
 
     found = use_kernels(model, **options, chosen=on_main(choose))
     counts = Counter(site.backend or "its own module" for site in found.sites)
-    return "kernels: " + ", ".join(f"{count} norms by {name}" for name, count in counts.most_common())
+    words = ", ".join(f"{count} norms by {name}" for name, count in counts.most_common())
+    sums = "" if found.fusing is None else f"; {len(found.fusing.fused)} of {len(found.fusing.pairs)} sums by norms"
+    return f"kernels: {words}{sums}"

@@ -198,9 +198,11 @@ class Kernels(Strict):
 
     Attributes:
         backend: `auto`, the fastest for each norm; a name, or several in order of preference.
+        fuse_residual: have norms make the residual sums beside them.
     """
 
     backend: str | Annotated[tuple[str, ...], Field(min_length=1)] = "auto"
+    fuse_residual: bool = False
 
     @field_validator("backend")
     @classmethod

@@ -155,9 +155,10 @@ def launch_backward(
             num_warps=tile.warps,
         )  # fmt: skip
         if sums:
-            reduce_kernel[(triton.cdiv(width, 32), sums)](
+            columns = tiles.reduce_columns(device)
+            reduce_kernel[(triton.cdiv(width, columns), sums)](
                 partials, _there(dw, partials), _there(db, partials), programs,
-                width, need_weight, need_bias, 32, 64, steps.acc,
+                width, need_weight, need_bias, columns, 64, steps.acc,
                 num_warps=4,
             )  # fmt: skip
     return dx, dw, db

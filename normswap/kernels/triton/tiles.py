@@ -17,7 +17,7 @@ FORWARD_WHOLE = 32768  # values of a row that one program of 32 warps holds
 BACKWARD_WHOLE = 16384  # the gradients' sums, and two tensors, are held as well
 FORWARD_TILE, BACKWARD_TILE = 2048, 4096  # values of narrower rows that are taken together
 FORWARD_LOOP, BACKWARD_LOOP = 16384, 8192  # of wider rows that are taken at once
-INTERPRETED_TILE = 1 << 16  # in the interpreter a program costs tens of milliseconds, however few values it has
+INTERPRETED_TILE = 1 << 13  # in the interpreter a program costs tens of milliseconds, however few values it has
 MAX_WIDTH = 1 << 20  # beyond, not one row per program fits the L2 cache
 
 
@@ -63,6 +63,11 @@ def backward_tile(width: int, bytes_per_column: int, device: int | None, whole: 
     rows = max(1, (INTERPRETED_TILE if device is None else BACKWARD_TILE) // block)
     fetched = rows * block * bytes_per_column + 1024
     return Tile(block, rows, _warps(rows * block, 512, most=16), 2 if fetched <= _shared_memory(device) else 1)
+
+
+def reduce_columns(device: int | None) -> int:
+    """How many columns of partial sums a program sums: few, so that there are many programs."""
+    return 2048 if device is None else 32
 
 
 def programs(tile: Tile, tiles: int, device: int | None) -> int:
