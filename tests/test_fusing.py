@@ -1,6 +1,7 @@
 """Residual sums made by the norms beside them: the same bits and gradients; what is not proved stays."""
 
 import copy
+import pickle
 from collections import Counter
 
 import pytest
@@ -18,6 +19,7 @@ from normswap.kernels.pairs import find_pairs
 from normswap.kernels.swap import restore_kernels
 from normswap.norms.centred import centre_input
 from normswap.observe.inputs import example_inputs
+from normswap.source import classes
 from normswap.understand.normmap import NormMap
 
 ASKED = Counter()
@@ -92,7 +94,7 @@ def test_the_same_bits_and_gradients(family):
     model, forms, kept = made(family)
     inputs = inputs_of(model)
     expected = run(model, inputs), run(model.train(), inputs)
-    classes = {path: type(module) for path, module in model.named_modules()}
+    before = {path: type(module) for path, module in model.named_modules()}
     names = {path: type(module).__name__ for path, module in model.named_modules() if not is_norm(module)}
     parameters = [name for name, _ in model.named_parameters()]
 
@@ -110,7 +112,7 @@ def test_the_same_bits_and_gradients(family):
 
     assert set(unfuse(model)) == {pair.module for pair in fusing.fused}
     restore_kernels(model)
-    assert {path: type(module) for path, module in model.named_modules()} == classes
+    assert {path: type(module) for path, module in model.named_modules()} == before
     assert same_bits(run(model.eval(), inputs), expected[0])
 
 
@@ -232,6 +234,25 @@ def test_what_changed_since():
     with pytest.raises(KernelError, match=r"layers\.1 has become a Sharded since its sums were fused"):
         unfuse(model)
     assert type(layers[0]) is not plain
+
+
+def test_copied_and_pickled(monkeypatch):
+    model, _, _ = made("gemma2")
+    inputs = inputs_of(model)
+    fused(model, inputs)
+    copied, pickled = copy.deepcopy(model), pickle.dumps(model)
+    assert type(copied.model.layers[0]) is type(model.model.layers[0])
+    monkeypatch.setattr(classes, "_BUILT", {})  # as in another process
+    expected, again = run(model, inputs), pickle.loads(pickled)
+    assert type(again.model.layers[1]) is not type(model.model.layers[1])
+    for other in (copied, again):
+        ASKED.clear()
+        assert same_bits(run(other, inputs), expected) and ASKED["norm-add-norm"] == 2
+        assert len(unfuse(other)) == 2 and type(other.model.layers[0]).__name__ == "Gemma2DecoderLayer"
+    centre_input(model.model.layers[0])
+    centred = copy.deepcopy(model)
+    assert type(centred.model.layers[0]) is type(model.model.layers[0])
+    assert not same_bits(run(centred, inputs), expected)
 
 
 def test_norms_that_were_not_swapped_are_refused():
