@@ -243,7 +243,7 @@ class _Finder:
         if path in self.used:
             raise NoPlace("it is part of another sum's call")
         if why := unserved(self.normmap.sites[path].spec):
-            raise NoPlace(why)
+            raise NoPlace(f"no kernel is for it ({why})")
         op = next(op for op in self.norms if op.norm == path)
         if op.frames and op.frames[0].module not in (found.module, None):
             frame = op.frames[0]
