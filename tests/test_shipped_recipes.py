@@ -1,10 +1,7 @@
 """Every recipe that ships validates, runs on a tiny budget, and a process without normswap loads what it makes."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import fresh
 import normswap
 from normswap.apply.modelling import load_generated
 from normswap.tune.recipe import Recipe
@@ -157,7 +155,4 @@ def _by_its_own_code(folder: Path) -> torch.Tensor:
 
 def _elsewhere(folder: Path) -> torch.Tensor:
     """In a process that has no normswap."""
-    run = [sys.executable, "-c", LOADS, str(folder)]
-    done = subprocess.run(run, capture_output=True, text=True, env=dict(os.environ))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.tensor(json.loads(done.stdout))
+    return torch.tensor(json.loads(fresh.run(LOADS, folder)))
