@@ -101,18 +101,18 @@ def test_kernels_train_as_norms_do(finetuned):
     with pytest.MonkeyPatch.context() as patch:
         train = runs.train
         patch.setattr(runs, "train", lambda *a: train(*a[:-1], lambda e: notes.append(e.get("note")) or a[-1](e)))
-        for words, kernels, said in (
-            ({}, {"backend": "triton", "fuse_residual": True}, "13 norms by triton; 6 of 12 sums by norms"),
-            (taper, "cpu", "13 norms by cpu"),
+        fused = {"backend": "triton", "fuse_residual": True}
+        for words, kernels, said, limit in (
+            ({}, fused, "13 norms by triton; 6 of 12 sums by norms", 1e-5),  # measured 2e-7, of weights 2e-6
+            (taper, "cpu", "13 norms by cpu", 1e-3),  # bfloat16 between norms: measured 2e-4, of weights 3e-5
         ):
             name = "tapered" if words else "plain"
             losses, weights, _ = finetuned(f"{name}-modules", *small, **words)
             found, found_weights, folder = finetuned(f"{name}-kernels", *small, kernels=kernels, **words)
             assert [note for note in notes if note][-1] == f"kernels: {said}"
-            # float32, and under autocast to bfloat16 norms in float32; measured 1e-7, of weights 1e-6
-            assert found == pytest.approx(losses, rel=1e-6)
+            assert found == pytest.approx(losses, rel=limit)
             apart = sum(float((found_weights[n] - w).square().sum()) for n, w in weights.items()) ** 0.5
-            assert apart < 1e-5 * sum(float(w.square().sum()) for w in weights.values()) ** 0.5
+            assert apart < limit * sum(float(w.square().sum()) for w in weights.values()) ** 0.5
             assert not folder.with_name(f"{name}-kernels.training").exists()
 
 
