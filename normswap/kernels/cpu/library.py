@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from normswap.errors import KernelError
+from normswap.kernels.timing import cache_folder
 from normswap.norms.spec import Casting, GainForm
 
 _SOURCE = Path(__file__).with_name("norm.c")
@@ -160,8 +161,7 @@ def _compiler() -> tuple[list[str], tuple[str, ...], str]:
 @cache
 def _folder() -> Path:
     """Where compiled kernels are kept. It must be the user's alone, since they are run; else one of this process."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "normswap" / "cpu"
+    folder = cache_folder() / "cpu"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if folder.stat().st_uid == os.getuid() and not folder.stat().st_mode & 0o022 and os.access(folder, os.W_OK):

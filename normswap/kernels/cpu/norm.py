@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from normswap.errors import KernelError
 from normswap.kernels.cpu.library import DTYPES, Variant, load, threads_of_torch
-from normswap.kernels.cpu.plain import gradients_of_plain, plain
+from normswap.kernels.plain import gradients_of_plain, plain
 from normswap.norms.spec import Casting, GainForm
 
 _GRAIN = 32768  # values that are worth a thread, as torch has it
