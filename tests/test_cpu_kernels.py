@@ -9,8 +9,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from normswap.errors import KernelError
+from normswap.kernels.backends import BACKENDS
+from normswap.kernels.call import Call, Norm
 from normswap.kernels.cpu import available, few_passes, library, norm
-from normswap.kernels.cpu.plain import plain
+from normswap.kernels.plain import plain
 from normswap.norms.formula import formula
 from normswap.norms.spec import NormSpec
 
@@ -269,15 +271,19 @@ def test_without_a_compiler_the_reason_is_given(cc, reason, monkeypatch):
         x, weight, _, how, _ = drawn(CASES[0], 3, 8)
         with pytest.raises(KernelError, match=reason):
             norm(x, weight, None, **how | {"eps": 0.125})  # one that was not made before
+        serves = BACKENDS["cpu"].build(
+            Call("norm", 8, F32, "cpu", Norm("rmsnorm", 1e-5, "w", False, "float32", F32, F32))
+        )
+        assert serves.func is few_passes and "without a C compiler" in BACKENDS["cpu"].version()
     finally:
         for cached in caches:
             cached.cache_clear()
 
 
 def test_a_cache_that_others_can_write_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert library._folder.__wrapped__() == tmp_path / "normswap" / "cpu"
-    (tmp_path / "normswap" / "cpu").chmod(0o777)
+    monkeypatch.setenv("NORMSWAP_CACHE", str(tmp_path))
+    assert library._folder.__wrapped__() == tmp_path / "cpu"
+    (tmp_path / "cpu").chmod(0o777)
     elsewhere = library._folder.__wrapped__()
     assert tmp_path not in elsewhere.parents and elsewhere.stat().st_mode & 0o077 == 0
     elsewhere.rmdir()

@@ -473,7 +473,10 @@ def test_liger_is_never_in_place(monkeypatch):
         (dict(form="norm-add"), "has no norm-add"),
         (dict(width=100000), "takes rows up to 65536, not 100000"),
         (dict(device="cpu"), "runs on cuda and xpu, not on cpu"),
-        (dict(norm=replace(llama, weight_dtype=torch.float32)), "takes gains, residuals and outputs in the input's dtype"),
+        (
+            dict(norm=replace(llama, weight_dtype=torch.float32)),
+            "takes gains, residuals and outputs in the input's dtype",
+        ),
         (dict(norm=replace(llama, casting="input")), "does not round as the site does"),
         (dict(norm=replace(llama, kind="layernorm", casting="float32")), "its layernorm has a gain and a bias"),
     ):

@@ -1,6 +1,6 @@
 """normswap's own C kernel for CPUs, compiled by the machine's C compiler when it is first used.
 
-On a machine without one, the same in as few passes of torch's operators as they allow.
+Where there is no compiler, torch's operators on a few rows at a time.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from normswap.kernels.call import Call
 
 class Cpu(Backend):
     name = "cpu"
-    about = "normswap's own C kernel for CPUs; without a compiler few passes of torch"
+    about = "normswap's own C kernel, for CPUs; without a C compiler, few passes of torch"
     abilities = Abilities(
         devices=("cpu",),
         forms=("norm",),
         max_width=2**31 - 1,
-        compile="traced as plain torch, which Inductor fuses",
+        compile="plain torch, which Inductor fuses with what is around it",
         distributed="plain tensors",
     )
 
     def version(self) -> str:
         from normswap.kernels.cpu import available
 
-        return f"{super().version()}, {'compiled' if available() is None else 'without a compiler'}"
+        return super().version() + ("" if available() is None else ", without a C compiler")
 
     def build(self, call: Call) -> Kernel:
         from normswap.kernels.cpu import available, few_passes, norm
@@ -33,12 +33,8 @@ class Cpu(Backend):
         told = call.norm
         return partial(
             norm if available() is None else few_passes,
-            kind=told.kind,
-            eps=told.eps,
-            gain=told.gain,
-            casting=told.casting,
-            out_dtype=told.out_dtype,
-        )
+            kind=told.kind, eps=told.eps, gain=told.gain, casting=told.casting, out_dtype=told.out_dtype,
+        )  # fmt: skip
 
 
 BACKEND = Cpu()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from normswap.kernels.cpu.plain import factor_of, gradients_of_plain, plain
+from normswap.kernels.plain import factor_of, gradients_of_plain, plain
 from normswap.norms.spec import Casting, GainForm
 
 _VALUES = 1 << 17  # taken at once by a thread: half a megabyte, of a cache (L2) of one or two

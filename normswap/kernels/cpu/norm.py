@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from normswap.errors import KernelError
-from normswap.kernels.cpu.library import DTYPES, Variant, load, threads_of_torch
-from normswap.kernels.cpu.plain import gradients_of_plain, plain
+from normswap.kernels.cpu.library import DTYPES, Variant, load, pack, threads_of_torch
+from normswap.kernels.plain import gradients_of_plain, plain
 from normswap.norms.spec import Casting, GainForm
 
 _GRAIN = 32768  # values that are worth a thread, as torch has it
@@ -98,9 +98,12 @@ class _Kernel:
         y = torch.empty_like(x) if self._same else torch.empty_like(x, dtype=self.variant.y)
         kept = torch.empty(self._statistics * rows) if keep else None
         scale, mean = self._rows(kept, rows)
+        chunks, parallel = _threads(rows, width)
         self._forward(
-            x.data_ptr(), _pointer(weight), _pointer(bias), y.data_ptr(), scale, mean, rows, width, self.eps,
-            *_threads(rows, width),
+            pack(
+                x.data_ptr(), _pointer(weight), _pointer(bias), 0, y.data_ptr(), 0, scale, mean, 0, 0,
+                rows, width, chunks, parallel, self.eps,
+            )
         )  # fmt: skip
         return y, kept
 
@@ -116,21 +119,24 @@ class _Kernel:
         held = self.variant
         dx = torch.empty_like(x)
         # a row of sums for each chunk; the kernel clears them
-        dgain = torch.empty(chunks, width) if parameters and held.weight is not None else None
-        dbias = torch.empty(chunks, width) if parameters and held.bias is not None else None
+        shape = (width,) if chunks == 1 else (chunks, width)
+        dgain = torch.empty(shape) if parameters and held.weight is not None else None
+        dbias = torch.empty(shape) if parameters and held.bias is not None else None
         scale, mean = self._rows(kept, rows)
         self._backward(
-            x.data_ptr(), _pointer(weight), dy.data_ptr(), scale, mean, dx.data_ptr(), _pointer(dgain), _pointer(dbias),
-            rows, width, chunks, parallel,
+            pack(
+                x.data_ptr(), _pointer(weight), 0, dy.data_ptr(), 0, dx.data_ptr(), scale, mean, _pointer(dgain),
+                _pointer(dbias), rows, width, chunks, parallel, self.eps,
+            )
         )  # fmt: skip
         return dx, _summed(dgain, held.weight), _summed(dbias, held.bias)
 
-    def _rows(self, kept: torch.Tensor | None, rows: int) -> tuple[int | None, int | None]:
+    def _rows(self, kept: torch.Tensor | None, rows: int) -> tuple[int, int]:
         """Where the `1 / sqrt(...)` and the means of the rows begin."""
         if kept is None:
-            return None, None
+            return 0, 0
         first = kept.data_ptr()
-        return first, first + 4 * rows if self._statistics == 2 else None
+        return first, first + 4 * rows if self._statistics == 2 else 0
 
 
 class _Differentiable(torch.autograd.Function):
@@ -161,15 +167,15 @@ def _dtype(t: torch.Tensor | None) -> torch.dtype | None:
     return None if t is None else t.dtype
 
 
-def _pointer(t: torch.Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+def _pointer(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _summed(sums: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor | None:
-    """The gradient of a parameter of `dtype`, from its sums in chunks, (chunks, width)."""
+    """The gradient of a parameter of `dtype`, from its sums, (width,) or in chunks, (chunks, width)."""
     if sums is None:
         return None
-    gradient = sums[0] if sums.shape[0] == 1 else sums.sum(0)
+    gradient = sums if sums.ndim == 1 else sums.sum(0)
     return gradient if dtype == torch.float32 else gradient.to(dtype)
 
 
@@ -185,9 +191,9 @@ def _fitting(parameter: torch.Tensor | None, width: int) -> torch.Tensor | None:
     return parameter.contiguous()
 
 
-def _threads(rows: int, width: int) -> tuple[int, int | None]:
+def _threads(rows: int, width: int) -> tuple[int, int]:
     """In how many chunks the rows are cut, one for a thread, and what runs them."""
     if rows * width <= _GRAIN:
-        return 1, None
+        return 1, 0
     parallel = threads_of_torch()
-    return (1, None) if parallel is None else (min(torch.get_num_threads(), rows, rows * width // _GRAIN), parallel)
+    return (1, 0) if parallel is None else (min(torch.get_num_threads(), rows, rows * width // _GRAIN), parallel)

@@ -18,9 +18,14 @@ def plain(
     casting: Casting,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The norm operator by operator, rounded where its module rounds.
+    """`gain(weight) * (x - m) / sqrt(mean((x - m)^2) + eps) + bias` over the last axis, rounded as a module would.
 
-    Args: as of `norm`, in any floating dtype.
+    Args:
+        x: (..., width), of any floating dtype.
+        weight, bias: (width,).
+        kind: `layernorm`, m = mean(x), or `rmsnorm`, m = 0.
+        casting: see `NormSpec`.
+        out_dtype: of the output.
     """
     h = x if casting == "input" else x.to(torch.promote_types(x.dtype, torch.float32))
     if kind == "layernorm":
