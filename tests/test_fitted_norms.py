@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import fresh
 import normswap
 from models import tiny
 from normswap.errors import RefusedError
@@ -64,10 +63,7 @@ def test_a_process_without_normswap_generates_with_and_without_a_cache(folder, k
         "a, b = (model.generate(ids, use_cache=use, **words) for use in (True, False))\n"
         "print(torch.equal(a, b))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(converted(kind, folder).folder)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["True"]
+    assert fresh.run(script, converted(kind, folder).folder).split() == ["True"]
 
 
 def samples(x: torch.Tensor, kind: str = "rmsnorm") -> Samples:

@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, NemotronConfig, NemotronForCausalLM
 
+import fresh
 import normswap
 from hand_plans import folded_gpt2_plan, logits, plan_of, publish, rms_edits, rms_plan, small, swap, token_ids
 from models import tiny
@@ -370,34 +370,25 @@ for name in ("untied", "tied", "neox", "weightless", "experts"):
         ]
     model.resize_token_embeddings(model.config.vocab_size + 3)
     r["resized"] = type(model.get_input_embeddings()).__name__
-json.dump(result, open(sys.argv[2], "w"))
+print(json.dumps(result))
 '''
 
 
 @pytest.fixture(scope="module")
-def fresh(published, tmp_path_factory) -> dict:
+def found_there(published) -> dict:
     """What a process without normswap finds in the published folders."""
-    home = tmp_path_factory.mktemp("fresh")
-    (home / "script.py").write_text(SCRIPT)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(home / "modules"), "HF_HOME": str(home)}
-    done = subprocess.run(
-        [sys.executable, "script.py", published, home / "result.json"],
-        cwd=home, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((home / "result.json").read_text())
+    return json.loads(fresh.run(SCRIPT, published))
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_without_trust_nothing_loads(fresh, name):
-    assert len(fresh[name]["untrusted"]) == 7
-    assert all("trust_remote_code=True" in message for message in fresh[name]["untrusted"])
+def test_without_trust_nothing_loads(found_there, name):
+    assert len(found_there[name]["untrusted"]) == 7
+    assert all("trust_remote_code=True" in message for message in found_there[name]["untrusted"])
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_with_trust_the_auto_classes_give_the_converted_model(fresh, name):
-    found = fresh[name]
+def test_with_trust_the_auto_classes_give_the_converted_model(found_there, name):
+    found = found_there[name]
     norms = found["stock kinds"]["LayerNorm"]
     expected = {"RMSNorm": norms} | ({"CentredOutputEmbedding": 1} if name == "tied" else {})
     assert norms >= 5 and found["report"] == []
@@ -415,20 +406,20 @@ def test_with_trust_the_auto_classes_give_the_converted_model(fresh, name):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_generation_with_cache_gives_the_same_tokens(fresh, name):
-    assert fresh[name]["generates"] is True
+def test_generation_with_cache_gives_the_same_tokens(found_there, name):
+    assert found_there[name]["generates"] is True
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_what_was_loaded_can_be_saved_and_loaded(fresh, name):
-    assert {"config.json", FILE, "model.safetensors"} <= set(fresh[name]["saved"])
-    assert fresh[name]["same after saving"] is True
+def test_what_was_loaded_can_be_saved_and_loaded(found_there, name):
+    assert {"config.json", FILE, "model.safetensors"} <= set(found_there[name]["saved"])
+    assert found_there[name]["same after saving"] is True
 
 
 @pytest.mark.parametrize("name", ["untied", "tied", "neox"])
-def test_tokenizer_and_pipeline(fresh, name):
-    assert fresh[name]["tokenizer"] == [True, True]
-    assert fresh[name]["pipeline"] == fresh[name]["stock pipeline"] != "ROMEO:"
+def test_tokenizer_and_pipeline(found_there, name):
+    assert found_there[name]["tokenizer"] == [True, True]
+    assert found_there[name]["pipeline"] == found_there[name]["stock pipeline"] != "ROMEO:"
 
 
 def test_centred_inputs_and_norms_of_each_head_are_written(tmp_path, pytestconfig):

@@ -1,13 +1,11 @@
 """A calibrated move in a folder: loaded, run, trained and saved by a process that cannot import normswap."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import fresh
 import normswap
 
 TOKENS = 1024
@@ -44,7 +42,7 @@ model.save_pretrained(again)
 saved = AutoModelForCausalLM.from_pretrained(again, **load)
 with torch.no_grad():
     r["saved"] = bool(torch.equal(saved(input_ids=ids).logits, model(input_ids=ids).logits))
-json.dump(r, open(sys.argv[4], "w"))
+print(json.dumps(r))
 """
 TEXT = "Now is the winter of our discontent made glorious summer by this sun of York; and all the clouds that lowered"
 
@@ -61,16 +59,8 @@ def folders(tmp_path_factory, checkpoints) -> list[normswap.Conversion]:
     ]
 
 
-def test_a_process_without_normswap_loads_generates_trains_and_saves(folders, checkpoints, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "script.py", checkpoints / "gpt2-shakespeare", folders[0].folder, TEXT, "result.json"],
-        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "result.json").read_text())
+def test_a_process_without_normswap_loads_generates_trains_and_saves(folders, checkpoints):
+    found = json.loads(fresh.run(SCRIPT, checkpoints / "gpt2-shakespeare", folders[0].folder, TEXT))
     assert found["loading"] == [] and found["without gradient"] == []
     assert 0 < found["kl"] < 0.01 and found["top1"] > 0.8  # measured, 43 tokens: 0.0028 and 0.93
     assert found["same"] and found["generated"] == 40

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import fresh
 import normswap
 from models import tiny
 from nets import Net
@@ -90,8 +89,7 @@ def test_the_folder_is_one_of_the_stock_class(tmp_path):
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
         "print(type(model).__name__, float(model(torch.arange(30)[None]).logits.double().norm()))"
     )
-    printed = subprocess.run([sys.executable, "-c", script, str(out)], capture_output=True, text=True, check=True)
-    assert printed.stdout.split() == ["LlamaForCausalLM", str(float(b.double().norm()))]
+    assert fresh.run(script, out).split() == ["LlamaForCausalLM", str(float(b.double().norm()))]
     sites = normswap.inspect(out).sites.values()
     assert {(site.spec.kind, site.spec.eps) for site in sites} == {("rmsnorm", after["rms_norm_eps"])}
 

@@ -1,16 +1,14 @@
 """Published folders as others meet them: in a process without normswap, and by `normswap.load` without their code."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import fresh
 import normswap
 
 # folder -> (trained checkpoint, what is asked for)
@@ -48,7 +46,7 @@ from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline,
 )
 
-root, custom = sys.argv[1], sys.argv[3].split()
+root, *custom = sys.argv[1:]
 torch.set_num_threads(1)
 torch.manual_seed(0)
 result = {}
@@ -147,35 +145,26 @@ for name in ("tied", "bare", "neox", "llama"):
             optimizer.step()
         r["losses"] = losses
         r["gradients"] = all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-json.dump(result, open(sys.argv[2], "w"))
+print(json.dumps(result))
 '''
 
 
 @pytest.fixture(scope="module")
-def fresh(published, tmp_path_factory) -> dict:
+def found_there(published) -> dict:
     """What a process without normswap finds in the published folders."""
-    home = tmp_path_factory.mktemp("fresh")
-    (home / "script.py").write_text(SCRIPT)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(home / "modules"), "HF_HOME": str(home / "hf")}
-    done = subprocess.run(
-        [sys.executable, "script.py", published, home / "result.json", " ".join(CUSTOM)],
-        cwd=home, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((home / "result.json").read_text())
+    return json.loads(fresh.run(SCRIPT, published, *CUSTOM))
 
 
 @pytest.mark.parametrize("name", CUSTOM)
-def test_without_trust_it_fails_loudly(fresh, name):
-    messages = fresh[name]["untrusted"] + fresh[name]["untrusted pipeline"]
+def test_without_trust_it_fails_loudly(found_there, name):
+    messages = found_there[name]["untrusted"] + found_there[name]["untrusted pipeline"]
     assert len(messages) == 10
     assert all("trust_remote_code=True" in message and "LOADED" not in message for message in messages)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_with_trust_the_auto_classes_load_it(fresh, name):
-    found = fresh[name]
+def test_with_trust_the_auto_classes_load_it(found_there, name):
+    found = found_there[name]
     kind = {"tied": "GPT2LMHeadModel", "bare": "GPT2LMHeadModel", "neox": "GPTNeoXForCausalLM"}.get(name)
     assert found["class"] == (f"Normswap{kind}" if kind else "LlamaForCausalLM")
     assert found["config"].startswith("Normswap" if kind else "LlamaConfig")
@@ -184,8 +173,8 @@ def test_with_trust_the_auto_classes_load_it(fresh, name):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_greedy_generation_is_token_for_token_the_same(fresh, name):
-    found = fresh[name]
+def test_greedy_generation_is_token_for_token_the_same(found_there, name):
+    found = found_there[name]
     assert found["pad"] == 0 and found["padded"] >= 10
     for what in ("one", "batch"):
         same, length, different = found[what]
@@ -197,8 +186,8 @@ def test_greedy_generation_is_token_for_token_the_same(fresh, name):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_the_headless_model(fresh, name):
-    kind, error = fresh[name]["base"]
+def test_the_headless_model(found_there, name):
+    kind, error = found_there[name]["base"]
     assert kind.endswith("Model") and kind.startswith("Normswap") == (name in CUSTOM)
     if name in ("tied", "neox"):
         # float32; measured: 2.5e-7 and 2.6e-7
@@ -215,24 +204,24 @@ def test_the_card_says_that_the_headless_model_differs(published, name):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_it_can_be_saved_and_loaded_again(fresh, name):
-    kind, same, norms = fresh[name]["saved"]
-    assert kind == fresh[name]["class"] and same and norms == fresh[name]["norms"][0]
+def test_it_can_be_saved_and_loaded_again(found_there, name):
+    kind, same, norms = found_there[name]["saved"]
+    assert kind == found_there[name]["class"] and same and norms == found_there[name]["norms"][0]
 
 
 @pytest.mark.parametrize("name", ["tied", "neox"])
-def test_a_classifier_starts_from_the_converted_weights(fresh, name):
-    kind, missing, norms, same = fresh[name]["classifier"]
+def test_a_classifier_starts_from_the_converted_weights(found_there, name):
+    kind, missing, norms, same = found_there[name]["classifier"]
     assert kind.startswith("Normswap") and kind.endswith("ForSequenceClassification")
     assert missing == ["score.weight"] and norms == ["RMSNorm"] and same
 
 
 @pytest.mark.parametrize("name", CUSTOM)
-def test_a_training_step_lowers_the_loss(fresh, name):
-    before, after = fresh[name]["losses"]
+def test_a_training_step_lowers_the_loss(found_there, name):
+    before, after = found_there[name]["losses"]
     # nats, with dropout; measured: 4.52 to 4.58 before, 2.56 to 3.24 after
     assert after < before - 0.5
-    assert fresh[name]["gradients"]
+    assert found_there[name]["gradients"]
 
 
 # ---- with normswap, without the folder's code

@@ -3,9 +3,6 @@
 import copy
 import inspect
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
+import fresh
 import normswap
 from models import tiny
 from nets import WIDTH, Net, check_refused, ids, ready, relative
@@ -240,14 +238,7 @@ print(float((a - b).abs().max() / a.std()))
 
 def logits_without_normswap(folder: Path, root: Path) -> float:
     """How far the logits of a folder are from those of the folder `source` in `root`, in a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, folder],
-        cwd=root, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return float(done.stdout)
+    return float(fresh.run(SCRIPT, folder, cwd=root))
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
