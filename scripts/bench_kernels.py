@@ -7,15 +7,16 @@
 
 A cell is one form, pass, dtype and size. Its contenders take turns, with cold caches; on a GPU medians count, on a CPU,
 where others only add to a time, the least. The bound is the least that must be moved (`bench_report.MOVED`) at the
-speed of a copy, which takes its turn. A backend without a form makes its norm and leaves the sum to torch, as a model would. Cells
-are kept in scripts/results/kernels-DEVICE.json as they are done, and a run goes on where it was stopped on the same
-machine; the table kernels.md and the picture kernels.png are made of these.
+speed of a copy, which takes its turn. A backend without a form makes its norm and leaves the sum to torch, as a model
+would. Cells are kept in scripts/results/kernels-DEVICE.json as they are done, and a run goes on where it was stopped on
+the same machine; the table kernels.md and the picture kernels.png are made of these.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,8 @@ def measure(file: Path, device: str, quick: bool, dtypes: tuple[str, ...], turns
             kept["cells"][name] = _cell(watch, operation, DTYPES[dtype], count, width, turns)
             file.write_text(json.dumps(kept, indent=1))
             click.echo(f"{name}: " + _said(kept["cells"][name]))
-            torch._dynamo.reset()
+            if "torch._dynamo" in sys.modules:
+                torch._dynamo.reset()  # its cache of graphs is bounded
 
 
 def contenders(call: Call) -> dict[str, Kernel]:
