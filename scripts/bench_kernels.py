@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -26,7 +27,7 @@ import torch._functorch.config as functorch
 from bench_report import picture, table
 from normswap.kernels.backend import Kernel
 from normswap.kernels.backends import BACKENDS
-from normswap.kernels.call import Call, Norm, formed
+from normswap.kernels.call import Call, Norm
 from normswap.kernels.decomposed import decomposed
 from stopwatch import Stopwatch, machine
 
@@ -104,7 +105,7 @@ def contenders(call: Call) -> dict[str, Kernel]:
     for name, backend in BACKENDS.items():
         if backend.rejects(call) is None:
             found[name] = backend.build(call)
-        elif backend.rejects(formed(call, "norm")) is None:
+        elif backend.rejects(_norm_alone(call)) is None:
             found[name] = _unfused(backend, call)
     return found
 
@@ -113,7 +114,12 @@ def asked(operation: str, dtype: torch.dtype, width: int, device: str) -> Call:
     """The call of an operation."""
     form, kind, casting = OPERATIONS[operation]
     norm = Norm(kind, 1e-6, "w", kind == "layernorm", casting if dtype.itemsize < 4 else "float32", dtype, dtype)
-    return Call(form, width, dtype, device, norm, norm if form == "norm-add-norm" else None)
+    residual = None if form == "norm" else dtype
+    return Call(form, width, dtype, device, norm, norm if form == "norm-add-norm" else None, residual)
+
+
+def _norm_alone(call: Call) -> Call:
+    return replace(call, form="norm", then=None, residual=None)
 
 
 def passes(kernel: Kernel, call: Call, rows: int) -> tuple[Callable, Callable]:
@@ -165,7 +171,7 @@ def _on_host(watch: Stopwatch, operation: str, dtype: torch.dtype) -> dict[str, 
 
 def _unfused(backend, call: Call) -> Kernel:
     """A call by a backend that has its norms alone."""
-    norm = backend.build(formed(call, "norm"))
+    norm = backend.build(_norm_alone(call))
 
     def run(x, *tensors):
         if call.form == "norm":

@@ -75,10 +75,11 @@ def test_forms(form, kind, casting, gain, dtype, device):
 
 
 @pytest.mark.parametrize(
-    "width, dtype", [(1, HALF[0]), (7, HALF[0]), (64, HALF[0]), (2048, HALF[0]), (20000, torch.float32)]
+    "width, dtype",
+    [(1, HALF[0]), (7, HALF[0]), (64, HALF[0]), (2048, HALF[0]), (16384, torch.float32), (20000, torch.float32)],
 )
 def test_widths(width, dtype, device):
-    """No power of two needed; 20000 is more than the backward holds at once."""
+    """No power of two needed; 16384 is the most that the backward holds at once, without the gain."""
     tensors = inputs("add-norm", (2, width), dtype, device)
     found, wanted = ran("add-norm", tensors, LAYERNORM), reference("add-norm", wide := widened(tensors), LAYERNORM)
     if width == 1:  # x is its own mean
@@ -319,3 +320,50 @@ def test_two_processes(tmp_path):
     script = Path(__file__).with_name("triton_distributed.py")
     told = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=True).stdout
     assert told.split("\n")[0] == "dtensors 34 fsdp 5 ddp 5"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows, width", [(8192, 4096), (300, 16384), (64, 65536), (100_000, 64), (5000, 770)])
+def test_large(form, rows, width, device):
+    """Shapes of real models, whose programs walk over many rows."""
+    if device == "cpu":
+        pytest.skip("too large for the interpreter")
+    tensors = inputs(form, (rows, width), torch.bfloat16, device)
+    told = options(form, kind="layernorm", eps=1e-5, gain="w", casting="float32")
+    found, wanted = ran(form, tensors, told), reference(form, wide := widened(tensors), told)
+    for result, exact in zip(found, wanted, strict=True):
+        assert error(result, exact) < 1.5 * ROUNDING[torch.bfloat16]
+    for result, exact in zip(gradients(found, tensors), gradients(wanted, wide), strict=True):
+        assert error(result, exact) < 3 * ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_far_offsets(device):
+    """Beyond 2**31 values, forward and backward."""
+    if device == "cpu":
+        pytest.skip("takes 20 GB")
+    rows = 2**31 // 4096 + 8
+    x = torch.randn(rows, 4096, dtype=torch.bfloat16, device=device).requires_grad_()
+    weight = torch.rand(4096, dtype=torch.bfloat16, device=device)
+    y = ops.norm(x, weight, kind="rmsnorm", eps=1e-5)
+    (found,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    last = x.detach()[-8:].requires_grad_()
+    same = ops.norm(last, weight, kind="rmsnorm", eps=1e-5)
+    (of_last,) = torch.autograd.grad(same, last, torch.ones_like(same))
+    assert torch.equal(y[-8:], same) and torch.equal(found[-8:], of_last)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_inductor(form, device):
+    """A whole graph by Inductor, gradients included, is what eager mode gives."""
+    if device == "cpu":
+        pytest.skip("test_operators has it without Inductor")
+    tensors = inputs(form, (64, 512), torch.bfloat16, device)
+    told = options(form, kind="layernorm", eps=1e-5, gain="w", casting="float32")
+    compiled = torch.compile(lambda **given: ran(form, given, told), fullgraph=True)
+    eager, found = ran(form, tensors, told), compiled(**tensors)
+    assert all(torch.equal(one, other) for one, other in zip(found, eager, strict=True))
+    for one, other in zip(gradients(found, tensors), gradients(eager, tensors), strict=True):
+        assert torch.equal(one, other)

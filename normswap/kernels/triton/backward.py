@@ -25,22 +25,22 @@ from normswap.kernels.triton.steps import gain, rounded, stored
 @triton.jit
 def backward_kernel(
     dy, ds, x, stats, weight, dx, partials, rows, inner, outer, step,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, LAYERNORM: tl.constexpr,
-    GAIN: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, DS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr,
+    LAYERNORM: tl.constexpr, GAIN: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, DS: tl.constexpr,
     STEP: tl.constexpr, HAT: tl.constexpr, GAINED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Rows `(rows, WIDTH)`; those of x lie as `rows.Rows` says, all others one after the other.
 
     WEIGHT, BIAS: whether their gradients are asked for; `partials` is `(programs, WEIGHT + BIAS, WIDTH)`,
     of zeros where a row does not fit.
-    DS: whether `ds` is added.
+    DS: whether `ds` is added. KEEP: whether the gain stays in registers from row to row.
     """
     program = tl.program_id(0)
     tiles = tl.cdiv(rows, ROWS)
     cols = tl.arange(0, BLOCK)
     partials += program.to(tl.int64) * (WEIGHT + BIAS) * WIDTH
     if BLOCK >= WIDTH:
-        if GAIN is not None:
+        if KEEP and GAIN is not None:
             w = gain(weight, cols, WIDTH, GAIN, GAINED, ACC)[None, :]
         dw = tl.zeros([ROWS, BLOCK], ACC)
         db = tl.zeros([ROWS, BLOCK], ACC)
@@ -60,6 +60,8 @@ def backward_kernel(
                 db += d
             g = d
             if GAIN is not None:
+                if not KEEP:
+                    w = gain(weight, cols, WIDTH, GAIN, GAINED, ACC)[None, :]
                 g = d * w
             along = tl.sum(g * x_hat, 1) / WIDTH
             dh = g - x_hat * along[:, None]

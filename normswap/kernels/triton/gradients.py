@@ -103,7 +103,7 @@ def _keep(ctx, how, *tensors) -> None:
 def _of_one(ctx, run: Callable, dy, ds, first: int, how, needed) -> tuple:
     """Gradients of what one norm read and of its gain and bias; `first` of what is kept is what it read."""
     read, stats, weight, bias = ctx.saved_tensors[first : first + 4]
-    need_weight, need_bias = (bool(needs) and p is not None for needs, p in zip(needed, (weight, bias), strict=True))
+    need_weight, need_bias = needed[0] and weight is not None, needed[1] and bias is not None
     dx, dw, db = run(dy, read, stats, weight, bias, ds, *how, need_weight, need_bias)
     return dx, dw if need_weight else None, db if need_bias else None
 

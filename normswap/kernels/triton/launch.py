@@ -7,10 +7,10 @@ mean, of the axes of x but the last, float32 (float64 for float64), so that they
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
 
 from normswap.errors import KernelError
 from normswap.kernels.triton import tiles
@@ -97,7 +97,7 @@ def launch_norm_add_norm(
         rows = x.numel() // x.shape[-1]
         steps, steps2 = _roundings(x, weight, bias, norm), _roundings(s, weight2, bias2, norm2)
         with _on(x):
-            sandwich_kernel[(triton.cdiv(rows, tile.rows),)](
+            sandwich_kernel[(-(-rows // tile.rows),)](
                 x, _there(residual, x), _there(weight, x), _there(bias, x), _there(weight2, x), _there(bias2, x),
                 y, s, stats, stats2, rows, *at,
                 x.shape[-1], tile.block, tile.rows, TRITON_DTYPES[s.dtype], steps2.acc,
@@ -141,25 +141,26 @@ def launch_backward(
     steps = _roundings(x, weight, bias, norm)
     device = _device(x)
     read = dy.element_size() + x.element_size() + (0 if ds is None else ds.element_size())
-    tile = tiles.backward_tile(width, read, device, whole)
-    programs = tiles.programs(tile, triton.cdiv(rows, tile.rows), device)
+    gain = 0 if weight is None else weight.element_size()
+    tile = tiles.backward_tile(width, read, gain, device, whole)
+    programs = tiles.programs(tile, -(-rows // tile.rows), device)
     sums = need_weight + need_bias
     fits = tile.block >= width
     partials = (stats.new_empty if fits else stats.new_zeros)((programs, sums, width)) if sums else stats
     with _on(x):
         backward_kernel[(programs,)](
             dy.contiguous(), _there(ds, x), x, stats, _there(weight, x), dx, partials, rows, *at,
-            width, tile.block, tile.rows, tile.stages, norm.layernorm,
-            norm.gain, need_weight, need_bias, ds is not None,
+            width, tile.block, tile.rows, tile.stages, tile.keeps_gain,
+            norm.layernorm, norm.gain, need_weight, need_bias, ds is not None,
             steps.step, steps.hat, steps.gained, steps.acc,
             num_warps=tile.warps,
         )  # fmt: skip
         if sums:
             columns = tiles.reduce_columns(device)
-            reduce_kernel[(triton.cdiv(width, columns), sums)](
+            reduce_kernel[(-(-width // columns), sums)](
                 partials, _there(dw, partials), _there(db, partials), programs,
-                width, need_weight, need_bias, columns, 64, steps.acc,
-                num_warps=4,
+                width, need_weight, need_bias, columns, 128, steps.acc,
+                num_warps=8,
             )  # fmt: skip
     return dx, dw, db
 
@@ -175,19 +176,19 @@ def check(x: torch.Tensor, residual: Optional, weight: Optional, bias: Optional,
     width = x.shape[-1] if x.ndim else 0
     if not 1 <= width <= tiles.MAX_WIDTH:
         raise KernelError(f"expected rows of 1 to {tiles.MAX_WIDTH} values, found an input of shape {tuple(x.shape)}")
-    dtypes = {norm.out_dtype, x.dtype}
+    dtypes = [norm.out_dtype, x.dtype]
     for name, tensor, shape in (("residual", residual, x.shape), ("gain", weight, (width,)), ("bias", bias, (width,))):
         if tensor is None:
             continue
-        dtypes.add(tensor.dtype)
+        dtypes.append(tensor.dtype)
         if tensor.shape != shape:
             raise KernelError(f"expected a {name} of shape {tuple(shape)}, found {tuple(tensor.shape)}")
         if tensor.device != x.device:
             raise KernelError(f"expected all tensors on {x.device}, found a {name} on {tensor.device}")
-    if not dtypes <= set(TRITON_DTYPES) or (torch.float64 in dtypes and len(dtypes) > 1):
+    if not _go_together(*dtypes):
         raise KernelError(
             "expected float16, bfloat16 and float32, or float64 for all tensors of a norm, "
-            f"found {', '.join(sorted(map(str, dtypes)))}; keep the module's own forward there"
+            f"found {', '.join(sorted(set(map(str, dtypes))))}; keep the module's own forward there"
         )
     if (weight is None) != (norm.gain is None):
         raise KernelError(f"expected a gain's form where there is a gain, and only there; found {norm.gain!r}")
@@ -220,7 +221,7 @@ def _forward(
         steps = _roundings(read, weight, bias, norm)
         tile = tiles.forward_tile(width, _device(x), whole)
         with _on(x):
-            forward_kernel[(triton.cdiv(rows, tile.rows),)](
+            forward_kernel[(-(-rows // tile.rows),)](
                 x, _there(residual, x), _there(weight, x), _there(bias, x), _there(y, x), _there(s, x), stats,
                 rows, *at,
                 form, width, tile.block, tile.rows, norm.layernorm,
@@ -230,6 +231,12 @@ def _forward(
                 num_warps=tile.warps,
             )  # fmt: skip
     return y, s, stats
+
+
+@cache
+def _go_together(*dtypes: torch.dtype) -> bool:
+    """Whether one accumulator serves them all."""
+    return set(dtypes) <= set(TRITON_DTYPES) and (torch.float64 not in dtypes or len(set(dtypes)) == 1)
 
 
 def _roundings(read: torch.Tensor, weight: Optional, bias: Optional, norm: Norm):

@@ -25,13 +25,15 @@ MAX_WIDTH = 1 << 20  # beyond, not one row per program fits the L2 cache
 class Tile:
     """`rows` rows of `block` columns, all of them where `block >= width`, in a program of `warps` warps.
 
-    `stages`: how many tiles are on their way from memory at once, in a kernel that walks.
+    In a kernel that walks, `stages` tiles are on their way from memory at once, and the gain stays in registers or is
+    read for each.
     """
 
     block: int
     rows: int
     warps: int
     stages: int = 1
+    keeps_gain: bool = True
 
 
 @cache
@@ -50,19 +52,21 @@ def forward_tile(width: int, device: int | None, whole: int = FORWARD_WHOLE) -> 
 
 
 @cache
-def backward_tile(width: int, bytes_per_column: int, device: int | None, whole: int = BACKWARD_WHOLE) -> Tile:
+def backward_tile(width: int, read: int, gain: int, device: int | None, whole: int = BACKWARD_WHOLE) -> Tile:
     """16 values per thread, 32 of the widest; the next tile is fetched where it fits into shared memory.
 
     Args:
-        bytes_per_column: of all tensors that are read.
+        read, gain: bytes per column of the tensors that are read, and of the gain.
     """
     block = triton.next_power_of_2(width)
     if block > whole:
         block = min(BACKWARD_LOOP, whole)
         return Tile(block, 1, _warps(block, 512))
     rows = max(1, (INTERPRETED_TILE if device is None else BACKWARD_TILE) // block)
-    fetched = rows * block * bytes_per_column + 1024
-    return Tile(block, rows, _warps(rows * block, 512, most=16), 2 if fetched <= _shared_memory(device) else 1)
+    keeps_gain = block <= BACKWARD_WHOLE // 2
+    fetched = rows * block * read + (0 if keeps_gain else block * gain) + 1024
+    stages = 2 if fetched <= _shared_memory(device) else 1
+    return Tile(block, rows, _warps(rows * block, 512, most=16), stages, keeps_gain)
 
 
 def reduce_columns(device: int | None) -> int:
