@@ -344,6 +344,8 @@ def test_what_cannot_be_is_said(plain):
     with pytest.raises(normswap.KernelError, match="has no values here"):
         normswap.use_kernels(copy.deepcopy(model).to("meta"), "plain")
     normswap.use_kernels(model, "plain")
+    with pytest.raises(normswap.PlanError, match="ln_1 is computed by a kernel.*restore_kernels first"):
+        normswap.convert_model(model, norm="rmsnorm")
     norm = model.transformer.ln_f
     norm.__class__ = type("FSDP", (type(norm),), {})
     with pytest.raises(normswap.KernelError, match="has become a FSDP since use_kernels"):

@@ -45,7 +45,8 @@ def converted(checkpoints: Path, tmp_path_factory):
 @pytest.mark.parametrize("name", EXACT)
 def test_what_was_converted_comes_back(checkpoints, converted, tmp_path, name):
     source, _, tolerance = EXACT[name]
-    done = normswap.undo(converted(name), tmp_path / "back")
+    # on all of the text one of them; on a part of it, the same is measured
+    done = normswap.undo(converted(name), tmp_path / "back", verify="full" if name == "centred" else "fast")
     # float64 on weights that were rounded to float32: 2e-15 to 2.4e-8
     assert done.report.mathematics.comparison.output.error.max < 1e-6
     assert done.report.tensors_checked > 50
@@ -93,7 +94,7 @@ def test_experts_that_are_stored_apart_come_back(tmp_path):
             p.data.uniform_(0.5, 1.5)
     model.save_pretrained(tmp_path / "source", max_shard_size="50KB")
     out = normswap.convert(tmp_path / "source", tmp_path / "out", fold=True, verify="none").folder
-    back = normswap.undo(out, tmp_path / "back").folder
+    back = normswap.undo(out, tmp_path / "back", verify="fast").folder
     shards = sorted(path.name for path in back.glob("*.safetensors"))
     assert len(shards) > 1
     for shard in shards:
@@ -107,7 +108,7 @@ def test_what_was_trained_in_between_stays_trained(converted, tmp_path):
     """Training that keeps the stream centred: queries and keys read norms and write to no stream."""
     folder = tmp_path / "trained"
     _change(converted("centred"), folder, lambda name, t: t * 1.1 if name.endswith("attn.c_attn.weight") else t)
-    back = normswap.undo(folder, tmp_path / "back").folder
+    back = normswap.undo(folder, tmp_path / "back", verify="fast").folder
     a, b = (load_file(f / "model.safetensors")["transformer.h.0.attn.c_attn.weight"] for f in (folder, back))
     assert torch.equal(a, b)
 
@@ -117,7 +118,7 @@ def test_training_that_the_source_cannot_express_is_refused(converted, tmp_path)
     folder = tmp_path / "trained"
     _change(converted("centred"), folder, lambda name, t: t + 0.1 if name.endswith("mlp.c_proj.bias") else t)
     with pytest.raises(VerificationError, match="cannot be undone.*trained"):
-        normswap.undo(folder, tmp_path / "back")
+        normswap.undo(folder, tmp_path / "back", verify="fast")
     assert not (tmp_path / "back").exists()
 
 

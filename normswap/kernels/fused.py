@@ -33,10 +33,12 @@ class Table:
         self.served: dict[tuple, Served] = {}
         self.kernels: dict[tuple, Kernel] = {}
         self.whole: dict[tuple, bool] = {}
+        self.devices: set[str] = set()
 
     def add(self, key: tuple, served: Served, kernel: Kernel | None = None) -> None:
         backend = BACKENDS[served.backend]
         self.served[key] = served
+        self.devices.add(served.call.device)
         self.kernels[key] = kernel or backend.build(served.call)
         self.whole[key] = backend.abilities.dtensor
 
@@ -91,6 +93,8 @@ class FusedNorm:
             if residual.shape != x.shape or not self._plainly_called():
                 return None
         device = x.device.type
+        if device not in self.kernels.devices:  # the meta device, say, which knows of no autocast
+            return None
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         key = form, x.dtype, None if residual is None else residual.dtype, device, autocast, second
         kernel = self.kernels.kernels.get(key)

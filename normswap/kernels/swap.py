@@ -91,7 +91,8 @@ def use_kernels(
 
     Each kernel is measured against the norm it is to stand for, outputs and gradients, before it does: one that rounds
     elsewhere, or writes into a gradient, is not taken. `restore_kernels` undoes it. Call it when the model is on its
-    device and in its dtype, before `DistributedDataParallel`, `fully_shard` and `torch.compile`.
+    device and in its dtype, before `DistributedDataParallel`, `fully_shard` and `torch.compile`, and again when an eps
+    was changed, which a kernel has as it was; weights are read as they are.
 
     Args:
         model: of transformers, or any with `inputs`; LayerNorms and RMSNorms, converted or not.

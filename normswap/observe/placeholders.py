@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from normswap.observe.alike import alike
+
 META = torch.device("meta")
 #: which entries of an unknown mask count as set
 Hits = Literal["ends", "first", "every"]
@@ -49,7 +51,7 @@ def on_meta(function: Callable, args: tuple, kwargs: dict, which: Hits) -> tuple
     repeats), the call is made for real: known values as they are, others replaced by a stand-in.
     """
     try:
-        return function(*tree_map(to_meta, args), **tree_map(to_meta, kwargs)), False
+        return alike(function, tree_map(to_meta, args), tree_map(to_meta, kwargs)), False
     except (NotImplementedError, RuntimeError) as failed:
         error = failed
     with suppress(NotImplementedError, RuntimeError):

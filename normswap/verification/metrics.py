@@ -184,15 +184,20 @@ def _row_scores(
     Entries that are -inf in both (a masked part of the vocabulary) have probability 0 in both and are left out.
     """
     a, b = a.double(), b.double()
-    finite = a.isfinite() & b.isfinite()
-    mismatched = ~(finite | (a == b) | (a.isnan() & b.isnan())).all(-1)
-    # -inf in places is a masked vocabulary; NaN, +inf, or nothing but -inf is no distribution
-    not_finite = ~mismatched & (~(a < torch.inf).all(-1) | ~finite.any(-1))
-    change = torch.where(finite, b - a, 0.0)
+    if all_finite(a) and all_finite(b):
+        finite = None
+        mismatched = not_finite = torch.zeros(len(a), dtype=torch.bool, device=a.device)
+        whole, change = a, b - a
+    else:
+        finite = a.isfinite() & b.isfinite()
+        mismatched = ~(finite | (a == b) | (a.isnan() & b.isnan())).all(-1)
+        # -inf in places is a masked vocabulary; NaN, +inf, or nothing but -inf is no distribution
+        not_finite = ~mismatched & (~(a < torch.inf).all(-1) | ~finite.any(-1))
+        whole, change = torch.where(finite, a, 0.0), torch.where(finite, b - a, 0.0)
     scores = {
         "mismatched": mismatched,
         "not_finite": not_finite,
-        "error": ratio(change.norm(dim=-1), torch.where(finite, a, 0.0).norm(dim=-1)),
+        "error": ratio(change.norm(dim=-1), whole.norm(dim=-1)),
     }
     if distributions:
         log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
@@ -206,19 +211,24 @@ def _row_scores(
     return scores
 
 
-def _kl(log_p: torch.Tensor, log_q: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor, finite: torch.Tensor | None) -> torch.Tensor:
     """`KL = sum p (log p - log q) = sum p (e^d - 1 - d)` with `d = log q - log p`, as p and q both sum to one.
 
     The second form has no cancellation: every term is positive, so a KL of 1e-25 is not lost in roundings of 1e-16.
+
+    Args:
+        finite: which entries count; None: all.
     """
-    d = torch.where(finite, log_q - log_p, 0.0)
+    d = log_q - log_p if finite is None else torch.where(finite, log_q - log_p, 0.0)
     p = log_p.exp()
     # near 0 the difference expm1(d) - d cancels too: there its series, exact to 1e-9 for |d| < 1e-4
-    series = p * d * d * (0.5 + d / 6)
-    # for large d, e^d may overflow where p underflows: p e^d is q
-    far = log_q.exp() - p - p * d
-    terms = torch.where(d.abs() < 1e-4, series, torch.where(d < 1, p * (torch.expm1(d) - d), far))
-    return torch.where(finite, terms, 0.0).sum(-1)
+    near = d.abs() < 1e-4
+    terms = p * d * d * (0.5 + d / 6)
+    if not near.all():
+        # for large d, e^d may overflow where p underflows: p e^d is q
+        far = log_q.exp() - p - p * d
+        terms = torch.where(near, terms, torch.where(d < 1, p * (torch.expm1(d) - d), far))
+    return terms.sum(-1) if finite is None else torch.where(finite, terms, 0.0).sum(-1)
 
 
 def _cross_entropy(log_p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -226,6 +236,11 @@ def _cross_entropy(log_p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     wanted = targets.clamp(min=0).unsqueeze(-1)
     found = -log_p.gather(-1, wanted).squeeze(-1)
     return torch.where(targets >= 0, found, torch.nan)
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is infinite or NaN, in one pass and without memory of the values' size."""
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def ratio(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

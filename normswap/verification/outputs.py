@@ -11,7 +11,7 @@ from torch import nn
 
 from normswap.errors import ObserveError, VerificationError
 from normswap.observe.outputs import named_tensors
-from normswap.verification.metrics import Record, ratio
+from normswap.verification.metrics import Record, all_finite, ratio
 from normswap.verification.precision import LiftFloat32
 
 Inputs = Mapping[str, object]
@@ -132,10 +132,13 @@ def row_errors(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     nothing but rounding there is nothing to compare. Values that are not finite in either count as equal.
     """
     a, b = (t.reshape(-1, t.shape[-1] if t.ndim else 1) for t in (a, b))
-    finite = a.isfinite() & b.isfinite()
-    mismatched = ~(finite | (a == b) | (a.isnan() & b.isnan())).all(-1)
-    whole = torch.where(finite, a, 0.0)[~mismatched]
-    part = torch.where(finite, b - a, 0.0)[~mismatched]
+    if all_finite(a) and all_finite(b):
+        mismatched, whole, part = torch.zeros(len(a), dtype=torch.bool, device=a.device), a, b - a
+    else:
+        finite = a.isfinite() & b.isfinite()
+        mismatched = ~(finite | (a == b) | (a.isnan() & b.isnan())).all(-1)
+        whole = torch.where(finite, a, 0.0)[~mismatched]
+        part = torch.where(finite, b - a, 0.0)[~mismatched]
     size = whole.norm(dim=-1)
     typical = size.square().mean().sqrt() if len(size) else size.new_zeros(())
     return mismatched, ratio(part.norm(dim=-1), size.clamp(min=typical))

@@ -31,7 +31,7 @@ from torch import nn
 from normswap.norms.formula import formula, placed
 from normswap.norms.spec import NormSpec
 from normswap.verification.basis import Turn
-from normswap.verification.metrics import Record, ratio
+from normswap.verification.metrics import Record, all_finite, ratio
 from normswap.verification.outputs import row_errors
 
 SiteSpec = tuple[str, NormSpec]
@@ -265,23 +265,27 @@ def _shapes(seen: Seen) -> tuple[torch.Size, torch.Size]:
 
 def _accumulate(totals: _Totals, a: Seen, b: Seen, turn: Turn | None) -> None:
     device = a.normalised.device
-    finite_a, finite_b = a.normalised.isfinite().all(-1), b.normalised.isfinite().all(-1).to(device)
-    good = finite_a & finite_b
-    n_a, n_b = a.normalised[good], b.normalised.to(device)[good]
+    n_a, n_b = a.normalised, b.normalised.to(device)
+    mean_a, mean_b = a.off_centre, b.off_centre.to(device)
+    odd = 0
+    if not (all_finite(n_a) and all_finite(n_b)):
+        finite_a, finite_b = n_a.isfinite().all(-1), n_b.isfinite().all(-1)
+        odd, good = int((finite_a != finite_b).sum()), finite_a & finite_b
+        n_a, n_b, mean_a, mean_b = n_a[good], n_b[good], mean_a[good], mean_b[good]
     if turn is not None:
         n_b = turn(n_b)
     odd_output, output_error = row_errors(*_outputs(a, b, turn))
-    totals.mismatched += max(int((finite_a != finite_b).sum()), int(odd_output.sum()))
+    totals.mismatched += max(odd, int(odd_output.sum()))
     totals.output_error_max = max(totals.output_error_max, output_error.max().item() if len(output_error) else 0.0)
-    if not good.any():
+    if not len(n_a):
         return
     _, error = row_errors(n_a, n_b)
     totals.rows += len(n_a)
     totals.error_sum += error.sum().item()
     totals.error_max = max(totals.error_max, error.max().item())
     totals.square_sum += n_a.square().mean(-1).sum().item()
-    totals.mean_a = max(totals.mean_a, a.off_centre[good].max().item())
-    totals.mean_b = max(totals.mean_b, b.off_centre.to(device)[good].max().item())
+    totals.mean_a = max(totals.mean_a, mean_a.max().item())
+    totals.mean_b = max(totals.mean_b, mean_b.max().item())
 
 
 def _outputs(a: Seen, b: Seen, turn: Turn | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,18 +33,15 @@ def few_passes(
     Args: as of `norm`; also float64 and, of half precision, `casting="input"`, which are `plain`.
     """
     how = {"kind": kind, "eps": eps, "gain": gain, "casting": casting, "out_dtype": out_dtype}
-    half = x.dtype in (torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling():
         return plain(x, weight, bias, **how)
-    if (
-        casting == "float32"
-        and gain != "1 + w"
-        and {t.dtype for t in (x, weight, bias) if t is not None} == {out_dtype}
-    ):
-        if kind == "layernorm":
-            return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-        if x.numel() < _FEW and bias is None:
-            return F.rms_norm(x, x.shape[-1:], weight, eps)
+    if casting == "float32" and gain != "1 + w" and x.dtype == out_dtype:
+        if all(t is None or t.dtype == out_dtype for t in (weight, bias)):
+            if kind == "layernorm":
+                return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+            if bias is None and x.numel() < _FEW:
+                return F.rms_norm(x, x.shape[-1:], weight, eps)
+    half = x.dtype in (torch.bfloat16, torch.float16)
     rounds = x.dtype == torch.float32 or (half and casting != "input")
     if kind != "rmsnorm" or not rounds or x.numel() < _FEW:
         return plain(x, weight, bias, **how)

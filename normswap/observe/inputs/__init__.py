@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from normswap.errors import ObserveError
@@ -25,6 +27,8 @@ from normswap.observe.inputs.trial import Attempt, Trial
 __all__ = ["example_inputs", "takes_one_row"]
 
 Inputs = dict[str, Any]
+# what was made for models that are still there, and what they were like then
+_made: WeakKeyDictionary[PreTrainedModel, tuple[tuple, Inputs]] = WeakKeyDictionary()
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
@@ -42,6 +46,26 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
             f"{type(model).__name__} is no model of transformers, so what it takes is not known. "
             f"Pass `inputs`, keyword arguments of its forward for one small batch, to the library call."
         )
+    known, inputs = _made.get(model, (None, None))
+    if known != (likeness := _likeness(model)):
+        inputs = _make(model)
+        _made[model] = likeness, inputs
+    return _copied(inputs)
+
+
+def _likeness(model: PreTrainedModel) -> tuple:
+    """What inputs are made for: while it stays, those of an earlier call fit."""
+    modules = tuple((path, type(module)) for path, module in model.named_modules())
+    tensors = tuple((name, t.shape) for name, t in (*model.named_parameters(), *model.named_buffers()))
+    own = id(vars(model).get("forward"))  # where the class's is replaced
+    return modules, tensors, repr(model.config.to_dict()), torch.get_default_dtype(), own
+
+
+def _copied(inputs: Inputs) -> Inputs:
+    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
+
+
+def _make(model: PreTrainedModel) -> Inputs:
     needs = Needs.of(model)
     trial = Trial(model)
     media = [_Choices.of(medium, needs, trial) for medium in media_of(needs)]
