@@ -7,15 +7,16 @@
 
 A cell is one form, pass, dtype and size. Its contenders take turns, with cold caches; on a GPU medians count, on a CPU,
 where others only add to a time, the least. The bound is the least that must be moved (`bench_report.MOVED`) at the
-measured speed of a copy. A backend without a form makes its norm and leaves the sum to torch, as a model would. Cells
-are kept in scripts/results/kernels-DEVICE.json as they are done, and a run goes on where it was stopped on the same
-machine; the table kernels.md and the picture kernels.png are made of these.
+speed of a copy, which takes its turn. A backend without a form makes its norm and leaves the sum to torch, as a model
+would. Cells are kept in scripts/results/kernels-DEVICE.json as they are done, and a run goes on where it was stopped on
+the same machine; the table kernels.md and the picture kernels.png are made of these.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +83,7 @@ def measure(file: Path, device: str, quick: bool, dtypes: tuple[str, ...], turns
     told = machine(device)
     kept = json.loads(file.read_text()) if file.exists() else {}
     if kept.get("machine") != told:
-        kept = {"machine": told, "copied_per_second": watch.copied_per_second(), "cells": {}, "on_host": {}}
+        kept = {"machine": told, "cells": {}, "on_host": {}}
     widths, rows = SIZES[device, quick]
     for operation, dtype in itertools.product(OPERATIONS, dtypes):
         if f"{operation}|{dtype}" not in kept["on_host"]:
@@ -94,7 +95,8 @@ def measure(file: Path, device: str, quick: bool, dtypes: tuple[str, ...], turns
             kept["cells"][name] = _cell(watch, operation, DTYPES[dtype], count, width, turns)
             file.write_text(json.dumps(kept, indent=1))
             click.echo(f"{name}: " + _said(kept["cells"][name]))
-            torch._dynamo.reset()
+            if "torch._dynamo" in sys.modules:
+                torch._dynamo.reset()  # its cache of graphs is bounded
 
 
 def contenders(call: Call) -> dict[str, Kernel]:
@@ -153,8 +155,9 @@ def _cell(watch: Stopwatch, operation: str, dtype: torch.dtype, rows: int, width
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
         runs["forward"][name], runs["backward"][name] = forward, backward
-    found = {which: watch.in_turns(of_pass, turns) for which, of_pass in runs.items()}
-    return {"form": call.form} | found | ({"failed": failed} if failed else {})
+    found = {which: watch.in_turns({"copy": watch.copy} | of_pass, turns) for which, of_pass in runs.items()}
+    bandwidth = {which: watch.copied / found[which].pop("copy") for which in found}
+    return {"form": call.form, "copied_per_second": bandwidth} | found | ({"failed": failed} if failed else {})
 
 
 def _on_host(watch: Stopwatch, operation: str, dtype: torch.dtype) -> dict[str, list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,7 +38,9 @@ def cells(found: Mapping) -> Iterator[Cell]:
         operation, dtype, rows, width = name.split("|")
         for at, which in enumerate(("forward", "backward")):
             moved = MOVED[cell["form"]][at] * int(rows) * int(width) * ITEMSIZE[dtype]
-            yield Cell(operation, which, dtype, int(rows), int(width), moved / found["copied_per_second"], cell[which])
+            yield Cell(
+                operation, which, dtype, int(rows), int(width), moved / cell["copied_per_second"][which], cell[which]
+            )
 
 
 def table(found: Mapping[str, Mapping]) -> str:
@@ -50,9 +53,12 @@ def table(found: Mapping[str, Mapping]) -> str:
             continue
         of_device = list(cells(found[device]))
         names = sorted({name for cell in of_device for name in cell.seconds}, key=lambda name: (name != "eager", name))
-        speed = found[device]["copied_per_second"] / 1e9
+        speeds = [
+            speed / 1e9 for cell in found[device]["cells"].values() for speed in cell["copied_per_second"].values()
+        ]
         parts += [
-            f"{in_words(found[device]['machine'])}; a copy moves {speed:.4g} GB/s.\n",
+            f"{in_words(found[device]['machine'])}; a copy moves {statistics.median(speeds):.4g} GB/s "
+            f"({min(speeds):.4g} to {max(speeds):.4g} from cell to cell: how much else ran on the machine).\n",
             f"Geometric means over sizes of at least {LARGE[device]} rows: the bound over the time (100%: the speed of "
             "a copy), and in the last two columns how many times faster than the best of the others "
             f"`{OURS[device]}` is, in the mean and in the worst cell.\n",

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from normswap.errors import KernelError
-from normswap.kernels.triton import launch, ops
+from normswap.kernels.triton import launch, launch_backward, ops
 from normswap.kernels.triton.launch import Norm
 from normswap.kernels.triton.rows import rows_of
 from normswap.kernels.triton.steps import INTERPRETED
@@ -102,11 +102,19 @@ def test_looped_rows(form, kind, casting, device):
     fits, looped = function(*tensors.values(), *norms), function(*tensors.values(), *norms, whole=16)
     for one, other in zip(fits, looped, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)  # 4.8e-7
-    if form not in ("norm", "add-norm"):
+    if form == "norm-add":
         return
-    x, ds = (tensors["x"], None) if form == "norm" else (fits[1], torch.randn_like(fits[1]))
-    arguments = (torch.randn_like(x), x, fits[-1], tensors["weight"], tensors["bias"], ds, norm, True, True)
-    for one, other in zip(launch.launch_backward(*arguments), launch.launch_backward(*arguments, 16), strict=True):
+    tensors["ds"] = torch.randn_like(tensors["x"])
+    if form == "norm-add-norm":
+        x, _, *parameters, ds = tensors.values()
+        arguments = (torch.randn_like(x), x, *fits[1:], *parameters, ds, norm, norm, (True,) * 4)
+        function = launch_backward.launch_norm_add_norm_backward
+    else:
+        read, ds = (tensors["x"], None) if form == "norm" else (fits[1], tensors["ds"])
+        parameters = tensors["weight"], tensors["bias"]
+        arguments = (torch.randn_like(read), read, fits[-1], *parameters, ds, norm, True, True)
+        function = launch_backward.launch_backward
+    for one, other in zip(function(*arguments), function(*arguments, 16), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-6, atol=4e-6)  # 9.5e-7
 
 
@@ -211,7 +219,7 @@ def test_frozen(device, monkeypatch):
     tensors = inputs("add-norm", (5, 32), torch.float32, device)
     whole = gradients(ran("add-norm", tensors, LAYERNORM), tensors)
     frozen = tensors | {name: tensors[name].detach() for name in ("weight", "bias")}
-    monkeypatch.delattr(launch, "reduce_kernel")
+    monkeypatch.delattr(launch_backward, "reduce_kernel")
     found = torch.autograd.grad(
         ran("add-norm", frozen, LAYERNORM),
         [frozen["x"], frozen["residual"]],
@@ -255,6 +263,10 @@ def test_backward_operator(device):
     y, stats = launch.launch_norm(x, weight, bias, Norm(torch.float32, *LAYERNORM.values()))
     given = (torch.randn_like(y), x.detach(), stats, weight.detach(), None, None, torch.float32, *LAYERNORM.values())
     torch.library.opcheck(torch.ops.normswap.norm_backward, (*given, True, False))
+    norm = Norm(torch.float32, *LAYERNORM.values())
+    s, w, b = x.detach().cos(), weight.detach(), bias.detach()
+    both = (given[0], x.detach(), s, stats, launch.new_stats(s, norm).fill_(0.7), w, b, w, None, s, *norm, *norm)
+    torch.library.opcheck(torch.ops.normswap.norm_add_norm_backward, (*both, True, True, False, False))
     (gradient,) = torch.autograd.grad(ops.norm(x, weight, bias, **LAYERNORM).sin().sum(), x, create_graph=True)
     with pytest.raises(KernelError, match="gradient of a gradient .* backend 'torch'"):
         gradient.sum().backward()
@@ -303,9 +315,10 @@ def test_compiled():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     told = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True).stdout
     lines = [line.split() for line in told.splitlines()]
-    assert len(lines) == 18 and {line[1] for line in lines} == {
+    assert len(lines) == 19 and {line[1] for line in lines} == {
         "forward_kernel",
         "sandwich_kernel",
+        "sandwich_backward_kernel",
         "backward_kernel",
         "reduce_kernel",
     }

@@ -15,6 +15,7 @@ import triton
 
 FORWARD_WHOLE = 32768  # values of a row that one program of 32 warps holds
 BACKWARD_WHOLE = 16384  # the gradients' sums, and two tensors, are held as well
+SANDWICH_WHOLE = 8192  # twice as much of either
 FORWARD_TILE, BACKWARD_TILE = 2048, 4096  # values of narrower rows that are taken together
 FORWARD_LOOP, BACKWARD_LOOP = 16384, 8192  # of wider rows that are taken at once
 INTERPRETED_TILE = 1 << 13  # in the interpreter a program costs tens of milliseconds, however few values it has
@@ -67,6 +68,17 @@ def backward_tile(width: int, read: int, gain: int, device: int | None, whole: i
     fetched = rows * block * read + (0 if keeps_gain else block * gain) + 1024
     stages = 2 if fetched <= _shared_memory(device) else 1
     return Tile(block, rows, _warps(rows * block, 512, most=16), stages, keeps_gain)
+
+
+@cache
+def sandwich_backward_tile(width: int, read: int, device: int | None, whole: int = SANDWICH_WHOLE) -> Tile | None:
+    """8 values per thread of each tensor, 16 of the widest; None where a row does not fit."""
+    block = triton.next_power_of_2(width)
+    if block > whole:
+        return None
+    rows = max(1, (INTERPRETED_TILE if device is None else BACKWARD_TILE) // block)
+    stages = 2 if rows * block * read + 1024 <= _shared_memory(device) else 1
+    return Tile(block, rows, _warps(rows * block, 256, most=16), stages)
 
 
 def reduce_columns(device: int | None) -> int:
