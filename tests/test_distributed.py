@@ -89,7 +89,7 @@ def test_sharded_and_killed(recipe, one, tmp_path):
     [
         (["data.block=x"], {"slow_main": 2.0}, "data.block: "),
         ([], {"fail_in_surgery": None}, "Refused: this surgery is refused"),
-        (["stages.0.learning_rate=1", "guards.loss=0.5"], {}, "the run diverged: in step 2"),
+        (["stages.0.learning_rate=30", "guards.loss=0.5"], {}, "the run diverged: in step 2"),
     ],
 )
 def test_an_error_ends_both_and_is_said_once(recipe, tmp_path, args, upset, words):
