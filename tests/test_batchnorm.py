@@ -1,6 +1,7 @@
 """Batch norms: folded away into their neighbours, on small nets that can fool an analysis and on families of models."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from transformers.pytorch_utils import Conv1D
 
+import fresh
 import normswap
 from nets import WIDTH, ready, relative
 from normswap.apply.live import apply_plan
@@ -17,7 +19,7 @@ from normswap.errors import RefusedError
 from normswap.understand.normmap import find_sites
 from normswap.verification.precision import LiftFloat32
 from sweep import zoo
-from sweep.disk import load_all, prepare
+from sweep.disk import LOADER, prepare
 
 
 def picture(*shape, seed=0):
@@ -429,6 +431,6 @@ def test_on_disk_and_back(tmp_path):
     assert {k: t.dtype for k, t in before.items()} == {k: t.dtype for k, t in after.items()}
     assert {t.dtype for k, t in after.items() if k.endswith("num_batches_tracked")} == {torch.int64}
     assert max(float((before[k] - after[k]).abs().max()) for k in before) < 1e-14  # 6e-17 is measured
-    found = load_all([tmp_path / "resnet", tmp_path / "levit"], tmp_path / "cache")
+    found = fresh.run(LOADER.read_text("utf-8"), tmp_path / "resnet", tmp_path / "levit").splitlines()
     assert len(found) == 2
-    assert all(said["error"] < 1e-10 for said in found.values()), found  # 2e-15 is measured
+    assert all(json.loads(said)["error"] < 1e-10 for said in found), found  # 2e-15 is measured

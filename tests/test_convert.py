@@ -584,7 +584,7 @@ def test_an_interrupted_run_leaves_nothing(source, tmp_path, stage):
 def test_a_norm_before_the_stream_is_swapped_and_its_output_centred(tmp_path):
     """An embedding norm gives the stream a mean that no weight controls: its RMSNorm is followed by a centring."""
     tiny("bloom").save_pretrained(tmp_path / "source")
-    done = normswap.convert(tmp_path / "source", tmp_path / "out", norm="rmsnorm")
+    done = normswap.convert(tmp_path / "source", tmp_path / "out", norm="rmsnorm", verify="fast")
     assert {"swap_norm", "centre_output"} <= {
         edit.edit for edit in done.plan.edits if getattr(edit, "module", "").endswith("word_embeddings_layernorm")
     }
@@ -600,8 +600,8 @@ def test_what_a_configuration_derives_from_the_tie_stays(tmp_path):
     config = json.loads((source / "config.json").read_text())
     assert config.pop("scale_decoder_outputs") and config["tie_word_embeddings"]
     (source / "config.json").write_text(json.dumps(config))
-    report = normswap.convert(source, out, fold=True, tied="untie", partial=True).report
+    normswap.convert(source, out, fold=True, tied="untie", partial=True, verify="none")
     written = json.loads((out / "config.json").read_text())
     assert written["scale_decoder_outputs"] is True and written["tie_word_embeddings"] is False
     # measured: 2.2e-7; without the key in the result, 4.7
-    assert report.stored.comparison.output.error.max < 1e-4
+    assert normswap.verify(source, out, tokens=256).comparison.output.error.max < 1e-4

@@ -271,13 +271,28 @@ def test_copies_and_files_keep_their_kernels(plain):
     assert type(pickle.loads(pickle.dumps(model.model.norm))) is type(model.model.norm)
 
 
-def test_compiled_as_a_whole():
-    model = tiny("gpt2", n_layer=1)
-    inputs = example_inputs(model)
-    expected = model(**inputs).logits
-    normswap.use_kernels(model, "torch")
+@pytest.mark.parametrize("name", ["torch", "cpu", "triton"])
+def test_compiled_as_a_whole(name):
+    """In one graph, sums made by norms included."""
+    torch._dynamo.reset()
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map, self.norm, self.last = nn.Linear(16, 16), nn.LayerNorm(16), nn.LayerNorm(16)
+
+        def forward(self, x):
+            f = self.map(x)
+            x = self.norm.norm_add(f, x) if isinstance(self.norm, FusedNorm) else x + self.norm(f)
+            return self.last(x)
+
+    model, x = Block(), torch.randn(3, 16)
+    with torch.no_grad():
+        expected = model(x)
+    normswap.use_kernels(model, name, inputs={"x": x})
+    assert isinstance(model.norm, FusedNorm) and isinstance(model.last, FusedNorm)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.allclose(compiled(**inputs).logits, expected, atol=1e-6)
+    assert torch.allclose(compiled(x), expected, atol=1e-6)
 
 
 def test_under_autocast_what_was_prepared(plain):

@@ -366,34 +366,34 @@ UNFIT = [
         RecipeError,
         "train '*.no_such.*' means no parameter of this model. Expected",
     ),
-    ("surgery.layers=9", RefusedError, "this model has no layer 9; expected numbers from 0 to 5"),
+    ("surgery.layers=9", RefusedError, "this model has no layer 9; expected numbers from 0 to 1"),
     ("surgery.sites='*.no_such'", RefusedError, "no norm that --norm rmsnorm --sites '*.no_such' names. Its norms are"),
     ("stages.0.taper={}", RefusedError, "nothing of it can be tapered, it is exact as it is. Leave `taper` out"),
 ]
 
 
 @pytest.mark.parametrize("override, kind, message", UNFIT, ids=[case[0] for case in UNFIT])
-def test_recipes_that_do_not_fit(override, kind, message, files, checkpoints):
-    recipe = BASE | {"model": str(checkpoints / "gpt2-shakespeare"), "data": {"block": 64, "calibration_tokens": 512}}
+def test_recipes_that_do_not_fit(override, kind, message, files, small):
+    recipe = BASE | {"model": str(small["gpt2"]), "data": {"block": 64, "calibration_tokens": 512}}
     recipe["surgery"] = {"placement": "post"} if "layers" in override else {"norm": "rmsnorm"}
     with pytest.raises(kind) as refused:
         foresee(Recipe.of(recipe, (override.replace("{files}", str(files)),)))
     assert message.replace("{files}", str(files)) in str(refused.value)
 
 
-def test_a_dry_run_checks_the_order_of_a_taper(checkpoints):
-    recipe = BASE | {"model": str(checkpoints / "gpt2-shakespeare"), "data": {"block": 64, "calibration_tokens": 512}}
+def test_a_dry_run_checks_the_order_of_a_taper(small):
+    recipe = BASE | {"model": str(small["gpt2"]), "data": {"block": 64, "calibration_tokens": 512}}
     recipe |= {"surgery": {"norm": "dyt", "role": "final"}}
     with pytest.raises(RecipeError, match=r"no pattern fits transformer.ln_f \(1 of 1 sites\)"):
         foresee(Recipe.of(recipe, ("stages.0.taper.order=['*.ln_1']",)))
 
 
-def test_an_output_that_is_there_and_a_source_that_was_converted(tmp_path, checkpoints):
+def test_an_output_that_is_there_and_a_source_that_was_converted(tmp_path, small):
     import normswap
 
     converted = tmp_path / "converted"
-    normswap.convert(checkpoints / "gpt2-shakespeare", converted, norm="rmsnorm", verify="none")
-    recipe = BASE | {"model": str(checkpoints / "gpt2-shakespeare"), "output": str(converted)}
+    normswap.convert(small["gpt2"], converted, norm="rmsnorm", verify="none")
+    recipe = BASE | {"model": str(small["gpt2"]), "output": str(converted)}
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(DestinationError, match="exists"):
         finetune(Recipe.of(recipe))

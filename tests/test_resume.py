@@ -17,13 +17,13 @@ STEPS, SAVED = 6, 2
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory, checkpoints):
+def recipe(tmp_path_factory, small):
     """Two stages and a taper, over norms in turn. A checkpoint every 2 steps, which are not those of log lines. The
     model has dropout."""
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(
         f"""
-        model: {checkpoints / "gpt2-shakespeare"}
+        model: {small["gpt2"]}
         surgery: {{norm: dyt}}
         data: {{block: 32, held_out_blocks: 4, calibration_tokens: 256}}
         stages:
@@ -59,7 +59,7 @@ def logged(record, name):
 def check_same(out, whole, runs):
     """Weights, losses and scores are those of the uninterrupted run, to the last bit."""
     (weights, record), (others, other) = published(out), published(whole)
-    assert weights.keys() == others.keys() and len(weights) > 50
+    assert weights.keys() == others.keys() and len(weights) > 30
     assert max(float((weights[name] - others[name]).abs().max()) for name in weights) == 0
     assert record["scores"] == other["scores"]
     for name in runs:
@@ -82,7 +82,7 @@ def test_killed_again_and_again(recipe, tmp_path):
     words = run(recipe, out, "control=true", "--resume", code=-9, kill_in_step=3)
     assert "control: goes on behind step 2 of 6" in words and "healing, stage 1, step 2:" in words
     ramps = [v for k, v in load_file(folder / "checkpoint-2/model.safetensors").items() if k.endswith(".ramp")]
-    assert len(ramps) == 13 and 0 < sum(float(ramp) for ramp in ramps) < 13  # some sites have turned, some have not
+    assert len(ramps) == 5 and 0 < sum(float(ramp) for ramp in ramps) < 5  # some sites have turned, some have not
     words = run(recipe, out, "control=true", "--resume", code=-9, kill_in_save=4)
     assert "control: goes on behind step 6 of 6" in words and "healing: goes on behind step 2 of 6" in words
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-2"]

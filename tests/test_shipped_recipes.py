@@ -9,9 +9,6 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     BertConfig,
     BertModel,
     GPT2LMHeadModel,
@@ -87,28 +84,6 @@ def test_it_validates_and_says_what_it_is_for(name):
     text = shipped()[name].read_text("utf-8")
     assert Recipe.of(name).request() is not None
     assert re.match(r"# .{20,}", text), "the first line says what the recipe is for"
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory, checkpoints) -> dict[str, Path]:
-    """Two of the trained checkpoints' kinds with less of all, random, and their tokenizers."""
-    sizes = {
-        "gpt2": dict(n_layer=2, n_embd=40, n_head=2),
-        "llama": dict(num_hidden_layers=2, hidden_size=40, intermediate_size=80, num_attention_heads=2,
-                      num_key_value_heads=2, head_dim=20),
-    }  # fmt: skip
-    found = {}
-    for name, size in sizes.items():
-        source, folder = checkpoints / f"{name}-shakespeare", tmp_path_factory.mktemp(name)
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **size))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-        found[name] = folder
-    return found
 
 
 @pytest.mark.parametrize("name", sorted(WANTED))

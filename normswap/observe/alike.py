@@ -44,7 +44,7 @@ def alike(function: Callable, args: tuple, kwargs: dict) -> object:
 
 
 def _key(value: object, tensors: list[torch.Tensor]) -> object:
-    """Equal for values that a call cannot tell apart; `tensors` gathers those within. Raises TypeError if none is."""
+    """Equal for values that a call cannot tell apart; `tensors` gathers those within. TypeError: there is none."""
     if isinstance(value, torch.Tensor):
         if type(value) not in _PLAIN or not value.is_meta or value.is_complex() or value.requires_grad:
             raise TypeError

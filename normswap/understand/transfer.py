@@ -27,6 +27,9 @@ from normswap.understand.shift import ShiftTransfer, all_blocked, scaled_transfe
 from normswap.understand.trial import Axis, Trial
 
 _LARGEST_PROBE = 1 << 24  # elements; beyond that an operation counts as unknown
+# what was found of operations of any trace: models repeat themselves, and are looked at more than once
+_answers: dict[tuple, object] = {}
+_MOST_ANSWERS = 50_000
 
 
 class Prober:
@@ -94,9 +97,25 @@ class Prober:
     def _remember(self, question: str, op: Operation, axes: tuple[Axis, ...], ask, unknown):
         key = (question, axes, self._signature(op))
         if key not in self.memory:
-            trial = next(self._trials(op), None)
-            self.memory[key] = unknown if trial is None else ask(trial)
+            lasting = self._lasting(op, key)
+            if lasting not in _answers:
+                trial = next(self._trials(op), None)
+                answer = unknown if trial is None else ask(trial)
+                if lasting is None or len(_answers) >= _MOST_ANSWERS:
+                    self.memory[key] = answer
+                    return answer
+                _answers[lasting] = answer
+            self.memory[key] = _answers[lasting]
         return self.memory[key]
+
+    def _lasting(self, op: Operation, key: tuple) -> tuple | None:
+        """`key` with all else that an answer depends on; None where an argument is an object with an identity."""
+        if op.function is None or any(" at 0x" in repr(leaf) for leaf in op.leaves):
+            return None
+        values = [self.trace.values[v] for v in op.inputs]
+        outputs = tuple((v.shape, v.dtype) for v in (self.trace.values[o] for o in op.outputs))
+        mutated = tuple(op.inputs.index(v) for v in op.mutated)
+        return *key, self.width, outputs, mutated, tuple(v.varies for v in values), torch.get_default_dtype()
 
     def _signature(self, op: Operation) -> tuple:
         """Operations with equal signatures do the same."""
