@@ -89,6 +89,33 @@ def test_autocast(finetuned, plain):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+def test_kernels_train_as_norms_do(finetuned):
+    """Of a plain model, with sums made by norms; and of both norms that a taper has, with an autocast."""
+    notes = []
+    small = ("data.block=8", "training.per_device_train_batch_size=2", "data.held_out_blocks=1")
+    taper = {
+        "surgery": {"norm": "dyt"},
+        "training": {"bf16": True, "learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 1},
+        "stages": [{"steps": 3, "taper": {}}],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        train = runs.train
+        patch.setattr(runs, "train", lambda *a: train(*a[:-1], lambda e: notes.append(e.get("note")) or a[-1](e)))
+        fused = {"backend": "triton", "fuse_residual": True}
+        for words, kernels, said, limit in (
+            ({}, fused, "13 norms by triton; 6 of 12 sums by norms", 1e-5),  # measured 2e-7, of weights 2e-6
+            (taper, "cpu", "13 norms by cpu", 1e-3),  # bfloat16 between norms: measured 2e-4, of weights 3e-5
+        ):
+            name = "tapered" if words else "plain"
+            losses, weights, _ = finetuned(f"{name}-modules", *small, **words)
+            found, found_weights, folder = finetuned(f"{name}-kernels", *small, kernels=kernels, **words)
+            assert [note for note in notes if note][-1] == f"kernels: {said}"
+            assert found == pytest.approx(losses, rel=limit)
+            apart = sum(float((found_weights[n] - w).square().sum()) for n, w in weights.items()) ** 0.5
+            assert apart < limit * sum(float(w.square().sum()) for w in weights.values()) ** 0.5
+            assert not folder.with_name(f"{name}-kernels.training").exists()
+
+
 def test_logs_stay(finetuned):
     """What TensorBoard wrote is there when the run has ended, and does not pass for a run that has not."""
     for time, control in enumerate(("false", "true")):

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from normswap.errors import KernelError
-from normswap.kernels.triton import launch, ops
+from normswap.kernels.triton import launch, launch_backward, ops
 from normswap.kernels.triton.launch import Norm
 from normswap.kernels.triton.rows import rows_of
 from normswap.kernels.triton.steps import INTERPRETED
@@ -75,10 +75,11 @@ def test_forms(form, kind, casting, gain, dtype, device):
 
 
 @pytest.mark.parametrize(
-    "width, dtype", [(1, HALF[0]), (7, HALF[0]), (64, HALF[0]), (2048, HALF[0]), (20000, torch.float32)]
+    "width, dtype",
+    [(1, HALF[0]), (7, HALF[0]), (64, HALF[0]), (2048, HALF[0]), (16384, torch.float32), (20000, torch.float32)],
 )
 def test_widths(width, dtype, device):
-    """No power of two needed; 20000 is more than the backward holds at once."""
+    """No power of two needed; 16384 is the most that the backward holds at once, without the gain."""
     tensors = inputs("add-norm", (2, width), dtype, device)
     found, wanted = ran("add-norm", tensors, LAYERNORM), reference("add-norm", wide := widened(tensors), LAYERNORM)
     if width == 1:  # x is its own mean
@@ -101,11 +102,19 @@ def test_looped_rows(form, kind, casting, device):
     fits, looped = function(*tensors.values(), *norms), function(*tensors.values(), *norms, whole=16)
     for one, other in zip(fits, looped, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)  # 4.8e-7
-    if form not in ("norm", "add-norm"):
+    if form == "norm-add":
         return
-    x, ds = (tensors["x"], None) if form == "norm" else (fits[1], torch.randn_like(fits[1]))
-    arguments = (torch.randn_like(x), x, fits[-1], tensors["weight"], tensors["bias"], ds, norm, True, True)
-    for one, other in zip(launch.launch_backward(*arguments), launch.launch_backward(*arguments, 16), strict=True):
+    tensors["ds"] = torch.randn_like(tensors["x"])
+    if form == "norm-add-norm":
+        x, _, *parameters, ds = tensors.values()
+        arguments = (torch.randn_like(x), x, *fits[1:], *parameters, ds, norm, norm, (True,) * 4)
+        function = launch_backward.launch_norm_add_norm_backward
+    else:
+        read, ds = (tensors["x"], None) if form == "norm" else (fits[1], tensors["ds"])
+        parameters = tensors["weight"], tensors["bias"]
+        arguments = (torch.randn_like(read), read, fits[-1], *parameters, ds, norm, True, True)
+        function = launch_backward.launch_backward
+    for one, other in zip(function(*arguments), function(*arguments, 16), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-6, atol=4e-6)  # 9.5e-7
 
 
@@ -210,7 +219,7 @@ def test_frozen(device, monkeypatch):
     tensors = inputs("add-norm", (5, 32), torch.float32, device)
     whole = gradients(ran("add-norm", tensors, LAYERNORM), tensors)
     frozen = tensors | {name: tensors[name].detach() for name in ("weight", "bias")}
-    monkeypatch.delattr(launch, "reduce_kernel")
+    monkeypatch.delattr(launch_backward, "reduce_kernel")
     found = torch.autograd.grad(
         ran("add-norm", frozen, LAYERNORM),
         [frozen["x"], frozen["residual"]],
@@ -254,6 +263,10 @@ def test_backward_operator(device):
     y, stats = launch.launch_norm(x, weight, bias, Norm(torch.float32, *LAYERNORM.values()))
     given = (torch.randn_like(y), x.detach(), stats, weight.detach(), None, None, torch.float32, *LAYERNORM.values())
     torch.library.opcheck(torch.ops.normswap.norm_backward, (*given, True, False))
+    norm = Norm(torch.float32, *LAYERNORM.values())
+    s, w, b = x.detach().cos(), weight.detach(), bias.detach()
+    both = (given[0], x.detach(), s, stats, launch.new_stats(s, norm).fill_(0.7), w, b, w, None, s, *norm, *norm)
+    torch.library.opcheck(torch.ops.normswap.norm_add_norm_backward, (*both, True, True, False, False))
     (gradient,) = torch.autograd.grad(ops.norm(x, weight, bias, **LAYERNORM).sin().sum(), x, create_graph=True)
     with pytest.raises(KernelError, match="gradient of a gradient .* backend 'torch'"):
         gradient.sum().backward()
@@ -302,9 +315,10 @@ def test_compiled():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     told = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True).stdout
     lines = [line.split() for line in told.splitlines()]
-    assert len(lines) == 18 and {line[1] for line in lines} == {
+    assert len(lines) == 19 and {line[1] for line in lines} == {
         "forward_kernel",
         "sandwich_kernel",
+        "sandwich_backward_kernel",
         "backward_kernel",
         "reduce_kernel",
     }
@@ -319,3 +333,50 @@ def test_two_processes(tmp_path):
     script = Path(__file__).with_name("triton_distributed.py")
     told = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=True).stdout
     assert told.split("\n")[0] == "dtensors 34 fsdp 5 ddp 5"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows, width", [(8192, 4096), (300, 16384), (64, 65536), (100_000, 64), (5000, 770)])
+def test_large(form, rows, width, device):
+    """Shapes of real models, whose programs walk over many rows."""
+    if device == "cpu":
+        pytest.skip("too large for the interpreter")
+    tensors = inputs(form, (rows, width), torch.bfloat16, device)
+    told = options(form, kind="layernorm", eps=1e-5, gain="w", casting="float32")
+    found, wanted = ran(form, tensors, told), reference(form, wide := widened(tensors), told)
+    for result, exact in zip(found, wanted, strict=True):
+        assert error(result, exact) < 1.5 * ROUNDING[torch.bfloat16]
+    for result, exact in zip(gradients(found, tensors), gradients(wanted, wide), strict=True):
+        assert error(result, exact) < 3 * ROUNDING[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_far_offsets(device):
+    """Beyond 2**31 values, forward and backward."""
+    if device == "cpu":
+        pytest.skip("takes 20 GB")
+    rows = 2**31 // 4096 + 8
+    x = torch.randn(rows, 4096, dtype=torch.bfloat16, device=device).requires_grad_()
+    weight = torch.rand(4096, dtype=torch.bfloat16, device=device)
+    y = ops.norm(x, weight, kind="rmsnorm", eps=1e-5)
+    (found,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    last = x.detach()[-8:].requires_grad_()
+    same = ops.norm(last, weight, kind="rmsnorm", eps=1e-5)
+    (of_last,) = torch.autograd.grad(same, last, torch.ones_like(same))
+    assert torch.equal(y[-8:], same) and torch.equal(found[-8:], of_last)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_inductor(form, device):
+    """A whole graph by Inductor, gradients included, is what eager mode gives."""
+    if device == "cpu":
+        pytest.skip("test_operators has it without Inductor")
+    tensors = inputs(form, (64, 512), torch.bfloat16, device)
+    told = options(form, kind="layernorm", eps=1e-5, gain="w", casting="float32")
+    compiled = torch.compile(lambda **given: ran(form, given, told), fullgraph=True)
+    eager, found = ran(form, tensors, told), compiled(**tensors)
+    assert all(torch.equal(one, other) for one, other in zip(found, eager, strict=True))
+    for one, other in zip(gradients(found, tensors), gradients(eager, tensors), strict=True):
+        assert torch.equal(one, other)

@@ -21,7 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from normswap.kernels.triton import launch, tiles
+from normswap.kernels.triton import launch, launch_backward, tiles
 from normswap.kernels.triton.launch import Norm
 
 CASES = [
@@ -49,7 +49,9 @@ def main() -> None:
         )
     )
     triton.runtime.JITFunction.run = compiled
-    launch.check, launch._device, launch._on = lambda *_: None, lambda _: 0, lambda _: nullcontext()
+    launch.check = lambda *_: None
+    for module in (launch, launch_backward):
+        module.device_of, module.on_device_of = lambda _: 0, lambda _: nullcontext()
     tiles._multiprocessors, tiles._shared_memory = lambda _: 132, lambda _: 232448
     for case in sys.argv[1:] or CASES:
         form, kind, casting, width, dtype = case.split(",")
@@ -68,12 +70,15 @@ def _launch(form: str, kind: str, casting: str, width: int, dtype: torch.dtype) 
         torch.empty(width, dtype=dtype),
     )
     norm = Norm(dtype, kind, 1e-5, "1 + w", casting)
-    norms = [weight, bias, norm] if form != "norm-add-norm" else [weight, bias, weight, bias, norm, norm]
+    if form == "norm-add-norm":
+        _, s, stats, stats2 = launch.launch_norm_add_norm(x, x, weight, bias, weight, bias, norm, norm)
+        kept = (x, x, s, stats, stats2, weight, bias, weight, bias, x)
+        launch_backward.launch_norm_add_norm_backward(*kept, norm, norm, (True,) * 4)
+        return
     given = [x] if form == "norm" else [x, x]
-    stats = getattr(launch, f"launch_{form.replace('-', '_')}")(*given, *norms)[-1]
-    launch.launch_backward(
-        x, x, stats, weight, bias, x if form == "add-norm" else None, norm, True, kind == "layernorm"
-    )
+    stats = getattr(launch, f"launch_{form.replace('-', '_')}")(*given, weight, bias, norm)[-1]
+    ds = x if form == "add-norm" else None
+    launch_backward.launch_backward(x, x, stats, weight, bias, ds, norm, True, kind == "layernorm")
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

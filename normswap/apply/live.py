@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from normswap.apply.modules import ModuleEdits
 from normswap.errors import PlanError
+from normswap.kernels.fused import FusedNorm
 from normswap.planning.edits import FITTED, Initialise, SetEps, TensorEdit, Untie
 from normswap.planning.plans import Plan
 from normswap.understand.eps_keys import owner_of
@@ -61,6 +62,8 @@ def apply_structure(model: nn.Module, plan: Plan) -> None:
             f"the plan was made for {plan.architecture}, but the model is a {type(model).__name__}; "
             "make a plan for this model, or load the one it was made for."
         )
+    if fused := next((path for path, module in model.named_modules() if isinstance(module, FusedNorm)), None):
+        raise PlanError(f"{fused} is computed by a kernel, made for the norm as it was: call restore_kernels first.")
     unties = [edit for edit in plan.edits if isinstance(edit, Untie)]
     dropped = {edit.tensor for edit in plan.edits if isinstance(edit, TensorEdit) and edit.edit == "drop"}
     modules = ModuleEdits(model, plan.module_edits(), dropped)

@@ -24,7 +24,7 @@ class Abilities:
     Attributes:
         forms, kinds, gains, castings, dtypes, devices: that it serves (`call.Call`).
         bias: for which kinds.
-        mixed: whether gain and bias may have another dtype than the input, and the output.
+        mixed: whether gain and bias may have another dtype than the input, and the output; and the residual.
         max_width: of a row.
         capability: the least compute capability of a GPU.
         compile: what `torch.compile` makes of it, in words.
@@ -50,8 +50,9 @@ class Abilities:
         """The first thing that is asked and not declared."""
         if call.device not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {call.device}"
-        if call.dtype not in self.dtypes:
-            return f"takes {', '.join(map(short, self.dtypes))}, not {short(call.dtype)}"
+        for dtype in call.dtypes:
+            if dtype not in self.dtypes:
+                return f"takes {', '.join(map(short, self.dtypes))}, not {short(dtype)}"
         if call.form not in self.forms:
             return f"has no {call.form}"
         if call.width > self.max_width:
@@ -65,8 +66,8 @@ class Abilities:
                 return f"has no {norm.kind} with a bias"
             if norm.casting not in self.castings:
                 return f"does not round as the site does (casting {norm.casting})"
-            if not self.mixed and not {norm.weight_dtype, norm.out_dtype} <= {None, call.dtype}:
-                return f"takes gains and outputs in the input's dtype, not {short(norm.weight_dtype)}"
+            if not self.mixed and not {norm.weight_dtype, norm.out_dtype, call.residual} <= {None, call.dtype}:
+                return "takes gains, residuals and outputs in the input's dtype alone"
         if call.device == "cuda" and torch.cuda.get_device_capability() < self.capability:
             found, least = torch.cuda.get_device_capability(), self.capability
             return f"takes compute capability {least[0]}.{least[1]}, this GPU has {found[0]}.{found[1]}"

@@ -12,7 +12,7 @@ Sums are rounded to their dtype before a norm reads them, as the modules do it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -48,9 +48,11 @@ class Call:
 
     Attributes:
         width: of the last axis, which is normalised.
-        dtype: of the input, and of the residual.
+        dtype: of the input.
         device: its type, such as `cuda`.
         then: the second norm of `norm-add-norm`.
+        residual: dtype of the residual, None in a form without one. Under autocast it is often float32 beside a branch
+            in half precision; a sum has the dtype that torch promotes its addends to.
     """
 
     form: Form
@@ -59,6 +61,21 @@ class Call:
     device: str
     norm: Norm
     then: Norm | None = None
+    residual: torch.dtype | None = None
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of the inputs."""
+        return (self.dtype,) if self.residual is None else (self.dtype, self.residual)
+
+    @property
+    def reads(self) -> tuple[torch.dtype, ...]:
+        """Of what each norm reads."""
+        if self.form == "add-norm":
+            return (torch.promote_types(self.dtype, self.residual),)
+        if self.then is None:
+            return (self.dtype,)
+        return self.dtype, torch.promote_types(self.norm.out_dtype, self.residual)
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -66,9 +83,10 @@ class Call:
 
     def words(self) -> str:
         """As a person reads it."""
-        norms = " + ".join(_words(norm, self.dtype) for norm in self.norms)
+        norms = " + ".join(_words(norm, dtype) for norm, dtype in zip(self.norms, self.reads, strict=True))
         form = "" if self.form == "norm" else f"{self.form}: "
-        return f"{form}{norms}, width {self.width}, {short(self.dtype)} on {self.device}"
+        dtypes = " to ".join(dict.fromkeys(map(short, self.dtypes)))
+        return f"{form}{norms}, width {self.width}, {dtypes} on {self.device}"
 
 
 def unserved(spec: NormSpec) -> str | None:
@@ -90,11 +108,6 @@ def norm_of(spec: NormSpec, dtype: torch.dtype, weight_dtype: torch.dtype | None
     if dtype == torch.float32 or (casting == "float32-before-gain" and spec.gain is None):
         casting = "float32"
     return Norm(spec.kind, spec.eps, spec.gain, spec.bias is not None, casting, weight_dtype, out_dtype)
-
-
-def formed(call: Call, form: Form, then: Norm | None = None) -> Call:
-    """The same norm in another form."""
-    return replace(call, form=form, then=then)
 
 
 def short(dtype: torch.dtype | None) -> str:

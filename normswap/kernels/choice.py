@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from normswap.kernels.backend import Kernel
 from normswap.kernels.backends import BACKENDS
-from normswap.kernels.call import Call, Norm
+from normswap.kernels.call import Call
 from normswap.kernels.faithful import plainly, unfaithful
 from normswap.kernels.timing import ROWS, Timings
 from normswap.norms.spec import NormSpec
@@ -103,7 +103,7 @@ class Chooser:
             getattr(m, n) if n else None for m, s in zip(modules, specs, strict=True) for n in (s.weight, s.bias)
         ]
         # a sum and a norm together are held against the sum, and the norm by what serves it alone
-        apart = [self._alone(call, norm, m, s) for norm, m, s in zip(call.norms, modules, specs, strict=True)]
+        apart = [self._alone(call, i, m, s) for i, (m, s) in enumerate(zip(modules, specs, strict=True))]
         contenders = {MODULE: _step(call, plainly(call.form, apart), tensors)}
         for name, kernel in kernels.items():
             contenders[name] = _step(call, lambda *x, kernel=kernel: kernel(*x, *tensors), tensors)
@@ -119,8 +119,9 @@ class Chooser:
         else:
             choice.backend, choice.why = best, f"{ratio:.2f} times as fast as the module ({own:.0f} us)"
 
-    def _alone(self, call: Call, norm: Norm, module: nn.Module, spec: NormSpec) -> Callable:
-        known = self.known.get(replace(call, form="norm", norm=norm, then=None))
+    def _alone(self, call: Call, which: int, module: nn.Module, spec: NormSpec) -> Callable:
+        alone = Call("norm", call.width, call.reads[which], call.device, call.norms[which])
+        known = self.known.get(alone)
         if call.form == "norm" or known is None or known.kernel is None:
             return module
         tensors = [getattr(module, name) if name else None for name in (spec.weight, spec.bias)]
@@ -130,8 +131,7 @@ class Chooser:
 def _step(call: Call, function: Callable, tensors: Sequence[torch.Tensor | None]) -> Callable[[], None]:
     """Forward and backward of a call, on rows of its device's usual number."""
     rows = ROWS.get(call.device, 512)
-    count = 1 if call.form == "norm" else 2
-    x = [torch.randn(rows, call.width).to(call.device, call.dtype).requires_grad_() for _ in range(count)]
+    x = [torch.randn(rows, call.width).to(call.device, dtype).requires_grad_() for dtype in call.dtypes]
     wanted = [*x, *(t for t in tensors if t is not None)]
     gradients: list[torch.Tensor] = []
 

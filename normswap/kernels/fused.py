@@ -23,7 +23,7 @@ class Served:
 
 
 class Table:
-    """The kernels of one site: by form, input dtype, device type, dtype of autocast, and path of the second norm.
+    """The kernels of one site, by `key_of`.
 
     Copies share it; pickled, it keeps the names of the backends and builds the kernels anew.
     """
@@ -33,10 +33,12 @@ class Table:
         self.served: dict[tuple, Served] = {}
         self.kernels: dict[tuple, Kernel] = {}
         self.whole: dict[tuple, bool] = {}
+        self.devices: set[str] = set()
 
     def add(self, key: tuple, served: Served, kernel: Kernel | None = None) -> None:
         backend = BACKENDS[served.backend]
         self.served[key] = served
+        self.devices.add(served.call.device)
         self.kernels[key] = kernel or backend.build(served.call)
         self.whole[key] = backend.abilities.dtensor
 
@@ -47,8 +49,9 @@ class Table:
         return _rebuilt_table, (self.site, self.weight, self.bias, self.served)
 
 
-def key_of(form: Form, dtype: torch.dtype, device: str, autocast: torch.dtype | None, second: str = "") -> tuple:
-    return form, dtype, device, autocast, second
+def key_of(call: Call, autocast: torch.dtype | None, second: str = "") -> tuple:
+    """What a kernel is found by: form, dtypes of input and residual, device, autocast, and path of the second norm."""
+    return call.form, call.dtype, call.residual, call.device, autocast, second
 
 
 class FusedNorm:
@@ -87,11 +90,13 @@ class FusedNorm:
 
     def _kernel(self, form: Form, x: torch.Tensor, residual: torch.Tensor | None = None, second: str = ""):
         if residual is not None:
-            if residual.dtype != x.dtype or residual.shape != x.shape or not self._plainly_called():
+            if residual.shape != x.shape or not self._plainly_called():
                 return None
         device = x.device.type
+        if device not in self.kernels.devices:  # the meta device, say, which knows of no autocast
+            return None
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = form, x.dtype, device, autocast, second
+        key = form, x.dtype, None if residual is None else residual.dtype, device, autocast, second
         kernel = self.kernels.kernels.get(key)
         if kernel is None or (not self.kernels.whole[key] and not self._plain_tensors(x, residual)):
             return None

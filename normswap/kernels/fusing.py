@@ -13,8 +13,8 @@ from normswap.norms.centred import plain_class, rebased
 from normswap.planning.edits import Change, Rewrite
 from normswap.source.classes import Rewritten, rewritten_classes
 
-# in the namespace of a class that `fuse` made, the class that it was made of
-_BEFORE = "_class_before_fusing"
+# in the namespace of a class that `fuse` made, what it was made of
+_MADE = "_made_by_fusing"
 
 
 @dataclass
@@ -60,9 +60,7 @@ def fuse(model: nn.Module, pairs: list[Pair]) -> Fusing:
         if not isinstance(module := model.get_submodule(path), FusedNorm):
             raise KernelError(f"{path}: expected a fused norm, found a {type(module).__name__}; use_kernels makes one.")
     classes = rewritten(model, pairs)
-    built = {path: rewritten.build() for path, rewritten in classes.items()}
-    for path, cls in built.items():
-        setattr(cls, _BEFORE, classes[path].base)
+    for path, cls in [(path, _built(made)) for path, made in classes.items()]:
         module = model.get_submodule(path)
         module.__class__ = rebased(type(module), cls)
     return Fusing(pairs, classes)
@@ -80,15 +78,15 @@ def unfuse(model: nn.Module) -> list[str]:
     Raises:
         KernelError: something else has changed the class of a block since (`fully_shard`); the model is unchanged.
     """
-    fused = [(path, m) for path, m in model.named_modules() if hasattr(type(m), _BEFORE)]
+    fused = [(path, m) for path, m in model.named_modules() if hasattr(type(m), _MADE)]
     for path, module in fused:
-        if _BEFORE not in vars(plain_class(type(module))):
+        if _MADE not in vars(plain_class(type(module))):
             raise KernelError(
                 f"{path} has become a {type(module).__name__} since its sums were fused: expected the class that it "
                 "got. Restore kernels before what wraps blocks one by one (fully_shard)."
             )
     for _, module in fused:
-        module.__class__ = rebased(type(module), getattr(type(module), _BEFORE))
+        module.__class__ = rebased(type(module), getattr(type(module), _MADE).base)
     return [path for path, _ in fused]
 
 
@@ -101,3 +99,22 @@ def _edits(pairs: list[Pair]) -> list[Rewrite]:
         Rewrite(module=module, method=method, changes=tuple(made), digest=digest)
         for (module, method, digest), made in changes.items()
     ]
+
+
+def _built(made: Rewritten) -> type[nn.Module]:
+    cls = made.build()
+    setattr(cls, _MADE, made)
+    cls.__reduce_ex__ = _reduced
+    return cls
+
+
+def _reduced(module: nn.Module, protocol: int) -> tuple | str:
+    """How a block is pickled: no file has its class."""
+    if _MADE not in vars(type(module)):  # a class made of it
+        return object.__reduce_ex__(module, protocol)
+    return _empty, (getattr(type(module), _MADE),), vars(module)
+
+
+def _empty(made: Rewritten) -> nn.Module:
+    cls = _built(made)
+    return cls.__new__(cls)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from normswap.errors import RefusedError
 from normswap.kernels.call import Form, unserved
+from normswap.kernels.merging import Beside, Giver, Reader, given, merged, new_name
 from normswap.observe.trace import Operation, Ref, Span
 from normswap.planning.edits import Change
 from normswap.planning.rewrites.places import NoPlace, Place, Places
@@ -26,9 +27,6 @@ from normswap.source.flow import SIMPLE, Flow, Route
 from normswap.source.methods import place
 from normswap.understand.normmap import NormMap, StreamInfo
 from normswap.understand.placement import Block
-
-#: the method of a fused norm for each form
-METHODS: dict[Form, str] = {"add-norm": "add_norm", "norm-add": "norm_add", "norm-add-norm": "norm_add_norm"}
 
 
 @dataclass(frozen=True)
@@ -55,31 +53,6 @@ class Pair:
     changes: tuple[Change, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Norm:
-    """A norm beside a sum: its call, and how the method names it."""
-
-    path: str
-    call: Place
-    name: str
-
-
-@dataclass(frozen=True)
-class _Giver:
-    """A norm that gives one side of a sum, `left` or `right`."""
-
-    norm: _Norm
-    side: str
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """A norm that reads a sum: in its very call, or by a variable."""
-
-    norm: _Norm
-    route: Route | None
-
-
 def find_pairs(normmap: NormMap, paths: Collection[str] | None = None) -> list[Pair]:
     """Every residual sum of a model, each once, with what it becomes or why it stays.
 
@@ -104,6 +77,8 @@ class _Finder:
     def __init__(self, normmap: NormMap, paths: Collection[str] | None):
         self.normmap, self.trace, self.paths = normmap, normmap.trace, paths
         self.places = Places(normmap)
+        self.norms = list(self.trace.norm_operations())
+        self.made = {op.outputs[0]: op for op in self.norms}
         self.consumers = self.trace.consumers()
         self.given = {v for call in self.trace.calls for v in call.outputs if call.path not in normmap.sites}
         self.given |= {*self.trace.outputs, *self.trace.reads}
@@ -112,7 +87,7 @@ class _Finder:
             for frame in seen.frames:
                 self.spans[frame.module].add(frame.span)
         self.used: set[str] = set()
-        self.kept: dict[tuple[str, str], int] = defaultdict(int)
+        self.kept: dict[tuple[str, str], set[str]] = defaultdict(set)
 
     def pair(self, stream: StreamInfo, block: Block) -> Pair:
         found = self.places.sum(block)
@@ -123,7 +98,11 @@ class _Finder:
         if giver is None and reader is None:
             raise NoPlace("; ".join(dict.fromkeys(filter(None, (no_reader, no_giver)))))
         form: Form = "norm-add-norm" if giver and reader else "norm-add" if giver else "add-norm"
-        changes = self._changes(block, found, sides, giver, reader, METHODS[form])
+        branch = next(side for side, (_, value) in sides.items() if value == block.operands[1])
+        key = found.module, found.method.where
+        name = new_name(found.method, self.kept[key])
+        changes = merged(found, {side: node for side, (node, _) in sides.items()}, branch, giver, reader, form, name)
+        self.kept[key] |= {change.name for change in changes if change.name == name}
         norms = tuple(beside.norm.path for beside in (giver, reader) if beside is not None)
         self.used.update(norms)
         method = found.method
@@ -156,25 +135,25 @@ class _Finder:
 
     # -- the norm before it ----------------------------------------------------------------------------------------
 
-    def _giver(self, block: Block, found: Place, sides, flow: Flow) -> tuple[_Giver | None, str | None]:
+    def _giver(self, block: Block, found: Place, sides, flow: Flow) -> tuple[Giver | None, str | None]:
         """The norm that gives a side, rather the branch than the skip, or why there is none."""
         why = None
         for side, (node, value) in sorted(sides.items(), key=lambda item: item[1][1] == block.operands[0]):
-            op = next((op for op in self.trace.norm_operations() if op.outputs[0] == value), None)
+            op = self.made.get(value)
             if op is None:
                 continue
             try:
                 norm = self._norm(op.norm, block, found)
                 self._check_moves(norm, node, found, flow)
                 self._check_only_reader(block, op)
-                return _Giver(norm, side), None
+                return Giver(norm, side), None
             except RefusedError as error:
                 why = why or f"{op.norm} gives a side of it, but {error}"
         return None, why
 
     def _check_only_reader(self, block: Block, op: Operation) -> None:
         """Whether the sum alone reads what a norm gives, and nothing changes before it does."""
-        results = {o.outputs[0]: o.index for o in self.trace.norm_operations() if o.norm == op.norm}
+        results = {o.outputs[0]: o.index for o in self.norms if o.norm == op.norm}
         for run in self.places.each_run(block):
             value = next((v for v in run.operands if v in results), None)
             if value is None or value in self.given or [o.index for o in self.consumers[value]] != [run.add]:
@@ -182,7 +161,7 @@ class _Finder:
             if any(other.mutated for other in self.trace.operations[results[value] : run.add]):
                 raise NoPlace("something is changed in place between them")
 
-    def _check_moves(self, norm: _Norm, side: ast.AST, found: Place, flow: Flow) -> None:
+    def _check_moves(self, norm: Beside, side: ast.AST, found: Place, flow: Flow) -> None:
         """Whether a norm may run where its result is added, on what the variable of its result holds until then."""
         if side is norm.call.node:
             return
@@ -213,26 +192,26 @@ class _Finder:
 
     # -- the norm after it -----------------------------------------------------------------------------------------
 
-    def _reader(self, stream: StreamInfo, block: Block, found: Place, flow: Flow) -> tuple[_Reader | None, str | None]:
+    def _reader(self, stream: StreamInfo, block: Block, found: Place, flow: Flow) -> tuple[Reader | None, str | None]:
         """The first norm that reads the sum, or why there is none."""
         why = None
         base = stream.found.analysis.base
-        for op in self.trace.norm_operations():
+        for op in self.norms:
             if base(op.inputs[0]) != block.result:
                 continue
             try:
                 norm = self._norm(op.norm, block, found)
-                return _Reader(norm, self._route(stream, block, op, norm, found, flow)), None
+                return Reader(norm, self._route(stream, block, op, norm, found, flow)), None
             except RefusedError as error:
                 why = why or f"{op.norm} reads it, but {error}"
         return None, why or "no norm reads it"
 
-    def _route(self, stream, block: Block, op: Operation, norm: _Norm, found: Place, flow: Flow) -> Route | None:
+    def _route(self, stream, block: Block, op: Operation, norm: Beside, found: Place, flow: Flow) -> Route | None:
         for run in self.places.each_run(block):
-            inputs = [o.inputs[0] for o in self.trace.norm_operations() if o.norm == op.norm]
+            inputs = [o.inputs[0] for o in self.norms if o.norm == op.norm]
             if not any(self._same_rows(stream, v, run.result) for v in inputs):
                 raise NoPlace("what it reads is scaled, pooled or in another order")
-        read = _given(norm.call.node)
+        read = given(norm.call.node)
         if read is found.node:
             return None
         made = flow.statement(found.node)
@@ -257,15 +236,15 @@ class _Finder:
 
     # -- both ------------------------------------------------------------------------------------------------------
 
-    def _norm(self, path: str, block: Block, found: Place) -> _Norm:
+    def _norm(self, path: str, block: Block, found: Place) -> Beside:
         """The norm as the method with the sum calls it, with one argument."""
         if self.paths is not None and path not in self.paths:
             raise NoPlace("no kernel serves it")
         if path in self.used:
             raise NoPlace("it is part of another sum's call")
         if why := unserved(self.normmap.sites[path].spec):
-            raise NoPlace(why)
-        op = next(op for op in self.trace.norm_operations() if op.norm == path)
+            raise NoPlace(f"no kernel is for it ({why})")
+        op = next(op for op in self.norms if op.norm == path)
         if op.frames and op.frames[0].module not in (found.module, None):
             frame = op.frames[0]
             raise NoPlace(f"{frame.span.function} of {frame.module or 'the model'} calls it")
@@ -281,97 +260,9 @@ class _Finder:
             for n in ast.walk(found.method.tree)
         ):
             raise NoPlace(f"the method sets {own}")
-        if _given(call.node) is None:
+        if given(call.node) is None:
             raise NoPlace(f"it is called as `{call.method.source(call.node)}`: expected one argument")
-        return _Norm(path, call, name)
-
-    def _changes(
-        self, block: Block, found: Place, sides, giver: _Giver | None, reader: _Reader | None, method: str
-    ) -> tuple[Change, ...]:
-        side = giver.side if giver else next(s for s, (_, v) in sides.items() if v == block.operands[1])
-        ours = {giver.norm.call.node} if giver else set()
-        if all(any(isinstance(n, ast.Call) and n not in ours for n in ast.walk(node)) for node, _ in sides.values()):
-            # both sides do something: in the order in which they did
-            if giver and side == "right":
-                raise NoPlace(self.places.shown(found, "both sides call something, and would change places"))
-            side = "left"
-        first = (giver or reader).norm.name
-        second = reader.norm.name if giver and reader else None
-        merge = found.change(f"merge-{side}", f"{first}.{method}")
-        changes = [giver.norm.call.change("unwrap", giver.norm.name)] if giver else []
-        changes.append(merge.model_copy(update={"argument": second}))
-        if reader is None:
-            return tuple(changes)
-        call = reader.norm.call
-        if reader.route is None:
-            return (*changes, found.change("first"), call.change("unwrap", reader.norm.name))
-        return (*changes, *(_in_one(found, call, reader.route) or self._by_variable(found, call, reader.route)))
-
-    def _by_variable(self, found: Place, call: Place, route: Route) -> list[Change]:
-        """The norm's result in a variable of its own, from the sum to where the norm was called."""
-        kept = self._new_name(found)
-        recall = call.change("recall-if" if route.forgets else "recall", kept)
-        if route.reshaped:
-            recall = recall.model_copy(update={"argument": found.method.source(_given(call.node))})
-        forgets = [Change(kind="forget", span=span, name=kept) for span in route.forgets]
-        return [found.change("before", kept, _assignment(found).targets[0]), recall, *forgets]
-
-    def _new_name(self, found: Place) -> str:
-        """A local variable that the method does not have."""
-        nodes = list(ast.walk(found.method.tree))
-        taken = {n.id for n in nodes if isinstance(n, ast.Name)} | {n.arg for n in nodes if isinstance(n, ast.arg)}
-        key = found.module, found.method.where
-        while True:
-            self.kept[key] += 1
-            number = self.kept[key]
-            if (name := "normed" if number == 1 else f"normed_{number}") not in taken:
-                return name
-
-
-def _in_one(found: Place, call: Place, route: Route) -> list[Change] | None:
-    """The assignment of the sum becomes that of the norm's result as well; None where more stands in between.
-
-    `s = sum; r = s; s = norm(s)` as `s, r = ..`, `s = sum; s = norm(s)` as `s = ..[0]`, `s = sum; y = norm(s)` as
-    `y, s = ..`.
-    """
-    made, used = _assignment(found), _assignment(call)
-    if route.renames is None or used is None:
-        return None
-    target, result = made.targets[0].id, used.targets[0].id
-    names = [rename.targets[0].id for rename in route.renames]
-    read = {rename.value.id for rename in route.renames if isinstance(rename.value, ast.Name)}
-    gone = [*route.renames, used] if result == target else [used]
-    if not all(map(found.method.alone, gone)):
-        return None
-    changes = [Change(kind="remove", span=place(statement)) for statement in gone]
-    if result != target:
-        if result in names or result in read:
-            return None
-        return [found.change("before", result, made.targets[0]), *changes]
-    if not names:
-        return [found.change("first"), *changes]
-    if len(names) > 1 or read != {target} or names[0] == target:
-        return None
-    return [found.change("behind", names[0], made.targets[0]), *changes]
-
-
-def _assignment(found: Place) -> ast.Assign | None:
-    """The statement `name = ..` whose whole right side is the expression at a place."""
-    for node in ast.walk(found.method.tree):
-        match node:
-            case ast.Assign(targets=[ast.Name()], value=value) if value is found.node:
-                return node
-    return None
-
-
-def _given(call: ast.AST) -> ast.AST | None:
-    """The one argument of a call."""
-    match call:
-        case ast.Call(args=[given], keywords=[]) if not isinstance(given, ast.Starred):
-            return given
-        case ast.Call(args=[], keywords=[ast.keyword(arg=str(), value=given)]):
-            return given
-    return None
+        return Beside(path, call, name)
 
 
 def _attribute(call: Place) -> str | None:

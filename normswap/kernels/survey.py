@@ -61,7 +61,7 @@ def survey(
     if not fuse_residual:
         return Kernels(sites, device, dtype)
     pairs, forms = choose_sums(normmap, {site.path: site for site in sites}, chooser)
-    made = [choice for _, choices in forms for choice in choices.values()]
+    made = [choice for _, choices in forms for _, choice in choices]
     return Kernels(sites, device, dtype, Fusing(pairs, rewritten(built, pairs)), made)
 
 

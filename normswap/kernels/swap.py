@@ -91,7 +91,8 @@ def use_kernels(
 
     Each kernel is measured against the norm it is to stand for, outputs and gradients, before it does: one that rounds
     elsewhere, or writes into a gradient, is not taken. `restore_kernels` undoes it. Call it when the model is on its
-    device and in its dtype, before `DistributedDataParallel`, `fully_shard` and `torch.compile`.
+    device and in its dtype, before `DistributedDataParallel`, `fully_shard` and `torch.compile`, and again when an eps
+    was changed, which a kernel has as it was; weights are read as they are.
 
     Args:
         model: of transformers, or any with `inputs`; LayerNorms and RMSNorms, converted or not.
@@ -129,13 +130,13 @@ def use_kernels(
     for site in found:
         own = [(pair, choices) for pair, choices in forms if pair.norms[0] == site.path]
         rows = [
-            (pair.form, pair.norms[1] if pair.form == "norm-add-norm" else "", runtime, choice)
+            (runtime, choice, pair.norms[1] if pair.form == "norm-add-norm" else "")
             for pair, choices in own
-            for runtime, choice in choices.items()
+            for runtime, choice in choices
         ]
         seconds = any(site.path in pair.norms[1:] for pair, _ in forms)
-        _swap(modules[site.path], site, rows, device, seconds)
-    made = [choice for _, choices in forms for choice in choices.values()]
+        _swap(modules[site.path], site, rows, seconds)
+    made = [choice for _, choices in forms for _, choice in choices]
     return Kernels(found, device, dtype, fuse(model, pairs) if pairs else None, made)
 
 
@@ -182,18 +183,16 @@ def _where(model: nn.Module, device: str | None) -> tuple[str, torch.dtype]:
     return device or floats[0].device.type, model.dtype if hasattr(model, "dtype") else floats[0].dtype
 
 
-def _swap(
-    module: nn.Module, site: SiteKernels, forms: Sequence[tuple[str, str, Runtime, Choice]], device: str, seconds: bool
-) -> None:
-    """Give a norm its kernels: alone, and in `forms` (which form, the path of the second norm, ...).
+def _swap(module: nn.Module, site: SiteKernels, forms: Sequence[tuple[Runtime, Choice, str]], seconds: bool) -> None:
+    """Give a norm its kernels: alone, and in `forms`, each with the path of its second norm.
 
     `seconds`: whether it is the second norm of another's form, which asks it for its tensors.
     """
     table = Table(site.path, site.spec.weight, site.spec.bias)
-    alone = [("norm", "", runtime, choice) for runtime, choice in site.choices.items()]
-    for form, second, runtime, choice in (*alone, *forms):
+    alone = [(runtime, choice, "") for runtime, choice in site.choices.items()]
+    for runtime, choice, second in (*alone, *forms):
         if choice.backend is not None:
-            key = key_of(form, runtime.dtype, device, runtime.autocast, second)
+            key = key_of(choice.call, runtime.autocast, second)
             table.add(key, Served(choice.call, choice.backend), choice.kernel)
     if table.served or seconds:
         module.__class__ = fused_class(type(module))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from types import CodeType
+from types import CodeType, FunctionType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -102,26 +102,28 @@ def _likeness(module: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> tuple:
 
 def _examined_once(module: nn.Module, shapes: tuple[tuple[int, ...], ...], key: tuple) -> NormSpec | bool:
     """`_examined`, kept for models to come where class, numbers and words are all there is to the module."""
-    code = _plain_code(module)
-    if code is None:
+    codes = _plain_code(module)
+    if codes is None:
         return _examined(module, shapes)
     kept = _kept.setdefault(type(module), {})
-    key = code, *key[1:], tuple(p.dtype for p in module.parameters())
+    key = codes, *key[1:], tuple(p.dtype for p in module.parameters())
     if key not in kept:
         kept[key] = _examined(module, shapes)
     return kept[key]
 
 
-def _plain_code(module: nn.Module) -> CodeType | None:
-    """The code of a module's forward; None where it may do otherwise, by a buffer, a hook, an object, a closure."""
-    forward = type(module).forward
-    code = getattr(forward, "__code__", None)
+def _plain_code(module: nn.Module) -> tuple[CodeType, ...] | None:
+    """The code of a module's methods; None where it may do otherwise, by a buffer, a hook, an object, a closure."""
+    bases = [base for base in type(module).__mro__ if base not in nn.Module.__mro__]
+    methods = [f for base in bases for f in vars(base).values() if isinstance(f, FunctionType)]
     own = {k: v for k, v in vars(module).items() if k not in _OF_ANY_MODULE}
     held = (v for k, v in vars(module).items() if k in _OF_ANY_MODULE and k not in ("_parameters", "training"))
-    if code is None or set(code.co_freevars) - {"__class__"} or any(x for x in held if x is not True):
+    if type(type(module).forward) is not FunctionType or any(x for x in held if x is not True):
+        return None
+    if any(set(f.__code__.co_freevars) - {"__class__"} for f in methods):
         return None
     parts = [x for v in own.values() for x in (v if isinstance(v, tuple) else (v,))]
-    return code if all(isinstance(x, int | float | str) for x in parts) else None
+    return tuple(f.__code__ for f in methods) if all(isinstance(x, int | float | str) for x in parts) else None
 
 
 def probe(module: nn.Module, shape: tuple[int, ...], gated: bool = False) -> NormSpec | None:

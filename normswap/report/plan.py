@@ -177,7 +177,9 @@ def _change(change: Change) -> str:
             return f"x -> self.{change.name}(x)"
         case "scale":
             return f"x -> self.{change.name} * x"
-    return f"{change.argument} -> self.{change.name}({change.argument}) on entry"
+        case "enter":
+            return f"{change.argument} -> self.{change.name}({change.argument}) on entry"
+    return f"{change.kind} {change.name or ''}".strip()
 
 
 def _within(name: str, other: str) -> str:

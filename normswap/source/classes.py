@@ -29,9 +29,12 @@ _BUILT: dict[tuple[str, type], type] = {}
 class Rewritten:
     """A subclass of a stock class in which some methods are the stock ones with changes.
 
+    Pickled, it keeps the changes and makes the texts anew.
+
     Attributes:
         name: of the new class.
         base: the stock class.
+        changed: of each method its name, the changes, and the digest of the source that they are for.
         methods: by name, the text of each method as the class has it.
         names: what the texts take from the modules that they come from, and which module that is.
         lazy: whether annotations are left unevaluated.
@@ -41,11 +44,18 @@ class Rewritten:
 
     name: str
     base: type
+    changed: tuple[tuple[str, tuple[Change, ...], str], ...]
     methods: Mapping[str, str]
     names: Mapping[str, tuple[str, object]]
     lazy: bool
     about: str = "norms in other places"
     disguised: bool = False
+
+    def __reduce__(self):
+        return _again, (self.name, self.base, self.changed, {"about": self.about, "disguised": self.disguised})
+
+    def __deepcopy__(self, memo: dict) -> Rewritten:
+        return self
 
     @property
     def is_model(self) -> bool:
@@ -121,13 +131,17 @@ def rewritten_classes(
         if key not in made:
             number = counts[base.__name__] = counts.get(base.__name__, 0) + 1
             name = f"{prefix}{base.__name__}" + (str(number) if number > 1 else "")
-            changed = [(e.method, e.changes, e.digest) for _, e in sorted(methods.items())]
-            made[key] = replace(_rewritten(name, base, changed), **attributes)
+            changed = tuple((e.method, e.changes, e.digest) for _, e in sorted(methods.items()))
+            made[key] = _again(name, base, changed, attributes)
         found[path] = made[key]
     return found
 
 
-def _rewritten(name: str, base: type, changed: list[tuple[str, tuple[Change, ...], str]]) -> Rewritten:
+def _again(name: str, base: type, changed: tuple, attributes: Mapping[str, Any]) -> Rewritten:
+    return replace(_rewritten(name, base, changed), **attributes)
+
+
+def _rewritten(name: str, base: type, changed: tuple[tuple[str, tuple[Change, ...], str], ...]) -> Rewritten:
     texts, names, lazy = {}, {}, set()
     for method_name, changes, digest in changed:
         method = Method.of(base, method_name)
@@ -146,4 +160,4 @@ def _rewritten(name: str, base: type, changed: list[tuple[str, tuple[Change, ...
         raise RefusedError(f"{base.__name__}: a method names the class itself, which was rewritten before.")
     if len(lazy) > 1:
         raise RefusedError(f"{base.__name__}: its methods come from modules that treat annotations differently.")
-    return Rewritten(name, base, texts, names, lazy == {True})
+    return Rewritten(name, base, changed, texts, names, lazy == {True})

@@ -1,4 +1,7 @@
-"""normswap's own C kernel for CPUs, compiled by the machine's C compiler when it is first used."""
+"""normswap's own C kernel for CPUs, compiled by the machine's C compiler when it is first used.
+
+Where there is no compiler, torch's operators on a few rows at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,28 @@ from normswap.kernels.call import Call
 
 class Cpu(Backend):
     name = "cpu"
-    about = "normswap's own C kernel, for CPUs"
+    about = "normswap's own C kernel, for CPUs; without a C compiler, few passes of torch"
     abilities = Abilities(
         devices=("cpu",),
         forms=("norm",),
         max_width=2**31 - 1,
-        compile="a custom operator, opaque to Inductor",
+        compile="plain torch, which Inductor fuses with what is around it",
         distributed="plain tensors",
     )
 
-    def missing(self) -> str | None:
-        from normswap.kernels.cpu.library import available
+    def version(self) -> str:
+        from normswap.kernels.cpu import available
 
-        return available()
+        return super().version() + ("" if available() is None else ", without a C compiler")
 
     def build(self, call: Call) -> Kernel:
-        from normswap.kernels.cpu.norm import norm
+        from normswap.kernels.cpu import available, few_passes, norm
 
         told = call.norm
         return partial(
-            norm, kind=told.kind, eps=told.eps, gain=told.gain, casting=told.casting, out_dtype=told.out_dtype
-        )
+            norm if available() is None else few_passes,
+            kind=told.kind, eps=told.eps, gain=told.gain, casting=told.casting, out_dtype=told.out_dtype,
+        )  # fmt: skip
 
 
 BACKEND = Cpu()

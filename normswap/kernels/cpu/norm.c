@@ -92,37 +92,49 @@ INLINE int64_t size(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 /* ---- one call, cut into chunks of rows that threads take in turn ---- */
 
+typedef void (*parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags); /* GOMP_parallel */
+
+/* as library.py packs it: one pointer is passed in a third of the time that a dozen arguments take */
 struct call {
     const void *x, *weight, *bias, *dy;
     void *y, *dx;
-    float *scale, *mean; /* r and m of each row */
-    float *dgain, *dbias; /* of each chunk, (chunks, width) */
-    int64_t rows, width, chunks, taken;
-    float eps;
-    void (*run)(const struct call *, int64_t first, int64_t last, int64_t chunk);
+    float *scale, *mean; /* r and m of each row; the forward keeps none where they are NULL */
+    float *dgain, *dbias; /* of each chunk, (chunks, width); of those that the variant has both, or NULL: not wanted */
+    int64_t rows, width, chunks;
+    parallel in_parallel;
+    double eps;
 };
 
-typedef void (*parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags); /* GOMP_parallel */
+struct work {
+    const struct call *call;
+    void (*run)(const struct call *, int64_t first, int64_t last, int64_t chunk);
+    int64_t taken;
+};
 
 static void take_chunks(void *data) {
-    struct call *c = data;
+    struct work *w = data;
+    const int64_t rows = w->call->rows, chunks = w->call->chunks;
     int64_t k;
-    while ((k = __atomic_fetch_add(&c->taken, 1, __ATOMIC_RELAXED)) < c->chunks)
-        c->run(c, k * c->rows / c->chunks, (k + 1) * c->rows / c->chunks, k);
+    while ((k = __atomic_fetch_add(&w->taken, 1, __ATOMIC_RELAXED)) < chunks)
+        w->run(w->call, k * rows / chunks, (k + 1) * rows / chunks, k);
 }
 
-static void run_chunks(struct call *c, parallel in_parallel) {
+static void run_chunks(const struct call *c, void (*run)(const struct call *, int64_t, int64_t, int64_t)) {
+    struct work w = {.call = c, .run = run, .taken = 0};
     if (c->chunks > 1)
-        in_parallel(take_chunks, c, (unsigned)c->chunks, 0);
+        c->in_parallel(take_chunks, &w, (unsigned)c->chunks, 0);
     else
-        take_chunks(c);
+        take_chunks(&w);
 }
 
 /* ---- the mathematics ---- */
 
-#define SUM(total, expression)                                          \
-    do {                                                                \
-        float lanes[LANES] = {0};                                       \
+INLINE float centred(const void *x, int64_t i, float mean) { return CENTRED ? get(x, i, X) - mean : get(x, i, X); }
+
+/* the sum over a row; a function for each, so that the compiler has one loop to make of it */
+#define SUM_OVER_ROW(name, parameters, expression)                      \
+    static __attribute__((noinline)) float name parameters {            \
+        float lanes[LANES] = {0}, total = 0;                            \
         int64_t start = 0;                                              \
         for (; start + LANES <= width; start += LANES)                  \
             for (int64_t k = 0; k < LANES; k++) {                       \
@@ -130,15 +142,25 @@ static void run_chunks(struct call *c, parallel in_parallel) {
                 lanes[k] += (expression);                               \
             }                                                           \
         for (int64_t i = start; i < width; i++) lanes[i - start] += (expression); \
-        total = 0;                                                      \
         for (int64_t k = 0; k < LANES; k++) total += lanes[k];          \
-    } while (0)
+        return total;                                                   \
+    }
 
 INLINE float gain(const void *weight, int64_t i) {
     if (W == NONE) return 1;
     float w = get(weight, i, W);
     return ONE_PLUS ? rounded(1 + w, ROUND_GAIN) : w;
 }
+
+SUM_OVER_ROW(sum, (const void *x, int64_t width), get(x, i, X))
+
+SUM_OVER_ROW(sum_of_squares, (const void *x, float mean, int64_t width),
+             centred(x, i, mean) * centred(x, i, mean))
+
+SUM_OVER_ROW(sum_of_t, (const void *dy, const void *weight, int64_t width), get(dy, i, Y) * gain(weight, i))
+
+SUM_OVER_ROW(sum_of_t_x, (const void *dy, const void *weight, const void *x, float mean, int64_t width),
+             get(dy, i, Y) * gain(weight, i) * centred(x, i, mean))
 
 static void forward_rows(const struct call *c, int64_t first, int64_t last, int64_t chunk) {
     const int64_t width = c->width;
@@ -147,17 +169,12 @@ static void forward_rows(const struct call *c, int64_t first, int64_t last, int6
     for (int64_t row = first; row < last; row++) {
         const void *restrict x = (const char *)c->x + row * width * size(X);
         void *restrict y = (char *)c->y + row * width * size(Y);
-        float mean = 0, square;
-        if (CENTRED) {
-            SUM(mean, get(x, i, X));
-            mean /= width;
-        }
-        SUM(square, (get(x, i, X) - mean) * (get(x, i, X) - mean));
-        const float scale = 1 / sqrtf(square / width + c->eps);
+        const float mean = CENTRED ? sum(x, width) / width : 0;
+        const float scale = 1 / sqrtf(sum_of_squares(x, mean, width) / width + (float)c->eps);
         if (c->scale) c->scale[row] = scale;
         if (CENTRED && c->mean) c->mean[row] = mean;
         for (int64_t i = 0; i < width; i++) {
-            float h = rounded((get(x, i, X) - mean) * scale, ROUND_H);
+            float h = rounded(centred(x, i, mean) * scale, ROUND_H);
             if (W != NONE) h = rounded(h * gain(weight, i), ROUND_PRODUCT);
             if (B != NONE) h = rounded(h + get(bias, i, B), ROUND_SUM);
             put(y, i, h, Y);
@@ -174,19 +191,13 @@ INLINE void backward_of(const struct call *c, int64_t row, const int count, cons
     void *dx[ROWS];
     float scale[ROWS], mean[ROWS], along[ROWS], shift[ROWS];
     for (int j = 0; j < count; j++) {
-        const void *restrict xj = x[j] = (const char *)c->x + (row + j) * width * size(X);
-        const void *restrict dyj = dy[j] = (const char *)c->dy + (row + j) * width * size(Y);
+        x[j] = (const char *)c->x + (row + j) * width * size(X);
+        dy[j] = (const char *)c->dy + (row + j) * width * size(Y);
         dx[j] = (char *)c->dx + (row + j) * width * size(X);
         scale[j] = c->scale[row + j];
         mean[j] = CENTRED ? c->mean[row + j] : 0;
-        const float m = mean[j];
-        SUM(along[j], get(dyj, i, Y) * gain(weight, i) * (get(xj, i, X) - m));
-        along[j] *= scale[j] / width;
-        shift[j] = 0;
-        if (CENTRED) {
-            SUM(shift[j], get(dyj, i, Y) * gain(weight, i));
-            shift[j] /= width;
-        }
+        shift[j] = CENTRED ? sum_of_t(dy[j], weight, width) / width : 0;
+        along[j] = sum_of_t_x(dy[j], weight, x[j], mean[j], width) * scale[j] / width;
     }
 #pragma GCC ivdep
     for (int64_t i = 0; i < width; i++) {
@@ -194,7 +205,7 @@ INLINE void backward_of(const struct call *c, int64_t row, const int count, cons
         float of_gain = 0, of_bias = 0;
 #pragma GCC unroll 4
         for (int j = 0; j < count; j++) {
-            const float d = get(dy[j], i, Y), h = (get(x[j], i, X) - mean[j]) * scale[j];
+            const float d = get(dy[j], i, Y), h = centred(x[j], i, mean[j]) * scale[j];
             of_gain += d * h;
             of_bias += d;
             put(dx[j], i, scale[j] * (d * g - shift[j] - h * along[j]), X);
@@ -211,24 +222,15 @@ INLINE void backward_chunk(const struct call *c, int64_t first, int64_t last, co
 }
 
 static void backward_rows(const struct call *c, int64_t first, int64_t last, int64_t chunk) {
+    const size_t bytes = c->width * sizeof(float);
+    if (c->dgain) memset(c->dgain + chunk * c->width, 0, bytes);
+    if (c->dbias) memset(c->dbias + chunk * c->width, 0, bytes);
     if (c->dgain || c->dbias)
         backward_chunk(c, first, last, 1, chunk);
     else
         backward_chunk(c, first, last, 0, chunk);
 }
 
-/* scale and mean may be NULL: then they are not kept */
-void forward(const void *x, const void *weight, const void *bias, void *y, float *scale, float *mean, int64_t rows,
-             int64_t width, float eps, int64_t chunks, parallel in_parallel) {
-    struct call c = {.x = x, .weight = weight, .bias = bias, .y = y, .scale = scale, .mean = mean, .rows = rows,
-                     .width = width, .eps = eps, .chunks = chunks, .run = forward_rows};
-    run_chunks(&c, in_parallel);
-}
+void forward(const struct call *c) { run_chunks(c, forward_rows); }
 
-/* dgain, dbias: (chunks, width) of zeros, both or neither */
-void backward(const void *x, const void *weight, const void *dy, float *scale, float *mean, void *dx, float *dgain,
-              float *dbias, int64_t rows, int64_t width, int64_t chunks, parallel in_parallel) {
-    struct call c = {.x = x, .weight = weight, .dy = dy, .scale = scale, .mean = mean, .dx = dx, .dgain = dgain,
-                     .dbias = dbias, .rows = rows, .width = width, .chunks = chunks, .run = backward_rows};
-    run_chunks(&c, in_parallel);
-}
+void backward(const struct call *c) { run_chunks(c, backward_rows); }

@@ -8,11 +8,11 @@ from normswap.kernels.triton import gradients
 from normswap.kernels.triton.launch import (
     Norm,
     launch_add_norm,
-    launch_backward,
     launch_norm,
     launch_norm_add,
     launch_norm_add_norm,
 )
+from normswap.kernels.triton.launch_backward import launch_backward, launch_norm_add_norm_backward
 
 
 def _run_backward(dy, x, stats, weight, bias, ds, *how):
@@ -20,6 +20,13 @@ def _run_backward(dy, x, stats, weight, bias, ds, *how):
     if torch.is_grad_enabled():  # a graph of the backward is made: the operator refuses to be differentiated
         return torch.ops.normswap.norm_backward(dy, x, stats, weight, bias, ds, *how)
     return launch_backward(dy, x, stats, weight, bias, ds, Norm(*norm), need_weight, need_bias)
+
+
+def _run_backward_of_both(*arguments):
+    if torch.is_grad_enabled():
+        return torch.ops.normswap.norm_add_norm_backward(*arguments)
+    tensors, how, needs = arguments[:10], arguments[10:20], arguments[20:]
+    return launch_norm_add_norm_backward(*tensors, Norm(*how[:5]), Norm(*how[5:]), needs)
 
 
 class NormFunction(torch.autograd.Function):
@@ -64,7 +71,7 @@ class NormAddFunction(torch.autograd.Function):
 class NormAddNormFunction(torch.autograd.Function):
     """`norm_add_norm`."""
 
-    backward = staticmethod(gradients.of_norm_add_norm(_run_backward))
+    backward = staticmethod(gradients.of_norm_add_norm(_run_backward, _run_backward_of_both))
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, weight2, bias2, *how):

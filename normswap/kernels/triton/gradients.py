@@ -26,7 +26,7 @@ def of_norm(run: Callable) -> Callable:
     def backward(ctx, dy, _):
         if dy is None:
             return (None,) * 8
-        dx, dw, db = _of_one(ctx, run, dy, None, 0, ctx.how, ctx.needs_input_grad[1:3])
+        dx, dw, db = _of_one(ctx, run, dy, None, ctx.how, ctx.needs_input_grad[1:3])
         return dx, dw, db, *(None,) * 5
 
     return backward
@@ -45,7 +45,7 @@ def of_add_norm(run: Callable) -> Callable:
     def backward(ctx, dy, ds, _):
         dw = db = None
         if dy is not None:
-            ds, dw, db = _of_one(ctx, run, dy, ds, 0, ctx.how, ctx.needs_input_grad[2:4])
+            ds, dw, db = _of_one(ctx, run, dy, ds, ctx.how, ctx.needs_input_grad[2:4])
         return *_both(ctx, ds), dw, db, *(None,) * 5
 
     return backward
@@ -65,7 +65,7 @@ def of_norm_add(run: Callable) -> Callable:
         if ds is None:
             return (None,) * 9
         dy, dr = _both(ctx, ds)
-        dx, dw, db = _of_one(ctx, run, dy, None, 0, ctx.how, ctx.needs_input_grad[2:4])
+        dx, dw, db = _of_one(ctx, run, dy, None, ctx.how, ctx.needs_input_grad[2:4])
         return dx, dr, dw, db, *(None,) * 5
 
     return backward
@@ -78,18 +78,24 @@ def keep_norm_add_norm(ctx, inputs, output) -> None:
     _keep(ctx, how, x, output[2], weight, bias, output[1], output[3], weight2, bias2)
 
 
-def of_norm_add_norm(run: Callable) -> Callable:
-    """The backward of `norm_add_norm`: that of N2, to which ds is added, then that of N."""
+def of_norm_add_norm(run: Callable, run_both: Callable) -> Callable:
+    """The backward of `norm_add_norm`; `run_both` is the operator `norm_add_norm_backward`, or does the same."""
 
     def backward(ctx, dy, ds, *_):
-        dw2 = db2 = None
+        dw = db = dw2 = db2 = None
         if dy is not None:
-            ds, dw2, db2 = _of_one(ctx, run, dy, ds, 4, ctx.how[5:], ctx.needs_input_grad[4:6])
-        if ds is None:
+            x, stats, weight, bias, s, stats2, weight2, bias2 = ctx.saved_tensors
+            needs = [
+                needed and p is not None
+                for needed, p in zip(ctx.needs_input_grad[2:6], (weight, bias, weight2, bias2), strict=True)
+            ]
+            ds, dx, *found = run_both(dy, x, s, stats, stats2, weight, bias, weight2, bias2, ds, *ctx.how, *needs)
+            dw, db, dw2, db2 = (one if needed else None for one, needed in zip(found, needs, strict=True))
+        elif ds is None:
             return (None,) * 16
-        dy, dr = _both(ctx, ds)
-        dx, dw, db = _of_one(ctx, run, dy, None, 0, ctx.how[:5], ctx.needs_input_grad[2:4])
-        return dx, dr, dw, db, dw2, db2, *(None,) * 10
+        else:
+            dx, dw, db = _of_one(ctx, run, ds.to(ctx.how[0]), None, ctx.how[:5], ctx.needs_input_grad[2:4])
+        return dx, ds.to(ctx.dtypes[1]), dw, db, dw2, db2, *(None,) * 10
 
     return backward
 
@@ -100,10 +106,10 @@ def _keep(ctx, how, *tensors) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _of_one(ctx, run: Callable, dy, ds, first: int, how, needed) -> tuple:
-    """Gradients of what one norm read and of its gain and bias; `first` of what is kept is what it read."""
-    read, stats, weight, bias = ctx.saved_tensors[first : first + 4]
-    need_weight, need_bias = (bool(needs) and p is not None for needs, p in zip(needed, (weight, bias), strict=True))
+def _of_one(ctx, run: Callable, dy, ds, how, needed) -> tuple:
+    """Gradients of what the first norm read and of its gain and bias."""
+    read, stats, weight, bias = ctx.saved_tensors[:4]
+    need_weight, need_bias = needed[0] and weight is not None, needed[1] and bias is not None
     dx, dw, db = run(dy, read, stats, weight, bias, ds, *how, need_weight, need_bias)
     return dx, dw if need_weight else None, db if need_bias else None
 

@@ -1,4 +1,4 @@
-"""Kernels on tensors: shapes, strides and dtypes made into what a kernel is told, results allocated, none written to.
+"""Forward kernels on tensors: shapes, strides and dtypes made into what a kernel is told, results allocated.
 
 Shapes: x and residual `(..., width)`, gains and biases `(width,)`; statistics `(1 or 2, ...)`, rstd and a LayerNorm's
 mean, of the axes of x but the last, float32 (float64 for float64), so that they are sharded as x is.
@@ -7,16 +7,14 @@ mean, of the axes of x but the last, float32 (float64 for float64), so that they
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
 
 from normswap.errors import KernelError
 from normswap.kernels.triton import tiles
-from normswap.kernels.triton.backward import backward_kernel
 from normswap.kernels.triton.forward import forward_kernel
-from normswap.kernels.triton.reduce import reduce_kernel
 from normswap.kernels.triton.roundings import TRITON_DTYPES, roundings
 from normswap.kernels.triton.rows import rows_of
 from normswap.kernels.triton.sandwich import sandwich_kernel
@@ -82,7 +80,7 @@ def launch_norm_add_norm(
     whole: int = tiles.FORWARD_WHOLE // 2,
 ):
     """s = residual + N(x); y = N2(s). Gives y, s and the statistics of both; two kernels where a row is too wide."""
-    tile = tiles.forward_tile(x.shape[-1], _device(x), whole)
+    tile = tiles.forward_tile(x.shape[-1], device_of(x), whole)
     if tile.block < x.shape[-1]:
         s, stats = launch_norm_add(x, residual, weight, bias, norm, whole)
         y, stats2 = launch_norm(s, weight2, bias2, norm2, whole)
@@ -95,10 +93,10 @@ def launch_norm_add_norm(
     if x.numel():
         x, at = rows_of(x)
         rows = x.numel() // x.shape[-1]
-        steps, steps2 = _roundings(x, weight, bias, norm), _roundings(s, weight2, bias2, norm2)
-        with _on(x):
-            sandwich_kernel[(triton.cdiv(rows, tile.rows),)](
-                x, _there(residual, x), _there(weight, x), _there(bias, x), _there(weight2, x), _there(bias2, x),
+        steps, steps2 = roundings_of(x, weight, bias, norm), roundings_of(s, weight2, bias2, norm2)
+        with on_device_of(x):
+            sandwich_kernel[(-(-rows // tile.rows),)](
+                x, there(residual, x), there(weight, x), there(bias, x), there(weight2, x), there(bias2, x),
                 y, s, stats, stats2, rows, *at,
                 x.shape[-1], tile.block, tile.rows, TRITON_DTYPES[s.dtype], steps2.acc,
                 norm.layernorm, norm.gain, bias is not None, norm.eps, TRITON_DTYPES[norm.out_dtype],
@@ -108,60 +106,6 @@ def launch_norm_add_norm(
                 num_warps=tile.warps,
             )  # fmt: skip
     return y, s, stats, stats2
-
-
-def launch_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    stats: torch.Tensor,
-    weight: Optional,
-    bias: Optional,
-    ds: Optional,
-    norm: Norm,
-    need_weight: bool,
-    need_bias: bool,
-    whole: int = tiles.BACKWARD_WHOLE,
-) -> tuple[torch.Tensor, Optional, Optional]:
-    """Gradients of what the norm read, `x`, and of its gain and bias where they are needed, else None.
-
-    Args:
-        dy: of the output.
-        ds: a gradient that arrived at `x` otherwise, which is added.
-        stats: as the forward gave them.
-        bias: for its dtype alone.
-    """
-    width = x.shape[-1]
-    dx = x.new_empty(x.shape)
-    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
-    db = torch.empty_like(bias, memory_format=torch.contiguous_format) if need_bias else None
-    if not x.numel():
-        return dx, dw if dw is None else dw.zero_(), db if db is None else db.zero_()
-    x, at = rows_of(x)
-    rows = x.numel() // width
-    steps = _roundings(x, weight, bias, norm)
-    device = _device(x)
-    read = dy.element_size() + x.element_size() + (0 if ds is None else ds.element_size())
-    tile = tiles.backward_tile(width, read, device, whole)
-    programs = tiles.programs(tile, triton.cdiv(rows, tile.rows), device)
-    sums = need_weight + need_bias
-    fits = tile.block >= width
-    partials = (stats.new_empty if fits else stats.new_zeros)((programs, sums, width)) if sums else stats
-    with _on(x):
-        backward_kernel[(programs,)](
-            dy.contiguous(), _there(ds, x), x, stats, _there(weight, x), dx, partials, rows, *at,
-            width, tile.block, tile.rows, tile.stages, norm.layernorm,
-            norm.gain, need_weight, need_bias, ds is not None,
-            steps.step, steps.hat, steps.gained, steps.acc,
-            num_warps=tile.warps,
-        )  # fmt: skip
-        if sums:
-            columns = tiles.reduce_columns(device)
-            reduce_kernel[(triton.cdiv(width, columns), sums)](
-                partials, _there(dw, partials), _there(db, partials), programs,
-                width, need_weight, need_bias, columns, 64, steps.acc,
-                num_warps=4,
-            )  # fmt: skip
-    return dx, dw, db
 
 
 def new_stats(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -175,19 +119,19 @@ def check(x: torch.Tensor, residual: Optional, weight: Optional, bias: Optional,
     width = x.shape[-1] if x.ndim else 0
     if not 1 <= width <= tiles.MAX_WIDTH:
         raise KernelError(f"expected rows of 1 to {tiles.MAX_WIDTH} values, found an input of shape {tuple(x.shape)}")
-    dtypes = {norm.out_dtype, x.dtype}
+    dtypes = [norm.out_dtype, x.dtype]
     for name, tensor, shape in (("residual", residual, x.shape), ("gain", weight, (width,)), ("bias", bias, (width,))):
         if tensor is None:
             continue
-        dtypes.add(tensor.dtype)
+        dtypes.append(tensor.dtype)
         if tensor.shape != shape:
             raise KernelError(f"expected a {name} of shape {tuple(shape)}, found {tuple(tensor.shape)}")
         if tensor.device != x.device:
             raise KernelError(f"expected all tensors on {x.device}, found a {name} on {tensor.device}")
-    if not dtypes <= set(TRITON_DTYPES) or (torch.float64 in dtypes and len(dtypes) > 1):
+    if not _go_together(*dtypes):
         raise KernelError(
             "expected float16, bfloat16 and float32, or float64 for all tensors of a norm, "
-            f"found {', '.join(sorted(map(str, dtypes)))}; keep the module's own forward there"
+            f"found {', '.join(sorted(set(map(str, dtypes))))}; keep the module's own forward there"
         )
     if (weight is None) != (norm.gain is None):
         raise KernelError(f"expected a gain's form where there is a gain, and only there; found {norm.gain!r}")
@@ -217,11 +161,11 @@ def _forward(
         width = x.shape[-1]
         x, at = rows_of(x)
         rows = x.numel() // width
-        steps = _roundings(read, weight, bias, norm)
-        tile = tiles.forward_tile(width, _device(x), whole)
-        with _on(x):
-            forward_kernel[(triton.cdiv(rows, tile.rows),)](
-                x, _there(residual, x), _there(weight, x), _there(bias, x), _there(y, x), _there(s, x), stats,
+        steps = roundings_of(read, weight, bias, norm)
+        tile = tiles.forward_tile(width, device_of(x), whole)
+        with on_device_of(x):
+            forward_kernel[(-(-rows // tile.rows),)](
+                x, there(residual, x), there(weight, x), there(bias, x), there(y, x), there(s, x), stats,
                 rows, *at,
                 form, width, tile.block, tile.rows, norm.layernorm,
                 norm.gain, bias is not None, norm.eps,
@@ -232,7 +176,13 @@ def _forward(
     return y, s, stats
 
 
-def _roundings(read: torch.Tensor, weight: Optional, bias: Optional, norm: Norm):
+@cache
+def _go_together(*dtypes: torch.dtype) -> bool:
+    """Whether one accumulator serves them all."""
+    return set(dtypes) <= set(TRITON_DTYPES) and (torch.float64 not in dtypes or len(set(dtypes)) == 1)
+
+
+def roundings_of(read: torch.Tensor, weight: Optional, bias: Optional, norm: Norm):
     return roundings(
         norm.casting,
         read.dtype,
@@ -241,17 +191,17 @@ def _roundings(read: torch.Tensor, weight: Optional, bias: Optional, norm: Norm)
     )
 
 
-def _there(tensor: Optional, other: torch.Tensor) -> torch.Tensor:
+def there(tensor: Optional, other: torch.Tensor) -> torch.Tensor:
     """`tensor` as kernels read it, contiguous; where it is not there, a pointer that is not read."""
     return other if tensor is None else tensor.contiguous()
 
 
-def _device(x: torch.Tensor) -> int | None:
+def device_of(x: torch.Tensor) -> int | None:
     """Index of the GPU, None in the interpreter."""
     return None if INTERPRETED.value else x.device.index
 
 
-def _on(x: torch.Tensor) -> AbstractContextManager:
+def on_device_of(x: torch.Tensor) -> AbstractContextManager:
     """The device of `x` made the current one, where kernels are launched."""
     if INTERPRETED.value or x.device.index == torch.cuda.current_device():
         return nullcontext()

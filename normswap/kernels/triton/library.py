@@ -4,10 +4,12 @@
     add_norm(x, residual, weight, bias, ...) -> (y, s, stats)
     norm_add(x, residual, weight, bias, ...) -> (s, stats)
     norm_add_norm(x, residual, weight, bias, weight2, bias2, ...) -> (y, s, stats, stats2)
-    norm_backward(dy, x, stats, weight, bias, ds, ...) -> (dx, dw, db)       of size 0 where not asked for
+    norm_backward(dy, x, stats, weight, bias, ds, ...) -> (dx, dw, db)
+    norm_add_norm_backward(dy, x, s, stats, stats2, weight, bias, weight2, bias2, ds, ...) -> (dr, dx, dw, db, dw2, db2)
 
-Shapes are those of `launch`. The arguments after the tensors say how a norm computes; `out_dtype` comes first of them,
-because DTensor takes what follows the first number to be part of what a sharding is chosen by.
+Shapes are those of `launch`; a gradient that is not asked for has size 0. The arguments after the tensors say how a
+norm computes; `out_dtype` comes first of them, because DTensor takes what follows the first number to be part of what a
+sharding is chosen by.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from normswap.kernels.triton import gradients
 from normswap.kernels.triton.launch import (
     Norm,
     launch_add_norm,
-    launch_backward,
     launch_norm,
     launch_norm_add,
     launch_norm_add_norm,
     new_stats,
 )
+from normswap.kernels.triton.launch_backward import launch_backward, launch_norm_add_norm_backward
 
 Tensor = torch.Tensor
 
@@ -145,14 +147,65 @@ def norm_backward_op(
     """Gradients of what the norm read, with `ds` added, and of its gain and bias."""
     norm = Norm(out_dtype, kind, eps, gain, casting)
     dx, dw, db = launch_backward(dy, x, stats, weight, bias, ds, norm, need_weight, need_bias)
-    return dx, x.new_empty(0) if dw is None else dw, x.new_empty(0) if db is None else db
+    return dx, _some(dw, x), _some(db, x)
 
 
 @norm_backward_op.register_fake
 def _(dy, x, stats, weight, bias, ds, *how):
     need_weight, need_bias = how[-2:]
-    dw = weight.new_empty(weight.shape) if need_weight else x.new_empty(0)
-    return x.new_empty(x.shape), dw, bias.new_empty(bias.shape) if need_bias else x.new_empty(0)
+    return x.new_empty(x.shape), _like(weight, need_weight, x), _like(bias, need_bias, x)
+
+
+@torch.library.custom_op("normswap::norm_add_norm_backward", mutates_args=())
+def norm_add_norm_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    stats: Tensor,
+    stats2: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    ds: Tensor | None,
+    out_dtype: torch.dtype,
+    kind: str,
+    eps: float,
+    gain: str | None,
+    casting: str,
+    out_dtype2: torch.dtype,
+    kind2: str,
+    eps2: float,
+    gain2: str | None,
+    casting2: str,
+    need_weight: bool,
+    need_bias: bool,
+    need_weight2: bool,
+    need_bias2: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of s, with `ds` added, of x, and of gains and biases."""
+    norm, norm2 = Norm(out_dtype, kind, eps, gain, casting), Norm(out_dtype2, kind2, eps2, gain2, casting2)
+    needs = need_weight, need_bias, need_weight2, need_bias2
+    dr, dx, *found = launch_norm_add_norm_backward(
+        dy, x, s, stats, stats2, weight, bias, weight2, bias2, ds, norm, norm2, needs
+    )
+    return dr, dx, *(_some(one, x) for one in found)
+
+
+@norm_add_norm_backward_op.register_fake
+def _(dy, x, s, stats, stats2, weight, bias, weight2, bias2, ds, *how):
+    parameters = zip((weight, bias, weight2, bias2), how[-4:], strict=True)
+    return s.new_empty(s.shape), x.new_empty(x.shape), *(_like(p, needed, x) for p, needed in parameters)
+
+
+def _some(tensor: Tensor | None, x: Tensor) -> Tensor:
+    """An operator gives tensors: an empty one for none."""
+    return x.new_empty(0) if tensor is None else tensor
+
+
+def _like(parameter: Tensor | None, needed: bool, x: Tensor) -> Tensor:
+    """The gradient of a parameter, without values."""
+    return parameter.new_empty(parameter.shape) if needed else x.new_empty(0)
 
 
 def _refuse(ctx, *_):
@@ -166,10 +219,15 @@ def _run_backward(*arguments):
     return torch.ops.normswap.norm_backward(*arguments)
 
 
+def _run_backward_of_both(*arguments):
+    return torch.ops.normswap.norm_add_norm_backward(*arguments)
+
+
 norm_backward_op.register_autograd(_refuse)
+norm_add_norm_backward_op.register_autograd(_refuse)
 norm_op.register_autograd(gradients.of_norm(_run_backward), setup_context=gradients.keep_norm)
 add_norm_op.register_autograd(gradients.of_add_norm(_run_backward), setup_context=gradients.keep_add_norm)
 norm_add_op.register_autograd(gradients.of_norm_add(_run_backward), setup_context=gradients.keep_norm_add)
 norm_add_norm_op.register_autograd(
-    gradients.of_norm_add_norm(_run_backward), setup_context=gradients.keep_norm_add_norm
+    gradients.of_norm_add_norm(_run_backward, _run_backward_of_both), setup_context=gradients.keep_norm_add_norm
 )

@@ -122,4 +122,7 @@ def _directly(*tensors: torch.Tensor | None) -> bool:
     """Whether nothing but autograd watches: no compiler, no tensor of a subclass, no dispatch mode."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return False
+    return True

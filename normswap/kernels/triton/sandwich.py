@@ -1,8 +1,6 @@
 """The forward of `norm-add-norm`: s = residual + N(x); y = N2(s), for rows that fit into registers.
 
-Reads x and residual, writes s and y: 4 values per element. The backward is that of N2, to which the gradient that
-arrived at s is added, then that of N: 7 values per element, against 6 if one kernel did both, which would hold four
-tensors and four sums of gradients in registers.
+Reads x and residual, writes s and y: 4 values per element.
 """
 
 from __future__ import annotations

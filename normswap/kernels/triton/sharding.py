@@ -18,6 +18,7 @@ _OPERATORS = {
     "norm_add": ("XS", "XXWW"),
     "norm_add_norm": ("XXSS", "XXWWWW"),
     "norm_backward": ("XGG", "XXSWWX"),
+    "norm_add_norm_backward": ("XXGGGG", "XXXSSWWWWX"),
 }
 
 
@@ -26,7 +27,7 @@ def _register(name: str, outputs: str, inputs: str) -> None:
     def shardings(*arguments):
         tensors, how = arguments[: len(inputs)], arguments[len(inputs) :]
         numbers = [None] * len(how)
-        partial = how[-2:] if "G" in outputs else ()  # a gradient that is not needed is empty
+        partial = how[len(how) - outputs.count("G") :]  # a gradient that is not needed is empty
 
         def placed(axis: int | None) -> tuple[list[Placement], list[Placement | None]]:
             of = {"X": Replicate(), "S": Replicate(), "W": Replicate()}

@@ -5,8 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
+@triton.jit
+def _nothing():
+    pass
+
+
 #: whether kernels run in the interpreter, on the CPU (TRITON_INTERPRET=1 before triton was imported)
-INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED: tl.constexpr = tl.constexpr(not isinstance(_nothing, triton.JITFunction))
 
 
 @triton.jit

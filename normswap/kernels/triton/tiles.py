@@ -15,6 +15,7 @@ import triton
 
 FORWARD_WHOLE = 32768  # values of a row that one program of 32 warps holds
 BACKWARD_WHOLE = 16384  # the gradients' sums, and two tensors, are held as well
+SANDWICH_WHOLE = 8192  # twice as much of either
 FORWARD_TILE, BACKWARD_TILE = 2048, 4096  # values of narrower rows that are taken together
 FORWARD_LOOP, BACKWARD_LOOP = 16384, 8192  # of wider rows that are taken at once
 INTERPRETED_TILE = 1 << 13  # in the interpreter a program costs tens of milliseconds, however few values it has
@@ -25,13 +26,15 @@ MAX_WIDTH = 1 << 20  # beyond, not one row per program fits the L2 cache
 class Tile:
     """`rows` rows of `block` columns, all of them where `block >= width`, in a program of `warps` warps.
 
-    `stages`: how many tiles are on their way from memory at once, in a kernel that walks.
+    In a kernel that walks, `stages` tiles are on their way from memory at once, and the gain stays in registers or is
+    read for each.
     """
 
     block: int
     rows: int
     warps: int
     stages: int = 1
+    keeps_gain: bool = True
 
 
 @cache
@@ -50,19 +53,32 @@ def forward_tile(width: int, device: int | None, whole: int = FORWARD_WHOLE) -> 
 
 
 @cache
-def backward_tile(width: int, bytes_per_column: int, device: int | None, whole: int = BACKWARD_WHOLE) -> Tile:
+def backward_tile(width: int, read: int, gain: int, device: int | None, whole: int = BACKWARD_WHOLE) -> Tile:
     """16 values per thread, 32 of the widest; the next tile is fetched where it fits into shared memory.
 
     Args:
-        bytes_per_column: of all tensors that are read.
+        read, gain: bytes per column of the tensors that are read, and of the gain.
     """
     block = triton.next_power_of_2(width)
     if block > whole:
         block = min(BACKWARD_LOOP, whole)
         return Tile(block, 1, _warps(block, 512))
     rows = max(1, (INTERPRETED_TILE if device is None else BACKWARD_TILE) // block)
-    fetched = rows * block * bytes_per_column + 1024
-    return Tile(block, rows, _warps(rows * block, 512, most=16), 2 if fetched <= _shared_memory(device) else 1)
+    keeps_gain = block <= BACKWARD_WHOLE // 2
+    fetched = rows * block * read + (0 if keeps_gain else block * gain) + 1024
+    stages = 2 if fetched <= _shared_memory(device) else 1
+    return Tile(block, rows, _warps(rows * block, 512, most=16), stages, keeps_gain)
+
+
+@cache
+def sandwich_backward_tile(width: int, read: int, device: int | None, whole: int = SANDWICH_WHOLE) -> Tile | None:
+    """8 values per thread of each tensor, 16 of the widest; None where a row does not fit."""
+    block = triton.next_power_of_2(width)
+    if block > whole:
+        return None
+    rows = max(1, (INTERPRETED_TILE if device is None else BACKWARD_TILE) // block)
+    stages = 2 if rows * block * read + 1024 <= _shared_memory(device) else 1
+    return Tile(block, rows, _warps(rows * block, 256, most=16), stages)
 
 
 def reduce_columns(device: int | None) -> int:
