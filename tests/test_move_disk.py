@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-
 import fresh
 import normswap
 
@@ -47,27 +45,23 @@ print(json.dumps(r))
 TEXT = "Now is the winter of our discontent made glorious summer by this sun of York; and all the clouds that lowered"
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, checkpoints) -> list[normswap.Conversion]:
-    """The same conversion twice."""
-    root = tmp_path_factory.mktemp("moved")
-    return [
-        normswap.convert(
-            checkpoints / "gpt2-shakespeare", root / name / "out", placement="post", tokens=TOKENS, verify="fast"
-        )
-        for name in ("first", "second")
-    ]
-
-
-def test_a_process_without_normswap_loads_generates_trains_and_saves(folders, checkpoints):
-    found = json.loads(fresh.run(SCRIPT, checkpoints / "gpt2-shakespeare", folders[0].folder, TEXT))
+def test_a_process_without_normswap_loads_generates_trains_and_saves(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr("normswap.calibration.data.COST_TOKENS", 256)  # for the sake of time: what each layer costs
+    source = checkpoints / "gpt2-shakespeare"
+    moved = normswap.convert(source, tmp_path / "out", placement="post", tokens=TOKENS, verify="fast")
+    assert moved.plan.claim == "calibrated" and len(moved.plan.moved) == 12
+    found = json.loads(fresh.run(SCRIPT, source, moved.folder, TEXT))
     assert found["loading"] == [] and found["without gradient"] == []
     assert 0 < found["kl"] < 0.01 and found["top1"] > 0.8  # measured, 43 tokens: 0.0028 and 0.93
     assert found["same"] and found["generated"] == 40
     assert found["after"] < found["before"] - 0.01 and found["saved"]  # measured: 4.185 and 4.149
 
 
-def test_a_conversion_gives_the_same_files_twice(folders):
+def test_a_conversion_gives_the_same_files_twice(small, tmp_path):
+    folders = [
+        normswap.convert(small["gpt2"], tmp_path / name / "out", placement="post", tokens=256, verify="fast")
+        for name in ("first", "second")
+    ]
     first, second = (conversion.folder for conversion in folders)
     names = {path.relative_to(first) for path in first.rglob("*") if path.is_file()}
     assert names == {path.relative_to(second) for path in second.rglob("*") if path.is_file()}
@@ -80,4 +74,4 @@ def test_a_conversion_gives_the_same_files_twice(folders):
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     assert folders[0].plan.model_dump() == folders[1].plan.model_dump() and folders[0].plan.claim == "calibrated"
-    assert len(folders[0].plan.moved) == 12
+    assert len(folders[0].plan.moved) == 4
