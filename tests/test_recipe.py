@@ -137,6 +137,14 @@ def test_overrides(override, found, expected, tmp_path):
     assert Recipe.of(written(tmp_path, text), (override,)) == Recipe.of(BASE, (override,))
 
 
+def test_another_model_is_trained_in_the_same_way():
+    """What the recipe says of training stays; a revision is of the model that it named."""
+    base = BASE | {"model": {"path": "a", "revision": "v1", "config": {"attn_pdrop": 0.0}}}
+    found = Recipe.of(base, ("model=b",)).model
+    assert (found.path, found.revision, found.config) == ("b", None, {"attn_pdrop": 0.0})
+    assert Recipe.of(base, ("model={path: b}",)).model.config == {}
+
+
 def test_overrides_are_done_in_order():
     two = BASE | {"stages": [{"tokens": 5}, STAGE], "training": {"learning_rate": 0.1}}
     recipe = Recipe.of(two, ("stages.0.tokens=1", "stages.0.tokens=2"))

@@ -84,6 +84,10 @@ def set_key(tree: dict[str, Any], override: str) -> None:
         elif not isinstance(at, dict):
             raise RecipeError(f"'{override}': {'.'.join(keys[:depth])} is {at!r}, which has no keys.")
         if last:
+            held = at[key] if isinstance(at, list) else at.get(key)
+            if depth == 0 and key == "model" and isinstance(held, dict) and isinstance(value, str):
+                # another model, trained in the recipe's way; a revision is of the one that was named
+                value = {name: kept for name, kept in held.items() if name != "revision"} | {"path": value}
             at[key] = value
             return
         below = at[key] if isinstance(at, list) else at.get(key)
