@@ -482,7 +482,10 @@ def test_a_module_that_is_none_of_transformers_needs_inputs():
         normswap.inspect(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)))
 
 
-def test_distributions_are_not_asked_for_values_that_are_not_there():
+def test_distributions_are_not_asked_for_values_that_are_not_there(monkeypatch):
+    # torch.compile turns this off for good
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
+
     class Sampling(nn.Module):
         def __init__(self):
             super().__init__()
