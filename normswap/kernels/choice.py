@@ -115,9 +115,11 @@ class Chooser:
         own = choice.times[MODULE]
         ratio = own / choice.times[best]
         if best == MODULE or ratio < 1.03:
-            choice.why = f"the module itself is as fast as any ({own:.0f} us)"
+            subject = "the module itself is" if call.form == "norm" else "sum and norm apart are"
+            choice.why = f"{subject} as fast as any ({own:.0f} us)"
         else:
-            choice.backend, choice.why = best, f"{ratio:.2f} times as fast as the module ({own:.0f} us)"
+            other = "the module" if call.form == "norm" else "sum and norm apart"
+            choice.backend, choice.why = best, f"{ratio:.2f} times as fast as {other} ({own:.0f} us)"
 
     def _alone(self, call: Call, which: int, module: nn.Module, spec: NormSpec) -> Callable:
         alone = Call("norm", call.width, call.reads[which], call.device, call.norms[which])

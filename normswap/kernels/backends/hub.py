@@ -11,6 +11,7 @@ it. Without such, `_DEFAULT` is asked. As of any kernel, what a layer computes i
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 import torch
@@ -84,7 +85,13 @@ def _layer(name: str, device: str):
         asks = type("Asks", (nn.Module,), {"forward": lambda self, x: x})
         plain = asks.forward
         replace_kernel_forward_from_hub(asks, name)
-        module = kernelize(asks(), mode=Mode.TRAINING, device=device, use_fallback=KernelizeFallback.DEFAULT)
+        log = logging.getLogger("kernels.layer.layer")
+        level = log.level
+        log.setLevel(logging.ERROR)  # that nothing is registered is no news: it is what is asked
+        try:
+            module = kernelize(asks(), mode=Mode.TRAINING, device=device, use_fallback=KernelizeFallback.DEFAULT)
+        finally:
+            log.setLevel(level)
         forward = module.forward.__func__
         return None if forward is plain else forward
 
