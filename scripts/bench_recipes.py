@@ -34,6 +34,8 @@ MODELS = ("gpt2-shakespeare", "llama-shakespeare")
 #: recipe -> how far from its control it is to come, in nats per token
 TARGETS = {"pre-to-post": 0.01, "remove-norms": 0.03, "to-dyt": 0.03, "to-repbn": 0.03}
 OTHERS = ("to-sandwich", "add-qk-norm")
+#: each for the one of the models that has such norms
+KINDS = ("layernorm-to-rmsnorm", "rmsnorm-to-layernorm")
 #: of the recipe on sentence embeddings: one minus the mean cosine
 EMBEDDINGS = ("post-to-pre", 0.005)
 
@@ -50,6 +52,7 @@ def main(text: str, minilm: str | None, only: str, tokens: int | None, work: Pat
     common = [f"data.source={text}", "data.held_out=0.03", "verify=fast"]
     trained = ROOT / "tests" / "checkpoints"
     lines = {f"{recipe} {m}": [f"model={trained / m}"] for m in MODELS for recipe in (*TARGETS, *OTHERS)}
+    lines |= {f"{recipe} {m}": [f"model={trained / m}"] for recipe, m in zip(KINDS, MODELS, strict=True)}
     if minilm:
         lines[f"{EMBEDDINGS[0]} all-MiniLM-L6-v2"] = [f"model={minilm}", "data.held_out=0.1"]
     for name, overrides in lines.items():
