@@ -73,27 +73,27 @@ def test_killed_again_and_again(recipe, tmp_path):
     """In the control's run, in the middle of the taper, while a checkpoint is written, and behind the last step; then a
     checkpoint loses its end, and another one has hardly begun."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    run(recipe, whole, "control=true")
+    run(recipe, whole, "control=true", "kernels=cpu")
     assert not path_of(Recipe.of(recipe, (f"output={whole}",))).exists()
 
     folder = tmp_path / "out.training"
-    words = run(recipe, out, "control=true", code=-9, kill_in_control=3)
+    words = run(recipe, out, "control=true", "kernels=cpu", code=-9, kill_in_control=3)
     assert "control, stage 1, step 2: held out" in words and "healing" not in words
-    words = run(recipe, out, "control=true", "--resume", code=-9, kill_in_step=3)
+    words = run(recipe, out, "control=true", "kernels=cpu", "--resume", code=-9, kill_in_step=3)
     assert "control: goes on behind step 2 of 6" in words and "healing, stage 1, step 2:" in words
     ramps = [v for k, v in load_file(folder / "checkpoint-2/model.safetensors").items() if k.endswith(".ramp")]
     assert len(ramps) == 5 and 0 < sum(float(ramp) for ramp in ramps) < 5  # some sites have turned, some have not
-    words = run(recipe, out, "control=true", "--resume", code=-9, kill_in_save=4)
+    words = run(recipe, out, "control=true", "kernels=cpu", "--resume", code=-9, kill_in_save=4)
     assert "control: goes on behind step 6 of 6" in words and "healing: goes on behind step 2 of 6" in words
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-2"]
-    run(recipe, out, "control=true", "--resume", code=-9, kill_in_publish=None)
+    run(recipe, out, "control=true", "kernels=cpu", "--resume", code=-9, kill_in_publish=None)
     assert not out.exists()
 
     weights = folder / "checkpoint-6/model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
     (folder / "checkpoint-8").mkdir()
     shutil.copy(folder / "checkpoint-4/model.safetensors", folder / "checkpoint-8")
-    words = run(recipe, out, "control=true", "--resume")
+    words = run(recipe, out, "control=true", "kernels=cpu", "--resume")
     assert "healing: goes on behind step 4 of 6" in words
     check_same(out, whole, ("healed", "control"))
     assert not folder.exists()

@@ -201,3 +201,24 @@ def test_blocks_are_found_behind_a_surgery():
     for block in model.transformer.h:
         block.__class__ = type("Moved", (type(block),), {})
     assert blocks(model) == ["Moved"]
+
+
+def test_a_control_has_kernels_too_and_a_backend_that_is_not_there_is_said_at_once(checkpoints, tmp_path):
+    words = (
+        f"model={checkpoints / 'gpt2-shakespeare'}",
+        "data.block=16",
+        "data.held_out_blocks=2",
+        "verify=fast",
+        "stages.0.tokens=64",
+        "training.per_device_train_batch_size=2",
+        "guards={loss: null, tail: null}",
+    )
+    notes = []
+    recipe = Recipe.of("kernels-only", (*words, "control=true", "kernels=torch", f"output={tmp_path / 'out'}"))
+    done = normswap.finetune(recipe, say=lambda entry: notes.append(entry.get("note")))
+    assert [note for note in notes if note] == ["kernels: 13 norms by torch"] * 2
+    assert {"control", "healed"} <= done.scores.keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(normswap.KernelError, match="quack-kernels is not installed"):
+        normswap.finetune(Recipe.of("kernels-only", (*words, "kernels=quack", f"output={tmp_path / 'other'}")))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -29,6 +29,7 @@ def fuse(model: nn.Module, recipe: Recipe, args: TrainingArguments, run: Path) -
         if not path.is_file():
             chosen = use_kernels(model, **options).chosen()
             restore_kernels(model)
+            run.mkdir(parents=True, exist_ok=True)  # a control's is not there yet
             partial = path.with_name(f"{path.name}.partial")
             partial.write_text(json.dumps(chosen, indent=1), encoding="utf-8")
             os.replace(partial, path)

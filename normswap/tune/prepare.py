@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from normswap.calibration.data import Data, Progress
 from normswap.checkpoint.source import Source
 from normswap.errors import RecipeError
+from normswap.kernels.swap import check_backends
 from normswap.observe.run import make_eager
 from normswap.tune.data import Corpus, corpus
 from normswap.tune.folder import load_plans, save_plans
@@ -81,6 +82,8 @@ def prepare(recipe: Recipe, source: Source, progress: Progress, run: Path | None
     Args:
         run: folder that the plans are kept in, so that a resumed run, and every process, has the same.
     """
+    if recipe.kernels is not None:
+        check_backends(recipe.kernels.backend)  # now, and not behind a calibration
     original = _load(recipe, source)
     positions = of_text(original.config, "max_position_embeddings")
     takes = set(signatures.signature(original.forward).parameters)
