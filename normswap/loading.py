@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from normswap.apply.live import apply_structure
+from normswap.checkpoint.folder import check_folder
 from normswap.checkpoint.record import Record
 from normswap.errors import NormswapError, SourceError
 from normswap.planning.plans import Plan
@@ -30,6 +31,8 @@ def load(folder: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
         SourceError: the folder has no sound `normswap.json`, or its weights are not those of the plan.
     """
     folder = Path(folder)
+    if folder.is_dir():
+        check_folder(folder)
     record = Record.read(folder)
     plan, (stock, config) = record.plan, record.stock()
     with torch.device("meta"):

@@ -1,10 +1,14 @@
-"""A local checkpoint folder: which tensors it holds and where, from headers alone, and reads of single tensors."""
+"""A local checkpoint folder: which tensors it holds and where, from headers alone, and reads of single tensors.
+
+Weights are safetensors, or what torch.save wrote. Both say where in the file each tensor lies; nothing else differs.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
+import math
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,12 +17,14 @@ from typing import Any, BinaryIO
 
 import torch
 
-from normswap.checkpoint.header import CODES, TensorInfo, read_header, unique_keys
+from normswap.checkpoint.documents import shown
+from normswap.checkpoint.folder import check_inside
+from normswap.checkpoint.header import CODES, TensorInfo, read_header
+from normswap.checkpoint.pickled import read_pickled
+from normswap.checkpoint.weights import CONFIG, INDEX, WEIGHTS, find_weights, has_weights
 from normswap.errors import SourceError
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
+__all__ = ["CONFIG", "INDEX", "WEIGHTS", "Checkpoint", "Shard", "has_weights"]
 
 CHUNK = 16 * 2**20
 # What a kernel or file system answers when it cannot copy between these two files itself.
@@ -27,11 +33,19 @@ _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its name, its tensors in data order, its `__metadata__` (None: it has none)."""
+    """One file of weights.
+
+    Attributes:
+        name: what it is called as safetensors: its own name, or, of what torch.save wrote, the one that it gets.
+        tensors: in data order; of what torch.save wrote, as listed there.
+        metadata: its `__metadata__` (None: it has none).
+        file: its own name.
+    """
 
     name: str
     tensors: tuple[TensorInfo, ...]
     metadata: dict[str, str] | None
+    file: str
 
 
 class Checkpoint:
@@ -43,13 +57,22 @@ class Checkpoint:
         folder: where it is.
         shards: the files that hold weights, in the order of their names.
         tensors: every tensor by key.
-        index: the parsed `model.safetensors.index.json`, None when one file holds everything.
+        index: the parsed index, None when one file holds everything.
+        read_files: names of the files that hold weights, and of their index.
     """
 
-    def __init__(self, folder: Path, shards: list[Shard], index: dict[str, Any] | None, files: dict[str, BinaryIO]):
+    def __init__(
+        self,
+        folder: Path,
+        shards: list[Shard],
+        index: dict[str, Any] | None,
+        files: dict[str, BinaryIO],
+        index_file: str | None = None,
+    ):
         self.folder = folder
         self.shards = shards
         self.index = index
+        self.read_files = frozenset(shard.file for shard in shards) | ({index_file} - {None})
         self.tensors: dict[str, TensorInfo] = {info.key: info for shard in shards for info in shard.tensors}
         self._files = files
 
@@ -61,39 +84,53 @@ class Checkpoint:
             SourceError: something is missing, malformed, or two files disagree.
         """
         folder = Path(folder)
-        names, index = _weight_files(folder)
+        found = find_weights(folder)
         shards: list[Shard] = []
         files: dict[str, BinaryIO] = {}
         with ExitStack() as opened:
-            for name in names:
-                path = folder / name
+            for own, name in zip(found.files, found.names, strict=True):
+                path = folder / own
                 try:
+                    check_inside(folder, path)
                     files[name] = opened.enter_context(path.open("rb"))
-                    shards.append(Shard(name, *_header(files[name], path)))
+                    shards.append(_shard(files[name], path, name, found.pickled))
                 except OSError as error:
-                    raise SourceError(_unreadable(path, error, index is not None)) from error
+                    raise SourceError(_unreadable(path, error, found.index_file)) from error
             _check_unique(folder, shards)
-            if index is not None:
-                _check_index(folder / INDEX, index["weight_map"], shards)
+            if found.index is not None:
+                _check_index(folder / found.index_file, found.index["weight_map"], shards)
             opened.pop_all()
-        return cls(folder, shards, index, files)
+        return cls(folder, shards, found.index, files, found.index_file)
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor as stored, in memory of its own."""
         info = self.tensors[key]
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        if info.strides is None:
+            return self._numbers(info, math.prod(info.shape)).reshape(info.shape)
+        span = 1 + sum((n - 1) * stride for n, stride in zip(info.shape, info.strides, strict=True))
+        return self._numbers(info, span).as_strided(info.shape, info.strides).contiguous()
+
+    def _numbers(self, info: TensorInfo, count: int) -> torch.Tensor:
+        """As many numbers of the file as `count`, from where a tensor begins."""
+        size = count * info.dtype.itemsize
+        data = torch.empty(size, dtype=torch.uint8)
         view, done = memoryview(data.numpy()), 0
-        while done < info.nbytes:
+        while done < size:
             # One call reads at most 2 GiB.
-            count = os.preadv(self._files[info.shard].fileno(), [view[done:]], info.offset + done)
-            if count == 0:
+            read = os.preadv(self._files[info.shard].fileno(), [view[done:]], info.offset + done)
+            if read == 0:
                 raise self._shrunk(info)
-            done += count
-        return data.view(info.dtype).reshape(info.shape)
+            done += read
+        return data.view(info.dtype)
 
     def copy_bytes(self, key: str, out: int, offset: int) -> None:
         """Copy a tensor's bytes to `offset` (bytes) of the open file `out`, inside the kernel where it can do so."""
         info = self.tensors[key]
+        if info.strides is not None:
+            data, done = memoryview(self.read(key).reshape(-1).view(torch.uint8).numpy()), 0
+            while done < info.nbytes:
+                done += os.pwrite(out, data[done:], offset + done)
+            return
         fd, done, in_kernel = self._files[info.shard].fileno(), 0, True
         while done < info.nbytes:
             begin, want = info.offset + done, min(info.nbytes - done, CHUNK)
@@ -118,11 +155,12 @@ class Checkpoint:
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def hash_files(self) -> dict[str, str]:
-        """SHA-256 of every shard's bytes, by file name; reads everything once."""
+        """SHA-256 of every shard's bytes, by its file's own name; reads everything once."""
         hashes = {}
-        for name, file in self._files.items():
+        for shard in self.shards:
+            file = self._files[shard.name]
             file.seek(0)
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[shard.file] = hashlib.file_digest(file, "sha256").hexdigest()
         return hashes
 
     def close(self) -> None:
@@ -136,54 +174,19 @@ class Checkpoint:
         self.close()
 
     def _shrunk(self, info: TensorInfo) -> SourceError:
+        own = next(shard.file for shard in self.shards if shard.name == info.shard)
         return SourceError(
-            f"{self.folder / info.shard}: the file ends inside tensor {info.key}, which was not so when it was opened. "
+            f"{self.folder / own}: the file ends inside tensor {info.key}, which was not so when it was opened. "
             "Something else is writing to it: wait for that to end and run again."
         )
 
 
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
-    """Names of the files with weights and the index, looked for in the order `from_pretrained` looks."""
-    if not folder.is_dir():
-        raise SourceError(f"{folder}: expected a folder with {CONFIG} and {WEIGHTS}; there is no such folder.")
-    if not (folder / CONFIG).is_file():
-        raise SourceError(f"{folder}: expected {CONFIG}, found none; give the folder that save_pretrained wrote.")
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS], None
-    if (folder / INDEX).is_file():
-        index = _read_index(folder / INDEX)
-        return sorted(set(index["weight_map"].values())), index
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".safetensors", ".pt", ".pth"})
-    raise SourceError(
-        f"{folder}: expected {WEIGHTS} or {INDEX}, found {', '.join(others[:8]) or 'no weights'}. If transformers "
-        "loads this folder, save it again as safetensors: AutoModelForCausalLM.from_pretrained(folder)"
-        ".save_pretrained(new_folder), with the Auto class of the model's task."
-    )
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        index = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: the index is no valid JSON ({error}); fetch it again.") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{path}: expected weight_map, from tensor to file name; found none. Fetch the index again.")
-    if not isinstance(index.get("metadata", {}), dict):
-        raise SourceError(f"{path}: expected metadata to be an object, found {index['metadata']!r:.80}.")
-    for key, name in weight_map.items():
-        # A name with a folder in it could lead out of the checkpoint, and out of the destination when it is written.
-        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
-            raise SourceError(
-                f"{path}: tensor {key}: expected the name of a file in {path.parent}, found {name!r:.200}. "
-                "Put all shards beside the index and name them without folders."
-            )
-    return index
-
-
-def _header(file: BinaryIO, path: Path) -> tuple[tuple[TensorInfo, ...], dict[str, str] | None]:
+def _shard(file: BinaryIO, path: Path, name: str, pickled: bool) -> Shard:
+    if pickled:
+        # the mark that transformers looks for in safetensors
+        return Shard(name, tuple(read_pickled(file, path, name)), {"format": "pt"}, path.name)
     tensors, metadata = read_header(file, path)
-    return tuple(tensors), metadata
+    return Shard(name, tuple(tensors), metadata, path.name)
 
 
 def _check_unique(folder: Path, shards: list[Shard]) -> None:
@@ -192,22 +195,22 @@ def _check_unique(folder: Path, shards: list[Shard]) -> None:
         for info in shard.tensors:
             if info.key in seen:
                 raise SourceError(
-                    f"{folder}: expected each tensor once, found {info.key} in both {seen[info.key]} and {shard.name}; "
+                    f"{folder}: expected each tensor once, found {info.key} in both {seen[info.key]} and {shard.file}; "
                     "save the model again with save_pretrained."
                 )
-            seen[info.key] = shard.name
+            seen[info.key] = shard.file
 
 
 def _check_index(path: Path, weight_map: dict[str, str], shards: list[Shard]) -> None:
-    stored = {info.key: shard.name for shard in shards for info in shard.tensors}
+    stored = {info.key: shard.file for shard in shards for info in shard.tensors}
     for key in sorted(weight_map.keys() | stored.keys()):
         if weight_map.get(key) != stored.get(key):
             raise SourceError(
-                f"{path}: tensor {key}: the index says {weight_map.get(key, 'nothing')}, the files' headers say "
-                f"{stored.get(key, 'nothing')}. The index and the shards are of different saves: fetch both again."
+                f"{path}: tensor {shown(key)}: the index says {weight_map.get(key, 'nothing')}, the files' headers "
+                f"say {stored.get(key, 'nothing')}. The index and the shards are of different saves: fetch both again."
             )
 
 
-def _unreadable(path: Path, error: OSError, sharded: bool) -> str:
-    named = f"named by {INDEX}, " if sharded else ""
+def _unreadable(path: Path, error: OSError, index_file: str | None) -> str:
+    named = f"named by {index_file}, " if index_file else ""
     return f"{path}: {named}cannot be read: {error.strerror}. Fetch the checkpoint again, with all its files."

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from normswap.checkpoint.documents import brief, read_json
 from normswap.errors import DestinationError, PlanError
 from normswap.norms.kinds import OFFERED
 from normswap.planning.edits import (
@@ -262,7 +263,7 @@ class Plan(BaseModel):
     def load(cls, path: str | Path) -> Plan:
         """Read a saved plan. Raises PlanError naming every field that does not fit."""
         try:
-            plan = cls.model_validate_json(Path(path).read_bytes())
+            plan = cls.model_validate(read_json(Path(path)))
             wanted = plan.asks_for()
             if wanted:
                 plan._fitted = load_file(_beside(path))
@@ -275,7 +276,9 @@ class Plan(BaseModel):
             raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
         except ValidationError as error:
             found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:8])
-            raise PlanError(f"{path} is not a plan written by `normswap plan -o`: {found}") from error
+            raise PlanError(f"{path} is not a plan written by `normswap plan -o`: {brief(found)}") from error
+        except ValueError as error:
+            raise PlanError(f"{path} is not a plan written by `normswap plan -o`: {brief(error)}") from error
 
 
 def _beside(path: str | Path) -> Path:
