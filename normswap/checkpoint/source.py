@@ -81,10 +81,21 @@ class Source:
 
     def build(self) -> PreTrainedModel:
         """The model on the meta device: its modules and shapes, no weights. A converted folder's plan is replayed."""
+        model = self.build_stock()
+        if self.record is not None:
+            apply_structure(model, self.record.plan)
+        return model.eval()
+
+    def build_stock(self) -> PreTrainedModel:
+        """The same as its configuration alone says.
+
+        Raises:
+            SourceError: the class cannot be built from it, or not within `limits`.
+        """
         most = self._most_modules
         try:
             with limited(most), torch.device("meta"):
-                model = self.model_class._from_config(self.config)
+                return self.model_class._from_config(self.config)
         except TooMuch as error:
             raise SourceError(_beyond(self.name, error)) from error
         except Exception as error:
@@ -92,9 +103,6 @@ class Source:
                 f"{self.model_class.__name__} cannot be built from the configuration of {self.name}: "
                 f"{type(error).__name__}: {brief(error)}. Check config.json."
             ) from error
-        if self.record is not None:
-            apply_structure(model, self.record.plan)
-        return model.eval()
 
     @cached_property
     def _most_modules(self) -> int:
