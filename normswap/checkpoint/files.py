@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 import os
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +21,7 @@ import torch
 
 from normswap.checkpoint.documents import shown
 from normswap.checkpoint.folder import check_inside
+from normswap.checkpoint.hashing import hash_from
 from normswap.checkpoint.header import CODES, TensorInfo, read_header
 from normswap.checkpoint.pickled import read_pickled
 from normswap.checkpoint.weights import CONFIG, INDEX, WEIGHTS, find_weights, has_weights
@@ -102,38 +105,45 @@ class Checkpoint:
             opened.pop_all()
         return cls(folder, shards, found.index, files, found.index_file)
 
-    def read(self, key: str) -> torch.Tensor:
-        """One tensor as stored, in memory of its own."""
+    def read(self, key: str, rows: range | None = None) -> torch.Tensor:
+        """One tensor as stored, or some `rows` of it (of its first axis), in memory of its own."""
         info = self.tensors[key]
+        shape = info.shape if rows is None else (len(rows), *info.shape[1:])
         if info.strides is None:
-            return self._numbers(info, math.prod(info.shape)).reshape(info.shape)
-        span = 1 + sum((n - 1) * stride for n, stride in zip(info.shape, info.strides, strict=True))
-        return self._numbers(info, span).as_strided(info.shape, info.strides).contiguous()
+            begin = 0 if rows is None else rows.start * math.prod(info.shape[1:])
+            return self._numbers(info, begin, math.prod(shape)).reshape(shape)
+        begin = 0 if rows is None else rows.start * info.strides[0]
+        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, info.strides, strict=True))
+        return self._numbers(info, begin, span).as_strided(shape, info.strides).contiguous()
 
-    def _numbers(self, info: TensorInfo, count: int) -> torch.Tensor:
-        """As many numbers of the file as `count`, from where a tensor begins."""
-        size = count * info.dtype.itemsize
+    def _numbers(self, info: TensorInfo, begin: int, count: int) -> torch.Tensor:
+        """As many numbers of the file as `count`, from `begin` numbers behind where a tensor begins."""
+        size, start = count * info.dtype.itemsize, info.offset + begin * info.dtype.itemsize
         data = torch.empty(size, dtype=torch.uint8)
         view, done = memoryview(data.numpy()), 0
         while done < size:
             # One call reads at most 2 GiB.
-            read = os.preadv(self._files[info.shard].fileno(), [view[done:]], info.offset + done)
+            with _readable(self._path(info.shard)):
+                read = os.preadv(self._files[info.shard].fileno(), [view[done:]], start + done)
             if read == 0:
                 raise self._shrunk(info)
             done += read
         return data.view(info.dtype)
 
-    def copy_bytes(self, key: str, out: int, offset: int) -> None:
-        """Copy a tensor's bytes to `offset` (bytes) of the open file `out`, inside the kernel where it can do so."""
+    def copy_bytes(self, key: str, out: int, offset: int, span: range | None = None) -> None:
+        """Copy a tensor's bytes to `offset` (bytes) of the open file `out`, inside the kernel where it can do so.
+
+        Args:
+            span: which of its bytes; `offset` is where the first of these goes.
+        """
         info = self.tensors[key]
+        first, size = (0, info.nbytes) if span is None else (span.start, len(span))
         if info.strides is not None:
-            data, done = memoryview(self.read(key).reshape(-1).view(torch.uint8).numpy()), 0
-            while done < info.nbytes:
-                done += os.pwrite(out, data[done:], offset + done)
+            self._write_view(info, out, offset, range(first, first + size))
             return
         fd, done, in_kernel = self._files[info.shard].fileno(), 0, True
-        while done < info.nbytes:
-            begin, want = info.offset + done, min(info.nbytes - done, CHUNK)
+        while done < size:
+            begin, want = info.offset + first + done, min(size - done, CHUNK)
             if in_kernel:
                 try:
                     count = os.copy_file_range(fd, out, want, begin, offset + done)
@@ -154,14 +164,30 @@ class Checkpoint:
         described = sorted((info.key, CODES[info.dtype], info.shape) for info in self.tensors.values())
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
-    def hash_files(self) -> dict[str, str]:
-        """SHA-256 of every shard's bytes, by its file's own name; reads everything once."""
-        hashes = {}
-        for shard in self.shards:
-            file = self._files[shard.name]
-            file.seek(0)
-            hashes[shard.file] = hashlib.file_digest(file, "sha256").hexdigest()
-        return hashes
+    def _write_view(self, info: TensorInfo, out: int, offset: int, span: range) -> None:
+        """`copy_bytes` of a tensor that does not lie in the file row after row."""
+        row = info.nbytes // info.shape[0]
+        rows = range(span.start // row, -(-span.stop // row))
+        data = memoryview(self.read(info.key, rows).reshape(-1).view(torch.uint8).numpy())
+        data, done = data[span.start - rows.start * row :][: len(span)], 0
+        while done < len(data):
+            done += os.pwrite(out, data[done:], offset + done)
+
+    def hash_file(self, shard: str, stopped: Callable[[], bool] = lambda: False) -> str:
+        """SHA-256 of a shard's file; reads all of it, or until `stopped`."""
+        fd = self._files[shard].fileno()
+        size = os.fstat(fd).st_size
+        ends = (min(end, size) for end in range(CHUNK, size + CHUNK, CHUNK))
+        with _readable(self._path(shard)):
+            return hash_from(fd, takewhile(lambda _: not stopped(), ends))
+
+    def states(self) -> dict[str, list[int]]:
+        """What tells whether a shard's file was written to since: its size, and when it last changed (ns)."""
+        found = {name: os.fstat(file.fileno()) for name, file in self._files.items()}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+    def _path(self, shard: str) -> Path:
+        return self.folder / next(one.file for one in self.shards if one.name == shard)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -174,9 +200,8 @@ class Checkpoint:
         self.close()
 
     def _shrunk(self, info: TensorInfo) -> SourceError:
-        own = next(shard.file for shard in self.shards if shard.name == info.shard)
         return SourceError(
-            f"{self.folder / own}: the file ends inside tensor {info.key}, which was not so when it was opened. "
+            f"{self._path(info.shard)}: the file ends inside tensor {info.key}, which was not so when it was opened. "
             "Something else is writing to it: wait for that to end and run again."
         )
 
@@ -209,6 +234,14 @@ def _check_index(path: Path, weight_map: dict[str, str], shards: list[Shard]) ->
                 f"{path}: tensor {shown(key)}: the index says {weight_map.get(key, 'nothing')}, the files' headers "
                 f"say {stored.get(key, 'nothing')}. The index and the shards are of different saves: fetch both again."
             )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}. Is the disk sound? Fetch it again.") from error
 
 
 def _unreadable(path: Path, error: OSError, index_file: str | None) -> str:
