@@ -19,7 +19,8 @@ _CALLING = ("wrap", "enter")
 
 
 def check_calls(model: nn.Module, edits: Sequence[ModuleEdit]) -> None:
-    """Raise PlanError where code would use anything but modules, and numbers that the plan sets."""
+    """Raise PlanError where code would use anything but modules, and numbers that the plan sets, or an edit is twice."""
+    _check_once(edits)
     added = {edit.module for edit in edits if isinstance(edit, AddNorm)}
     numbers = {(edit.module, edit.name) for edit in edits if isinstance(edit, SetScale)}
 
@@ -44,6 +45,15 @@ def check_calls(model: nn.Module, edits: Sequence[ModuleEdit]) -> None:
                 raise _unknown(edit, f"multiplies by {change.name}", "a number that the plan sets")
             if change.kind not in (*_LEAVING, *_CALLING, "scale"):
                 raise _unknown(edit, f"makes the change {change.kind}", "one of those that move norms")
+
+
+def _check_once(edits: Sequence[ModuleEdit]) -> None:
+    seen: set[tuple[str, ...]] = set()
+    for edit in edits:
+        what = (edit.edit, edit.module, *((edit.name,) if isinstance(edit, SetScale) else ()))
+        if what in seen and not isinstance(edit, Rewrite):  # of these each is for another method, which is looked at
+            raise PlanError(f"{edit.module}: the plan has two edits {edit.edit} of it, expected one. Make it again.")
+        seen.add(what)
 
 
 def _unknown(edit: ModuleEdit, does: str, expected: str) -> PlanError:

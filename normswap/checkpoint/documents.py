@@ -23,9 +23,12 @@ def load_json(text: bytes) -> Any:
     if values > MAX_VALUES:
         raise ValueError(f"it holds about {values} values, more than the {MAX_VALUES} that any model needs")
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
+        if rb"\ud" in text or rb"\uD" in text:
+            json.dumps(found, ensure_ascii=False).encode()  # raises ValueError where half a character stands alone
     except RecursionError as error:
         raise ValueError("lists or objects stand inside each other too deep") from error
+    return found
 
 
 def read_json(path: Path) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +18,7 @@ from normswap.checkpoint.documents import brief, read_json
 from normswap.checkpoint.files import Checkpoint, has_weights
 from normswap.checkpoint.folder import check_folder
 from normswap.checkpoint.record import RECORD, Record, stock_class
-from normswap.errors import SourceError
+from normswap.errors import NormswapError, SourceError
 from normswap.limits import TooMuch, limited
 
 #: of a model without stored tensors; the largest that transformers has are of some thousands
@@ -83,8 +85,28 @@ class Source:
         """The model on the meta device: its modules and shapes, no weights. A converted folder's plan is replayed."""
         model = self.build_stock()
         if self.record is not None:
-            apply_structure(model, self.record.plan)
+            with self.carried_out(), limited():
+                apply_structure(model, self.record.plan)
         return model.eval()
+
+    @contextmanager
+    def carried_out(self) -> Iterator[None]:
+        """Have what comes of the record's plan, which nobody need have made, refused where it fits nothing.
+
+        Raises:
+            SourceError: for any error in the block but ours, of a folder with a record.
+        """
+        try:
+            yield
+        except NormswapError:
+            raise
+        except Exception as error:
+            if self.record is None:
+                raise
+            raise SourceError(
+                f"{self.folder / RECORD} is damaged: its plan gives no model that runs ({brief(error)}). Convert the "
+                "source again."
+            ) from error
 
     def build_stock(self) -> PreTrainedModel:
         """The same as its configuration alone says.

@@ -126,6 +126,10 @@ class _Machine:
             return f"it asks for {ascii('.'.join(last)):.200}, which is not among what a state dict takes"
         return f"it has the instruction {code}, which is not among those that a state dict takes"
 
+    def protocol(self, number: int) -> None:
+        if number != 2:
+            raise NoStateDict(f"its pickle is of protocol {number}, torch.save and torch.load have 2")
+
     def name(self, named: str) -> None:
         """What a global name stands for; `named` is the module and the name, with a space between."""
         module, _, name = named.partition(" ")
@@ -243,7 +247,7 @@ def _put(machine: _Machine, number: int) -> None:
 
 
 _STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
-    "PROTO": lambda machine, _: None,
+    "PROTO": lambda machine, number: machine.protocol(number),
     "MARK": _constant(_MARK),
     "NONE": _constant(None),
     "NEWTRUE": _constant(True),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -145,6 +145,13 @@ class Plan(BaseModel):
     rotated: tuple[RotatedStream, ...] = ()
     calibrated_on: str | None = None
     _fitted: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+
+    @field_validator("request")
+    @classmethod
+    def _of_known_kinds(cls, request: Request) -> Request:
+        if odd := [choice.kind for choice in request.norms if choice.kind not in OFFERED]:
+            raise ValueError(f"expected kinds of norm among {', '.join(OFFERED)}, found {ascii(odd[0]):.100}")
+        return request
 
     def with_fitted(self, tensors: Mapping[str, torch.Tensor]) -> Plan:
         """The same plan with tensors fitted by calibration, by name.

@@ -367,7 +367,8 @@ def inspect(
         return NormMap.of(model, example_inputs(model) if inputs is None else inputs)
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     built = source.build()
-    normmap = NormMap.of(built, example_inputs(built) if inputs is None else inputs)
+    with source.carried_out():
+        normmap = NormMap.of(built, example_inputs(built) if inputs is None else inputs)
     normmap.converted = source.record and source.record.history()
     if has_weights(source.folder):
         with Checkpoint.open(source.folder) as checkpoint:
