@@ -58,6 +58,9 @@ class Record:
             raise SourceError(f"{path} is damaged: {why}. Convert the source again.") from error
         if not isinstance(source_config, dict) or not isinstance(source_config.get("model_type"), str):
             raise SourceError(f"{path} is damaged: source_config is no model configuration. Convert the source again.")
+        for place in ("source", "source.files", "undo", "training"):
+            if not isinstance(_at(raw, place), dict):
+                raise SourceError(f"{path} is damaged: {place} is no object. Convert the source again.")
         return cls(folder, plan, source_config, version, raw)
 
     def stock(self) -> tuple[type[PreTrainedModel], PretrainedConfig]:
@@ -90,9 +93,16 @@ class Record:
         done = f"converted by normswap {self.version}: {plan.request.words()} at {sites} sites ({plan.claim})"
         if "training" not in self.raw:
             return done
-        training = self.raw["training"]
-        tokens = training.get("tokens") if isinstance(training, dict) else None
+        tokens = self.raw["training"].get("tokens")
         return f"{done}, and fine-tuned on {tokens} tokens"
+
+
+def _at(raw: dict[str, Any], place: str) -> Any:
+    """What stands at a place with dots, an empty object where nothing does."""
+    found: Any = raw
+    for key in place.split("."):
+        found = found.get(key, {}) if isinstance(found, dict) else None
+    return found
 
 
 def write_record(folder: Path, record: Mapping[str, Any], name: str = RECORD) -> None:
