@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,19 @@ WRITING = "writing"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+class Stages:
+    """A clock that says how long each stage took. Attribute `seconds`: by the stage's name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def ends(self, stage: str) -> None:
+        """The stage that began when the one before ended is over."""
+        now = time.perf_counter()
+        self.seconds[stage], self._last = now - self._last, now
+
+
 @dataclass(frozen=True)
 class Conversion:
     """A finished conversion.
@@ -49,6 +63,7 @@ class Conversion:
         written: what happened to each tensor.
         report: what was measured before publishing.
         skipped: files of the source that were left behind (weights in other formats).
+        seconds: what each stage took: `planning`, `writing`, `verifying`.
     """
 
     folder: Path
@@ -56,6 +71,7 @@ class Conversion:
     written: WriteSummary
     report: Proof
     skipped: tuple[str, ...]
+    seconds: dict[str, float]
 
 
 def plan(
@@ -191,7 +207,7 @@ def convert(
         VerificationError: the result measures otherwise than claimed; nothing is published.
         DestinationError: `out` cannot be written.
     """
-    asked = Request.of(**words)
+    asked, clock = Request.of(**words), Stages()
     if plan is not None and (asked != Request() or tokens != TOKENS):
         raise PlanError("a saved plan already says what to do: give no norm, fold, placement, tokens, ... with it.")
     progress = progress or silent
@@ -216,6 +232,7 @@ def convert(
         expected = preview(checkpoint, keymap, plan, stored_dtype)
         with staging.resuming(_follows_from(checkpoint, plan, dtype)) as folder:
             journal = staging.journal
+            clock.ends("planning")
             check_space(folder, expected.bytes_after - journal.bytes_finished)
             skipped = copy_side_files(checkpoint, folder)
             raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
@@ -231,6 +248,7 @@ def convert(
                 journal,
                 workers,
             )
+            clock.ends("writing")
             record = {
                 "source": {
                     "name": source.title,
@@ -254,7 +272,8 @@ def convert(
             options |= {"--dtype": dtype, "--revision": revision}
             command = _command(source.title, Path(out).resolve().name, plan, options)
             write_card(folder, source, plan, report, command)
-    return Conversion(Path(out), plan, written, report, tuple(skipped))
+            clock.ends("verifying")
+    return Conversion(Path(out), plan, written, report, tuple(skipped), clock.seconds)
 
 
 def convert_model(

@@ -43,11 +43,15 @@ from normswap.cli.options import (
 )
 @tokens_option
 @click.option("--undo", is_flag=True, help="MODEL is what normswap made: turn it back into its source's own class.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Threads that copy, compute and write. Default: one per processor."
+)
+@click.option("-v", "--verbose", is_flag=True, help="List what happened to each tensor.")
 @click.option("--overwrite", is_flag=True, help="Replace a model folder at OUT, once the new one is complete.")
 @source_options
 @json_option
 @click.pass_context
-def command(context, model, destination, plan_file, undo, as_json, **options) -> None:
+def command(context, model, destination, plan_file, undo, verbose, as_json, **options) -> None:
     """Convert the checkpoint MODEL into the folder OUT: plan, apply, verify, publish.
 
     OUT appears whole, after verification, or not at all. MODEL is never written to.
@@ -65,7 +69,7 @@ def command(context, model, destination, plan_file, undo, as_json, **options) ->
         _undo(context, model, destination, as_json)
         return
     import normswap
-    from normswap.report.plan import disk_facts, plan_view
+    from normswap.report.plan import disk_facts, plan_view, tensors_view
     from normswap.report.proof import proof_view
 
     with progress_bars(enabled=not as_json) as progress:
@@ -83,10 +87,13 @@ def command(context, model, destination, plan_file, undo, as_json, **options) ->
             "disk": disk_facts(done.written),
             "report": done.report.model_dump(mode="json"),
             "skipped": list(done.skipped),
+            "seconds": done.seconds,
         }
         click.echo(json.dumps(result, indent=2))
     else:
         out().print(plan_view(done.plan, done.written))
+        if verbose:
+            out().print(tensors_view(done.written))
         out().print(proof_view(done.report))
     if done.skipped:
         err().print(f"left behind (other formats hold the unconverted weights): {', '.join(done.skipped)}")
@@ -96,7 +103,7 @@ def command(context, model, destination, plan_file, undo, as_json, **options) ->
 
 
 #: options that go with --undo; what to undo, the folder says
-_UNDO_TAKES = ("model", "destination", "undo", "verify", "text", "overwrite", "as_json")
+_UNDO_TAKES = ("model", "destination", "undo", "verify", "text", "overwrite", "verbose", "as_json")
 
 
 def _undo(context: click.Context, model: str, destination: Path, as_json: bool) -> None:

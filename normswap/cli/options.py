@@ -11,8 +11,18 @@ from functools import reduce
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
+from rich.text import Text
 
 
 def printable(text: str) -> str:
@@ -122,6 +132,9 @@ request_options = _together(
     ),
 )
 
+#: what of a progress is counted in bytes: `conversion.WRITING`, which takes torch to import
+BYTES = frozenset({"writing"})
+
 #: `calibration.run.TOKENS`, which takes torch to import
 TOKENS = 8192
 
@@ -145,6 +158,18 @@ tokens_option = _together(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
+class _Bytes(ProgressColumn):
+    """How many bytes of how many, and how many a second; nothing where what is counted are no bytes."""
+
+    max_refresh = 0.5
+
+    def render(self, task):
+        if task.description not in BYTES:
+            return Text()
+        speed = "?" if task.speed is None else f"{decimal(int(task.speed))}/s"
+        return Text(f"{decimal(int(task.completed))} of {decimal(int(task.total))}, {speed}")
+
+
 @contextmanager
 def progress_bars(enabled: bool = True):
     """A callback `(what, done, total)` that draws one bar per `what` on stderr while the block runs."""
@@ -152,6 +177,7 @@ def progress_bars(enabled: bool = True):
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
+        _Bytes(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     ]
