@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,11 +15,13 @@ from normswap.verification.outputs import (
     Inputs,
     OutputComparison,
     OutputMetrics,
+    Outputs,
     check_alike,
     main_output,
     outputs_of,
 )
-from normswap.verification.sites import SiteComparison, SiteMetrics, SiteSpec, alike, site_calls
+from normswap.verification.sites import Seen, SiteComparison, SiteMetrics, SiteSpec, alike, watched
+from normswap.verification.turns import Turns
 
 Progress = Callable[[int, int], None]
 
@@ -85,7 +88,8 @@ def compare_models(
 ) -> Comparison:
     """Run both models on every batch and measure how far B is from A.
 
-    Memory holds one batch's outputs, and inputs and outputs of norms; of earlier batches, a few numbers per token.
+    The models run in turns, from norm to norm. Memory holds one batch's outputs, and what one norm got and gave; of
+    earlier batches, a few numbers per token.
 
     Args:
         model_a, model_b: in eval mode, of one dtype.
@@ -110,24 +114,38 @@ def compare_models(
     left_out = tuple(dict.fromkeys(path for path, _ in (*sites_a, *sites_b) if path in moved))
     sites_a, sites_b = ([(path, spec) for path, spec in own if path not in moved] for own in (sites_a, sites_b))
     sites_a, sites_b = alike(sites_a, sites_b)
-    with site_calls(model_a, sites_a) as calls_a, site_calls(model_b, sites_b, sites_a) as calls_b:
-        for done, batch in enumerate(batches):
-            inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
-            all_a, all_b = outputs_of(model_a, inputs, lifted, "A"), outputs_of(model_b, inputs, lifted, "B")
-            check_alike(all_a, all_b)
-            name = main_output(all_a)
-            a, b = torch.atleast_2d(all_a[name]), torch.atleast_2d(all_b[name])
-            others.add(all_a, all_b, {name, *basis.outputs})
-            sites.add(calls_a, calls_b)
-            calls_a.clear(), calls_b.clear()
-            ids = _ids_of_rows(inputs, a)
-            if outputs is None:
-                outputs = TokenComparison(distributions=name == "logits", decode=decode)
-                causal = ids is not None and name == "logits" and _is_causal(model_a, inputs, a, lifted)
-                calls_a.clear()
-            outputs.add(a, b.to(a.device), _next_ids(ids).to(a.device) if causal else None, ids)
-            if progress:
-                progress(done + 1, len(batches))
+    turns = Turns(tuple({p.device for model in (model_a, model_b) for p in model.parameters() if p.is_cuda}))
+
+    def told(of: Literal["a", "b"]) -> Callable[[str, Seen], None]:
+        def take(path: str, seen: Seen) -> None:
+            if turns.current == "ab".index(of):  # A and B may be one and the same model
+                sites.add(of, path, seen)
+                turns.give()
+
+        return take
+
+    def run(model: nn.Module, inputs: Inputs, own: Sequence[SiteSpec], expected, of: Literal["a", "b"]) -> Outputs:
+        with watched(model, own, expected, told(of)):
+            return outputs_of(model, inputs, lifted, of.upper())
+
+    for done, batch in enumerate(batches):
+        inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
+        all_a, all_b = turns.run(
+            lambda: run(model_a, inputs, sites_a, (), "a"),  # noqa: B023 (both have run when this returns)
+            lambda: run(model_b, inputs, sites_b, sites_a, "b"),  # noqa: B023
+        )
+        sites.end_batch()
+        check_alike(all_a, all_b)
+        name = main_output(all_a)
+        a, b = torch.atleast_2d(all_a[name]), torch.atleast_2d(all_b[name])
+        others.add(all_a, all_b, {name, *basis.outputs})
+        ids = _ids_of_rows(inputs, a)
+        if outputs is None:
+            outputs = TokenComparison(distributions=name == "logits", decode=decode)
+            causal = ids is not None and name == "logits" and _is_causal(model_a, inputs, a, lifted)
+        outputs.add(a, b.to(a.device), _next_ids(ids).to(a.device) if causal else None, ids)
+        if progress:
+            progress(done + 1, len(batches))
     if outputs is None:
         raise VerificationError("there is nothing to compare on: expected at least one batch, found none.")
     metrics, measured = outputs.metrics(), sites.metrics()
