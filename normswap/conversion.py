@@ -20,7 +20,7 @@ from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
 from normswap.apply.stream import preview, write_tensors
 from normswap.calibration.data import TOKENS, WINDOW, Progress, given_data, silent, text_data
-from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.files import Checkpoint, has_weights
 from normswap.checkpoint.journal import Journal
 from normswap.checkpoint.kept import save_kept
 from normswap.checkpoint.keymap import KeyMap
@@ -152,7 +152,7 @@ def preview_on_disk(
 ) -> WriteSummary | None:
     """What a plan changes in the files of a checkpoint, from headers alone; None if there are no weights."""
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    if not any(source.folder.glob("*.safetensors")):
+    if not has_weights(source.folder):
         return None
     with Checkpoint.open(source.folder) as checkpoint:
         return preview(checkpoint, _map_keys(source, source.build(), checkpoint), made, _dtype(dtype))
@@ -254,7 +254,7 @@ def convert(
                     "name": source.title,
                     "revision": revision,
                     "headers": checkpoint.fingerprint(),
-                    "files": {name: journal.finished[name].source_sha256 for name in written.hashes},
+                    "files": {shard.file: journal.finished[shard.name].source_sha256 for shard in checkpoint.shards},
                 },
                 "source_config": raw,
                 "plan": plan.model_dump(mode="json"),

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from normswap.cli.options import (
     err,
     json_option,
+    one_line,
     out,
     progress_bars,
     quiet,
@@ -96,7 +97,7 @@ def command(context, model, destination, plan_file, undo, verbose, as_json, **op
             out().print(tensors_view(done.written))
         out().print(proof_view(done.report))
     if done.skipped:
-        err().print(f"left behind (other formats hold the unconverted weights): {', '.join(done.skipped)}")
+        err().print(f"left behind (other formats hold the unconverted weights): {one_line(done.skipped)}")
     if options["verify"] == "none":
         err().print("NOT VERIFIED: the result was published without being measured (--verify none).", style="bold red")
     err().print(f"published {done.folder}", style="bold")

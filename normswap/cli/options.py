@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import unicodedata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import reduce
 
@@ -28,6 +28,11 @@ from rich.text import Text
 def printable(text: str) -> str:
     """`text` without control characters: names and texts from a checkpoint may hold some that move the cursor."""
     return "".join("?" if unicodedata.category(c)[0] == "C" and c != "\n" else c for c in text)
+
+
+def one_line(names: Iterable[str]) -> str:
+    """Names of files, which may hold anything, with commas between."""
+    return ", ".join(printable(name).replace("\n", "?") for name in names)
 
 
 class SafeConsole(Console):
