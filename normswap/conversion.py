@@ -14,11 +14,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from normswap.adapters.carry import carry
+from normswap.adapters.folder import read_adapters
+from normswap.adapters.publish import publish_adapters
 from normswap.apply.keeper import Keeper
 from normswap.apply.layout import WriteSummary
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
 from normswap.apply.stream import preview, write_tensors
+from normswap.apply.values import Values
 from normswap.calibration.data import TOKENS, WINDOW, Progress, given_data, silent, text_data
 from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.kept import save_kept
@@ -47,6 +51,7 @@ class Conversion:
         written: what happened to each tensor.
         report: what was measured before publishing.
         skipped: files of the source that were left behind (weights in other formats).
+        adapters: what became of each adapter that was carried over: its name, files, and what was measured of it.
     """
 
     folder: Path
@@ -54,6 +59,7 @@ class Conversion:
     written: WriteSummary
     report: Proof
     skipped: tuple[str, ...]
+    adapters: tuple[Mapping[str, Any], ...] = ()
 
 
 def plan(
@@ -151,6 +157,8 @@ def convert(
     out: str | Path,
     *,
     plan: Plan | str | Path | None = None,
+    adapters: Sequence[str | Path] = (),
+    hub: str | None = None,
     dtype: str | None = None,
     verify: VerifyMode = "full",
     text: str | Path | None = None,
@@ -170,6 +178,8 @@ def convert(
         model: a folder, or a Hub id.
         out: the folder to make; its parents are made too.
         plan: a plan made before, or the file it was saved in.
+        adapters: folders of LoRA adapters of `model` (PEFT), which become adapters of the result, in `out/adapters`.
+        hub: the repository of the Hub that the result is for, named in its card and by its adapters.
         dtype: `float32`, `bfloat16`, ... for all floating tensors of the result; None keeps each one's own.
         verify: `full`, `fast` (fewer tokens, no comparison in the stored precision) or `none`.
         text: a UTF-8 file to calibrate and verify on, by default the text that ships with normswap. Where norms move,
@@ -191,6 +201,7 @@ def convert(
         raise PlanError("a saved plan already says what to do: give no norm, fold, placement, tokens, ... with it.")
     progress = progress or silent
     stored_dtype = _dtype(dtype)
+    given = read_adapters(adapters)
     if text is not None and verify != "none":
         read_text(text)  # a wrong path is found out now, not after hours of writing
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -209,6 +220,8 @@ def convert(
     with Checkpoint.open(source.folder) as checkpoint:
         keymap = _map_keys(source, structure, checkpoint)
         expected = preview(checkpoint, keymap, plan, stored_dtype)
+        original = Values(checkpoint, keymap, plan).original
+        carried = [carry(adapter, structure, keymap, plan, original) for adapter in given]
         with staging as folder:
             check_space(folder, expected.bytes_after)
             skipped = copy_side_files(checkpoint, folder)
@@ -239,6 +252,8 @@ def convert(
             }
             write_record(folder, record)
             report = prove(source, plan, folder, verify, text, progress)
+            if carried:
+                record["adapters"] = publish_adapters(carried, source, plan, folder, verify, text, progress, hub)
             # the result may be shared, the text it was measured on need not be
             numbers = report.model_dump(mode="json") if text is None else report.without_text()
             write_record(folder, record | {"report": numbers})
@@ -246,9 +261,10 @@ def convert(
             windows = str(window) if window != WINDOW else None
             options = {"--plan": plan_file, "--tokens": counted, "--window": windows}
             options |= {"--dtype": dtype, "--revision": revision}
-            command = _command(source.title, Path(out).resolve().name, plan, options)
-            write_card(folder, source, plan, report, command)
-    return Conversion(Path(out), plan, written, report, tuple(skipped))
+            names = [adapter.name for adapter in given]
+            command = _command(source.title, Path(out).resolve().name, plan, options, names)
+            write_card(folder, source, plan, report, command, hub)
+    return Conversion(Path(out), plan, written, report, tuple(skipped), tuple(record.get("adapters", ())))
 
 
 def convert_model(
@@ -331,11 +347,12 @@ def _with_keys(raw: dict, plan: Plan) -> dict[str, object]:
     return config
 
 
-def _command(source: str, out: str, plan: Plan, options: dict[str, str | None]) -> str:
+def _command(source: str, out: str, plan: Plan, options: dict[str, str | None], adapters: Sequence[str] = ()) -> str:
     """The command line that does the same, without what is private in paths."""
     words = ["normswap", "convert", source, out]
     words += [] if options["--plan"] else shlex.split(plan.request.words())
     words += [word for name, value in options.items() if value for word in (name, value)]
+    words += [word for name in adapters for word in ("--adapter", name)]
     return shlex.join(words)
 
 

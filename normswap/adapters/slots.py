@@ -1,0 +1,176 @@
+"""What an adapter holds, told by PEFT itself: its settings are put on a model without weights, and its layers are read.
+
+Every tensor of the adapter has a key and a meaning, a slot: a factor of a low-rank change, the bias of one, a tensor
+of the model that was trained as a whole (`modules_to_save`, biases), or some rows of an embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.adapters.folder import MERGE
+from normswap.errors import RefusedError
+
+#: what PEFT puts before the name of a module of the base
+_PREFIX = "base_model.model."
+NAME = "default"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change `s B A` beside a layer.
+
+    Attributes:
+        path: of the layer.
+        a, b: keys of the factors; rank is the first axis of A and the second of B.
+        beta: key of the bias of B, None: it has none. The layer's output gains `s` times it.
+        scaling: s.
+        axes: per axis of the layer's weight the factor, `a` or `b`, and which of its axes lies along it.
+        ends: which axes of the weight lie along the last axis of the layer's output, and of its input; None: none does.
+    """
+
+    path: str
+    a: str
+    b: str
+    beta: str | None
+    scaling: float
+    axes: Mapping[int, tuple[str, int]]
+    ends: tuple[int | None, int | None]
+
+    @property
+    def weight(self) -> str:
+        return f"{self.path}.weight"
+
+    @property
+    def bias(self) -> str:
+        return f"{self.path}.bias"
+
+    def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """`s B A` in the weight's own layout."""
+        made = self.scaling * torch.tensordot(b.flatten(1), a, 1)
+        return made if self.axes[0][0] == "b" else made.T
+
+
+@dataclass
+class Slots:
+    """The slots of an adapter on one model.
+
+    Attributes:
+        low_rank: by path of the layer.
+        whole: per key the name of the model's tensor that it replaces.
+        rows: per key the name of the embedding's weight, and which rows of it.
+        shapes: of every key.
+        ignored: keys that PEFT writes and does not read.
+    """
+
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ignored: set[str] = field(default_factory=set)
+
+
+def put_on(model: nn.Module, config: Mapping[str, Any], name: str):
+    """`model` with new, untrained layers as the adapter's settings ask for; of `model` nothing is left as it was.
+
+    Raises:
+        RefusedError: PEFT does not take the settings for this model.
+    """
+    from peft import LoraConfig, PeftModel
+
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    settings = {key: value for key, value in config.items() if key in known}
+    try:
+        settings = LoraConfig(**settings)
+        made = _class(settings.task_type, PeftModel)
+        options = {"autocast_adapter_dtype": False}
+        options = {key: v for key, v in options.items() if key in inspect.signature(PeftModel.__init__).parameters}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return made(model, settings, NAME, **options).eval()
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RefusedError(
+            f"the adapter {name} cannot be put on a {type(model).__name__}: {reason:.300} Is it of this base? Its "
+            f"settings are in its adapter_config.json."
+        ) from error
+
+
+def _class(task: str | None, usual: type) -> type:
+    """The class by which PEFT would load an adapter of that task: some train a model's head without being asked."""
+    from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as classes
+
+    return classes.get(task, usual)
+
+
+def slots_of(peft_model, name: str) -> Slots:
+    """The slots of the adapter on a model that `put_on` gave.
+
+    Raises:
+        RefusedError: a layer whose change is not two factors beside a linear map, an embedding or a convolution.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.tuners.lora.layer import LoraLayer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = get_peft_model_state_dict(peft_model, adapter_name=NAME, save_embedding_layers=False)
+    found = Slots(shapes={key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    base = peft_model.get_base_model()
+    names = {key: key.removeprefix(_PREFIX) for key in tensors}
+    for path, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            found.low_rank[path] = _low_rank(path, module, tensors, name)
+    taken = {key for change in found.low_rank.values() for key in (change.a, change.b, change.beta)}
+    for key in names.keys() - taken:
+        _whole_or_rows(found, key, names[key], base, name)
+    return found
+
+
+def _low_rank(path: str, layer, tensors: Mapping[str, torch.Tensor], name: str) -> LowRank:
+    from peft.tuners.lora import layer as kinds
+
+    start = f"{_PREFIX}{path}."
+    a, b = "lora_A.weight", "lora_B.weight"
+    if isinstance(layer, kinds.Embedding):
+        a, b, axes, ends = "lora_embedding_A", "lora_embedding_B", {0: ("a", 1), 1: ("b", 0)}, (1, None)
+    elif isinstance(layer, kinds.Linear):
+        axes, ends = {0: ("b", 0), 1: ("a", 1)}, (0, 1)
+        if layer.fan_in_fan_out:
+            axes, ends = {0: axes[1], 1: axes[0]}, (1, 0)
+    elif isinstance(layer, kinds._ConvNd):
+        axes, ends = {0: ("b", 0)}, (None, None)
+        if layer.get_base_layer().groups == 1:  # else A reads all channels, and the weight those of a group
+            axes |= {axis: ("a", axis) for axis in range(1, layer._kernel_dim)}
+    else:
+        raise RefusedError(
+            f"the adapter {name} changes {path} by a {type(layer).__name__}, which is not carried. {MERGE}"
+        )
+    if (lacking := next((key for key in (start + a, start + b) if key not in tensors), None)) is not None:
+        raise RefusedError(f"the adapter {name} has no {lacking}: PEFT keeps this layer in another form. {MERGE}")
+    beta = beta if (beta := f"{start}lora_B.bias") in tensors else None
+    return LowRank(path, start + a, start + b, beta, float(layer.scaling[NAME]), axes, ends)
+
+
+_ROWS = ".token_adapter.trainable_tokens_delta"
+
+
+def _whole_or_rows(found: Slots, key: str, name: str, base: nn.Module, adapter: str) -> None:
+    if name.endswith(_ROWS):
+        path = name.removesuffix(_ROWS)
+        indices = base.get_submodule(path).token_adapter.token_indices[NAME]
+        found.rows[key] = f"{path}.weight", tuple(int(index) for index in indices)
+    elif ".modules_to_save." in f".{name}" or ".original_module." in f".{name}":
+        found.ignored.add(key)  # a trained bias of a module that is stored as a whole
+    elif "lora_" in name:
+        raise RefusedError(f"the adapter {adapter} holds {key}, which is of no layer that is known here. {MERGE}")
+    else:
+        found.whole[key] = name.replace(".base_layer.", ".")
