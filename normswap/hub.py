@@ -133,5 +133,5 @@ def _hub_errors(what: str, again: str | None = None):
 
 
 def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0]:.300}".rstrip(".") if lines else type(error).__name__
+    said = " ".join(str(error).split())
+    return f"{said:.300}".rstrip(".") or type(error).__name__

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from normswap.adapters.change import Change, Tensors
 from normswap.adapters.folder import MERGE, Adapter
-from normswap.adapters.slots import Slots, put_on, slots_of
+from normswap.adapters.slots import LowRank, Slots, put_on, slots_of
 from normswap.apply.live import apply_structure, without_storage
 from normswap.checkpoint.keymap import KeyMap
 from normswap.errors import RefusedError
@@ -61,13 +61,13 @@ def carry(adapter: Adapter, structure: PreTrainedModel, keymap: KeyMap, plan: Pl
     before = _fitting(adapter, slots, keymap, original)
     plan.check_complete()
     change = Change(adapter.name, slots, before, keymap, plan, original)
-    change.check_read()
-    biases = {path: change.bias(found) for path, found in slots.low_rank.items()}
-    config = _config(adapter, plan, slots, biases)
-
-    converted = without_storage(structure)
-    apply_structure(converted, plan)
-    later = slots_of(put_on(converted, config, adapter.name), adapter.name)
+    config = _config(adapter, plan)
+    later = _converted_slots(structure, plan, config, adapter.name)
+    change.check_read(set(later.whole.values()))
+    biases = {path: change.bias(found, set(later.whole.values())) for path, found in slots.low_rank.items()}
+    if owing := [path for path, added in biases.items() if slots.low_rank[path].beta is None and added.any()]:
+        config |= _with_biases(adapter, slots, slots.low_rank[owing[0]])
+        later = _converted_slots(structure, plan, config, adapter.name)
     if odd := sorted(slots.low_rank.keys() ^ later.low_rank.keys()):
         raise RefusedError(
             f"the adapter {adapter.name} names other layers in the converted model than in the source ({odd[0]}): "
@@ -139,21 +139,28 @@ def _is_the_base(adapter: Adapter, key: str, tensor: torch.Tensor, keymap: KeyMa
     )
 
 
-def _config(adapter: Adapter, plan: Plan, slots: Slots, biases: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _converted_slots(structure: PreTrainedModel, plan: Plan, config: Mapping[str, Any], name: str) -> Slots:
+    converted = without_storage(structure)
+    apply_structure(converted, plan)
+    return slots_of(put_on(converted, config, name), name)
+
+
+def _config(adapter: Adapter, plan: Plan) -> dict[str, Any]:
     """The converted adapter's settings."""
     config = {**adapter.config, "base_model_name_or_path": None, "revision": None}
     if plan.module_edits():
         config["auto_mapping"] = None  # the class is in the converted folder now
-    owing = [path for path, added in biases.items() if slots.low_rank[path].beta is None and added.any()]
-    if owing:
-        if embedded := [found.path for found in slots.low_rank.values() if "lora_embedding" in found.a]:
-            raise RefusedError(
-                f"the adapter {adapter.name} cannot be carried: {slots.low_rank[owing[0]].b} has to have a bias, for a "
-                f"norm's bias is folded into {owing[0]}, and PEFT has none in an adapter of an embedding "
-                f"({embedded[0]}). {MERGE}"
-            )
-        config |= {"lora_bias": True, "init_lora_weights": True}
     return config
+
+
+def _with_biases(adapter: Adapter, slots: Slots, owing: LowRank) -> dict[str, Any]:
+    """Settings by which B has a bias. Raises RefusedError where PEFT does not take them."""
+    if embedded := [found.path for found in slots.low_rank.values() if "lora_embedding" in found.a]:
+        raise RefusedError(
+            f"the adapter {adapter.name} cannot be carried: {owing.b} has to have a bias, for a norm's bias is folded "
+            f"into {owing.path}, and PEFT has none in an adapter of an embedding ({embedded[0]}). {MERGE}"
+        )
+    return {"lora_bias": True, "init_lora_weights": True}
 
 
 def _dtype(adapter: Adapter, key: str) -> torch.dtype:

@@ -53,8 +53,12 @@ class Change:
     def aliases(self, name: str) -> set[str]:
         return set(self.keymap.names_of(name))
 
-    def check_read(self) -> None:
-        """Raise RefusedError where the plan takes into a tensor what the adapter trained elsewhere."""
+    def check_read(self, held: set[str]) -> None:
+        """Raise RefusedError where the plan takes into a tensor what the adapter trained elsewhere.
+
+        Args:
+            held: names of the tensors that the converted adapter holds in full.
+        """
         rows = {name for name, _ in self.slots.rows.values()}
         for edit in self.plan.edits:
             if not isinstance(edit, TensorEdit):
@@ -66,7 +70,7 @@ class Change:
                     self._refuse(
                         name, f"the plan gives {edit.tensor} rows of its own, which the adapter trained in one"
                     )
-            if isinstance(edit, FoldBias) and edit.tensor not in self.trained:
+            if isinstance(edit, FoldBias) and edit.tensor not in held:
                 self._check_owed(edit)
 
     def _stays(self, edit: TensorEdit, name: str) -> bool:
@@ -114,15 +118,19 @@ class Change:
                 factor[which] = moved.apply(factor[which], self.read)
         return factor["a"], factor["b"]
 
-    def bias(self, found: LowRank) -> torch.Tensor:
-        """What the change adds to the layer's output whatever its input, once the layer is converted."""
+    def bias(self, found: LowRank, held: set[str]) -> torch.Tensor:
+        """What the change adds to the layer's output whatever its input, once the layer is converted.
+
+        Args:
+            held: as for `check_read`.
+        """
         out = self.before[found.b].shape[0]
         added = torch.zeros(out, dtype=torch.float64)
         if found.beta is not None:
             added = found.scaling * self.before[found.beta]
         with _naming(self.name, found.b.removesuffix(".weight")):
             for edit in self.steps(found.bias):
-                if isinstance(edit, FoldBias) and found.bias not in self.trained:  # else it is in what was trained
+                if isinstance(edit, FoldBias) and found.bias not in held:  # else it is in what is stored in full
                     added = added + edit.carried(self._effective) - edit.carried(self.read)
                 elif added.any() and (part := linear_part(edit)) is not None:
                     added = part.apply(added, self.read)

@@ -82,6 +82,7 @@ def _recorded(one: Carried, hashes: dict[str, str], proof: AdapterProof | None) 
         "name": one.adapter.name,
         "source": one.adapter.digest,
         "files": hashes,
+        "tensors": len(one.tensors),
         "changed": list(one.changed),
         "biased": bool(one.config.get("lora_bias")) and not one.adapter.config.get("lora_bias"),
         "measured": None if proof is None else proof.model_dump(mode="json"),

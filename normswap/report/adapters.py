@@ -12,7 +12,7 @@ def adapter_lines(adapters: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _line(adapter: Mapping[str, Any]) -> str:
-    said = f"adapter {adapter['name']}: {len(adapter['changed'])} tensors changed"
+    said = f"adapter {adapter['name']}: {len(adapter['changed'])} of {adapter['tensors']} tensors changed"
     if adapter["biased"]:
         said += ", and biases of B added (lora_bias), for norms' biases that were folded"
     measured = adapter["measured"]
