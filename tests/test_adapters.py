@@ -67,6 +67,12 @@ EXACT = {
         dict(rotate="hadamard"),
         dict(target_modules=["q_proj", "down_proj"], modules_to_save=["embed_tokens", "lm_head"]),
     ),
+    "magnitudes": ("llama", dict(fold=True), dict(use_dora=True, **ALL)),
+    "magnitudes of Conv1D, beside biases": (
+        "gpt2",
+        dict(fold=True, tied="untie"),
+        dict(target_modules=["c_attn", "c_fc"], use_dora=True, bias="lora_only"),
+    ),
     "an encoder": ("bert", dict(fold=True, tied="untie", partial=True), ALL),
     "an encoder of images, its convolution": (
         "vit",
@@ -190,7 +196,18 @@ def test_an_adapter_that_does_something_else_is_not_published(source, tmp_path, 
 
 
 REFUSED = {
-    "magnitudes": ("llama", dict(fold=True), dict(use_dora=True, **ALL), "use_dora is True"),
+    "magnitudes of outputs that are mixed": (
+        "gpt2",
+        dict(norm="rmsnorm"),
+        dict(target_modules=["c_proj"], use_dora=True),
+        r"c_proj.lora_magnitude_vector: centre of .* mixes what makes its outputs",
+    ),
+    "a bias owed beside magnitudes": (
+        "gpt2",
+        dict(fold=True, tied="untie"),
+        dict(target_modules=["c_attn"], use_dora=True),
+        r"PEFT has none beside magnitudes",
+    ),
     "a bias owed beside an embedding": (
         "gpt2",
         dict(fold=True, tied="untie"),

@@ -78,13 +78,7 @@ def carry(adapter: Adapter, structure: PreTrainedModel, keymap: KeyMap, plan: Pl
             f"the adapter {adapter.name} trained {lost[0]}, and the converted model has no such tensor. "
             f"Keep it (--fold alone keeps norms' weights), or: {MERGE}"
         )
-    made: Tensors = {}
-    for path, found in later.low_rank.items():
-        made[found.a], made[found.b] = change.factors(slots.low_rank[path])
-        if found.beta is not None:
-            made[found.beta] = biases[path] / found.scaling if found.scaling else biases[path]
-    made |= {key: change.whole(key, name) for key, name in later.whole.items()}
-    made |= {key: change.rows(key, name) for key, (name, _) in later.rows.items()}
+    made = _made(change, slots, later, biases)
     for key, value in made.items():
         if tuple(value.shape) != later.shapes[key]:
             raise RefusedError(
@@ -100,6 +94,20 @@ def carry(adapter: Adapter, structure: PreTrainedModel, keymap: KeyMap, plan: Pl
         tuple(sorted(k for k, v in made.items() if k not in before or not torch.equal(v, before[k]))),
         tuple(sorted({*slots.whole.values(), *later.whole.values()})),
     )
+
+
+def _made(change: Change, slots: Slots, later: Slots, biases: Mapping[str, torch.Tensor]) -> Tensors:
+    """Every tensor of the converted adapter, by key, in float64."""
+    made: Tensors = {}
+    for path, found in later.low_rank.items():
+        made[found.a], made[found.b] = change.factors(slots.low_rank[path])
+        if found.magnitude is not None:
+            made[found.magnitude] = change.magnitude(slots.low_rank[path], made[found.a], made[found.b])
+        if found.beta is not None:
+            made[found.beta] = biases[path] / found.scaling if found.scaling else biases[path]
+    made |= {key: change.whole(key, name) for key, name in later.whole.items()}
+    made |= {key: change.rows(key, name) for key, (name, _) in later.rows.items()}
+    return made
 
 
 def _fitting(adapter: Adapter, slots: Slots, keymap: KeyMap, original: Read) -> Tensors:
@@ -159,6 +167,11 @@ def _with_biases(adapter: Adapter, slots: Slots, owing: LowRank) -> dict[str, An
         raise RefusedError(
             f"the adapter {adapter.name} cannot be carried: {owing.b} has to have a bias, for a norm's bias is folded "
             f"into {owing.path}, and PEFT has none in an adapter of an embedding ({embedded[0]}). {MERGE}"
+        )
+    if owing.magnitude is not None:
+        raise RefusedError(
+            f"the adapter {adapter.name} cannot be carried: {owing.b} has to have a bias, for a norm's bias is folded "
+            f"into {owing.path}, and PEFT has none beside magnitudes (use_dora). {MERGE}"
         )
     return {"lora_bias": True, "init_lora_weights": True}
 

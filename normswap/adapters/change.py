@@ -17,7 +17,7 @@ from normswap.adapters.slots import LowRank, Slots
 from normswap.checkpoint.keymap import KeyMap
 from normswap.errors import RefusedError
 from normswap.planning.adapted import NotCarried, around, linear_part, neutral
-from normswap.planning.edits import Fill, FoldBias, FoldGain, ModuleEdit, Read, Refit, TensorEdit, Untie
+from normswap.planning.edits import Fill, FoldBias, FoldGain, ModuleEdit, Read, Refit, Scale, TensorEdit, Unscale, Untie
 from normswap.planning.plans import Plan
 
 Tensors = dict[str, torch.Tensor]
@@ -98,7 +98,10 @@ class Change:
     def _effective(self, name: str) -> torch.Tensor:
         """A weight as it acts with the adapter; a norm's tensors are the base's (`neutral`)."""
         if (found := self._beside(name)) is not None:
-            return self.read(name) + found.delta(self.before[found.a], self.before[found.b])
+            weight = self.read(name) + found.delta(self.before[found.a], self.before[found.b])
+            if found.magnitude is None:
+                return weight
+            return weight * self.before[found.magnitude].reshape_as(length := found.lengths(weight)) / length
         if name in self.trained and not isinstance(next(iter(self.steps(name)[-1:]), None), Fill):
             return self.before[self.trained[name]]
         return self.read(name)
@@ -117,6 +120,30 @@ class Change:
                 moved = part.model_copy(update={"axis": axis}) if hasattr(part, "axis") else part
                 factor[which] = moved.apply(factor[which], self.read)
         return factor["a"], factor["b"]
+
+    def magnitude(self, found: LowRank, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """m beside the edited weight and the carried A and B.
+
+        An edit that gives each output a multiple of what it was, or acts on the inputs, `r <- d r Q`, takes `m r / |r|`
+        to `m d r Q / |r|`, which is `m' d r Q / |d r Q|` for `m' = m |d r Q| / |r|`.
+        """
+        before = weight = self.read(found.weight)
+        with _naming(self.name, found.magnitude):
+            for edit in self.steps(found.weight):
+                if not isinstance(edit, Untie):
+                    apart = isinstance(edit, FoldGain | Scale | Unscale) or getattr(edit, "axis", None) == found.ends[1]
+                    if linear_part(edit) != edit or not apart:
+                        raise NotCarried(f"{edit.edit} of {found.weight} mixes what makes its outputs, or adds to it")
+                    weight = edit.apply(weight, self.read)
+            for edit in self._module_edits(found.path):
+                part = around(edit, found.weight, *found.ends)
+                if part is not None and part.axis == found.ends[0]:
+                    raise NotCarried(f"{edit.edit} of {found.path} mixes its outputs")
+            lengths = found.lengths(weight + found.delta(a, b))
+            if not lengths.all():
+                raise NotCarried(f"an output of {found.path} is nothing after the conversion, which has no magnitude")
+        ratio = lengths / found.lengths(before + found.delta(self.before[found.a], self.before[found.b]))
+        return self.before[found.magnitude] * ratio.flatten()
 
     def bias(self, found: LowRank, held: set[str]) -> torch.Tensor:
         """What the change adds to the layer's output whatever its input, once the layer is converted.

@@ -54,6 +54,7 @@ class Settings(BaseModel):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
+    use_dora: bool = False
     lora_bias: bool = False
     fan_in_fan_out: bool = False
     # others of these initialise by changing the base's weights, which are others after a conversion

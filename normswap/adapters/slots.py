@@ -32,6 +32,8 @@ class LowRank:
         path: of the layer.
         a, b: keys of the factors; rank is the first axis of A and the second of B.
         beta: key of the bias of B, None: it has none. The layer's output gains `s` times it.
+        magnitude: key of m, None: there is none. With it the weight is `m (W + s B A)`, each of its rows, the weights
+            of one output, divided by their length first (DoRA; Liu et al., ICML 2024).
         scaling: s.
         axes: per axis of the layer's weight the factor, `a` or `b`, and which of its axes lies along it.
         ends: which axes of the weight lie along the last axis of the layer's output, and of its input; None: none does.
@@ -41,6 +43,7 @@ class LowRank:
     a: str
     b: str
     beta: str | None
+    magnitude: str | None
     scaling: float
     axes: Mapping[int, tuple[str, int]]
     ends: tuple[int | None, int | None]
@@ -57,6 +60,10 @@ class LowRank:
         """`s B A` in the weight's own layout."""
         made = self.scaling * torch.tensordot(b.flatten(1), a, 1)
         return made if self.axes[0][0] == "b" else made.T
+
+    def lengths(self, weight: torch.Tensor) -> torch.Tensor:
+        """The length of what makes each output, `(out, 1)` or `(1, out)` as it lies in the weight of a linear map."""
+        return weight.norm(dim=self.ends[1], keepdim=True)
 
 
 @dataclass
@@ -129,7 +136,7 @@ def slots_of(peft_model, name: str) -> Slots:
     for path, module in base.named_modules():
         if isinstance(module, LoraLayer):
             found.low_rank[path] = _low_rank(path, module, tensors, name)
-    taken = {key for change in found.low_rank.values() for key in (change.a, change.b, change.beta)}
+    taken = {key for change in found.low_rank.values() for key in (change.a, change.b, change.beta, change.magnitude)}
     for key in names.keys() - taken:
         _whole_or_rows(found, key, names[key], base, name)
     return found
@@ -156,10 +163,13 @@ def _low_rank(path: str, layer, tensors: Mapping[str, torch.Tensor], name: str) 
         )
     if (lacking := next((key for key in (start + a, start + b) if key not in tensors), None)) is not None:
         raise RefusedError(f"the adapter {name} has no {lacking}: PEFT keeps this layer in another form. {MERGE}")
-    beta = beta if (beta := f"{start}lora_B.bias") in tensors else None
-    return LowRank(path, start + a, start + b, beta, float(layer.scaling[NAME]), axes, ends)
+    beta, magnitude = (key if key in tensors else None for key in (f"{start}lora_B.bias", f"{start}{_MAGNITUDE}"))
+    if magnitude is not None and not isinstance(layer, kinds.Linear):
+        raise RefusedError(f"the adapter {name} has {magnitude}, of no linear map, which is not carried. {MERGE}")
+    return LowRank(path, start + a, start + b, beta, magnitude, float(layer.scaling[NAME]), axes, ends)
 
 
+_MAGNITUDE = "lora_magnitude_vector"
 _ROWS = ".token_adapter.trainable_tokens_delta"
 
 
