@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from normswap.adapters.carry import carry
 from normswap.adapters.folder import read_adapters
 from normswap.adapters.publish import publish_adapters
-from normswap.apply.keeper import Keeper
 from normswap.apply.layout import WriteSummary
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
@@ -25,6 +24,7 @@ from normswap.apply.stream import preview, write_tensors
 from normswap.apply.values import Values
 from normswap.calibration.data import TOKENS, WINDOW, Progress, given_data, silent, text_data
 from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.journal import Journal
 from normswap.checkpoint.kept import save_kept
 from normswap.checkpoint.keymap import KeyMap
 from normswap.checkpoint.publish import Staging, check_space, copy_side_files
@@ -38,6 +38,8 @@ from normswap.report.card import write_card
 from normswap.verification.proof import Proof, VerifyMode, prove, prove_live
 from normswap.verification.text import read as read_text
 
+#: what `progress` is called with while weights are written, in bytes
+WRITING = "writing"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -165,6 +167,7 @@ def convert(
     tokens: int = TOKENS,
     window: int = WINDOW,
     overwrite: bool = False,
+    workers: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -172,7 +175,8 @@ def convert(
 ) -> Conversion:
     """Convert the checkpoint `model` into the folder `out`.
 
-    The source is read only. `out` appears whole, after verification, or not at all.
+    The source is read only. `out` appears whole, after verification, or not at all. A run that was killed or
+    interrupted leaves a hidden folder beside `out`, from which the same call goes on.
 
     Args:
         model: a folder, or a Hub id.
@@ -187,7 +191,8 @@ def convert(
         tokens: how many to calibrate on, about.
         window: in windows of so many; shorter ones for a model of short texts.
         overwrite: replace a model folder at `out`.
-        progress: called with (what, done, total) while long work runs.
+        workers: threads that copy, compute and write the weights; None: one per processor, up to 8.
+        progress: called with (what, done, total) while long work runs; bytes, where `what` is `WRITING`.
         **words: what to do, as for `plan`; not together with a plan made before.
 
     Raises:
@@ -222,33 +227,34 @@ def convert(
         expected = preview(checkpoint, keymap, plan, stored_dtype)
         original = Values(checkpoint, keymap, plan).original
         carried = [carry(adapter, structure, keymap, plan, original) for adapter in given]
-        with staging as folder:
-            check_space(folder, expected.bytes_after)
+        with staging.resuming(_follows_from(checkpoint, plan, dtype)) as folder:
+            journal = staging.journal
+            check_space(folder, expected.bytes_after - journal.bytes_finished)
             skipped = copy_side_files(checkpoint, folder)
             raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
             config = configure(raw, source, structure, plan, folder, dtype)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            keeper = Keeper() if plan.claim == "exact" else None
             written = write_tensors(
                 checkpoint,
                 keymap,
                 plan,
                 folder,
                 stored_dtype,
-                lambda done, total: progress("writing", done, total),
-                keeper,
+                lambda done, total: progress(WRITING, done, total),
+                journal,
+                workers,
             )
             record = {
                 "source": {
                     "name": source.title,
                     "revision": revision,
                     "headers": checkpoint.fingerprint(),
-                    "files": checkpoint.hash_files(),
+                    "files": {name: journal.finished[name].source_sha256 for name in written.hashes},
                 },
                 "source_config": raw,
                 "plan": plan.model_dump(mode="json"),
                 "files": written.hashes,
-                "undo": _keep(keeper, plan, folder),
+                "undo": _keep(journal, plan, folder),
             }
             write_record(folder, record)
             report = prove(source, plan, folder, verify, text, progress)
@@ -356,13 +362,28 @@ def _command(source: str, out: str, plan: Plan, options: dict[str, str | None], 
     return shlex.join(words)
 
 
-def _keep(keeper: Keeper | None, plan: Plan, folder: Path) -> dict[str, object]:
+def _keep(journal: Journal, plan: Plan, folder: Path) -> dict[str, object]:
     """Keep what undoing will need; what the record says of it."""
-    if keeper is None:
+    if plan.claim != "exact":
         return {"impossible": f"the result is {plan.claim}: it is not the function that the source computes"}
-    if keeper.why_not is not None:
-        return {"impossible": keeper.why_not}
-    return save_kept(folder, keeper.tensors())
+    if journal.why_not is not None:
+        return {"impossible": journal.why_not}
+    return save_kept(folder, journal.kept)
+
+
+def _follows_from(checkpoint: Checkpoint, plan: Plan, dtype: str | None) -> dict[str, object]:
+    """All that the bytes of the result's weights follow from: a run with the same can go on from another's files."""
+    from normswap import __version__
+
+    return {
+        "normswap": __version__,
+        "torch": torch.__version__,
+        "source": str(checkpoint.folder.resolve()),
+        "headers": checkpoint.fingerprint(),
+        "files": checkpoint.states(),
+        "plan": plan.digest(),
+        "dtype": dtype,
+    }
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -20,6 +20,7 @@ from normswap.planning.edits import (
     FoldGain,
     Frozen,
     Gain,
+    Read,
     Refit,
     Rotate,
     Running,
@@ -74,7 +75,7 @@ def test_the_linear_part_is_what_a_change_becomes(edit):
     else:
         read = values
     change = values("other")[:6, None] * values("another")[None]
-    part = linear_part(edit)
+    part, read = linear_part(edit), Read(read)
     made = change if part is None else part.apply(change, read)
     moved = edit.apply(tensor + change, read) - edit.apply(tensor, read)
     assert torch.allclose(moved, made, rtol=0, atol=1e-12)  # 3e-15
@@ -109,7 +110,7 @@ def test_trained_norms_keep_what_was_not_folded():
     reader = torch.randn(3, 4, dtype=torch.float64)
     g, b, x = torch.randn(3, 4, dtype=torch.float64).unbind()
     edits = folded()
-    gain, bias = (neutral(name, value, edits, tensors.__getitem__) for name, value in (("g", g), ("b", b)))
+    gain, bias = (neutral(name, value, edits, Read(tensors.__getitem__)) for name, value in (("g", g), ("b", b)))
     wanted = reader @ (x * (1 + g) + b)
     made = (reader * (1 + tensors["g"])) @ (x * (1 + gain) + bias) + reader @ tensors["b"]
     assert torch.allclose(wanted, made, rtol=0, atol=1e-12)
@@ -125,6 +126,6 @@ def test_trained_norms_keep_what_was_not_folded():
 )
 def test_trained_norms_are_refused_where_a_gain_does_not_commute(edits, said):
     with pytest.raises(NotCarried, match=said):
-        neutral("g", torch.ones(4), edits, lambda name: torch.ones(4))
+        neutral("g", torch.ones(4), edits, Read(lambda name: torch.ones(4)))
     with pytest.raises(NotCarried, match="gains of 0"):
-        neutral("g", torch.ones(4), folded(), lambda name: -torch.ones(4))
+        neutral("g", torch.ones(4), folded(), Read(lambda name: -torch.ones(4)))

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from normswap.adapters.change import Change, Tensors
+from normswap.adapters.change import Change, Original, Tensors
 from normswap.adapters.folder import MERGE, Adapter
 from normswap.adapters.slots import LowRank, Slots, put_on, slots_of
 from normswap.apply.live import apply_structure, without_storage
 from normswap.checkpoint.keymap import KeyMap
 from normswap.errors import RefusedError
-from normswap.planning.edits import Read
 from normswap.planning.plans import Plan
 
 
@@ -46,7 +45,7 @@ class Carried:
     replaced: tuple[str, ...]
 
 
-def carry(adapter: Adapter, structure: PreTrainedModel, keymap: KeyMap, plan: Plan, original: Read) -> Carried:
+def carry(adapter: Adapter, structure: PreTrainedModel, keymap: KeyMap, plan: Plan, original: Original) -> Carried:
     """Carry an adapter over a conversion.
 
     Args:
@@ -110,7 +109,7 @@ def _made(change: Change, slots: Slots, later: Slots, biases: Mapping[str, torch
     return made
 
 
-def _fitting(adapter: Adapter, slots: Slots, keymap: KeyMap, original: Read) -> Tensors:
+def _fitting(adapter: Adapter, slots: Slots, keymap: KeyMap, original: Original) -> Tensors:
     """The adapter's tensors in float64, each in its slot."""
     held = {}
     for key, tensor in adapter.tensors.items():
@@ -132,7 +131,7 @@ def _fitting(adapter: Adapter, slots: Slots, keymap: KeyMap, original: Read) -> 
     return held
 
 
-def _is_the_base(adapter: Adapter, key: str, tensor: torch.Tensor, keymap: KeyMap, original: Read) -> bool:
+def _is_the_base(adapter: Adapter, key: str, tensor: torch.Tensor, keymap: KeyMap, original: Original) -> bool:
     """Whether it is a copy of the base's own embedding, which PEFT saves with an adapter of it."""
     name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
     if keymap.stored_group(name) is None:

@@ -7,7 +7,7 @@ bias `s B A b`: it goes into the bias of B. What was trained as a whole is edite
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,8 @@ from normswap.planning.edits import Fill, FoldBias, FoldGain, ModuleEdit, Read, 
 from normswap.planning.plans import Plan
 
 Tensors = dict[str, torch.Tensor]
+#: gives a tensor of the source by its name in the model, in float64; not to be written to
+Original = Callable[[str], torch.Tensor]
 
 
 class Change:
@@ -35,13 +37,14 @@ class Change:
     Every method raises RefusedError, naming the adapter's tensor, where a change does not survive the plan.
     """
 
-    def __init__(self, name: str, slots: Slots, before: Tensors, keymap: KeyMap, plan: Plan, original: Read):
+    def __init__(self, name: str, slots: Slots, before: Tensors, keymap: KeyMap, plan: Plan, original: Original):
         self.name, self.slots, self.before = name, slots, before
         self.keymap, self.plan = keymap, plan
         self.edits = plan.tensor_edits()
         self.untied = {edit.tensor for edit in plan.edits if isinstance(edit, Untie)}
         self.read = plan.reading(original)
         self.trained = {name: key for key, name in slots.whole.items()}
+        self.readers = {edit.reader for edit in plan.edits if isinstance(edit, FoldBias)}
         self.by_weight = {found.weight: found for found in slots.low_rank.values()}
 
     def steps(self, name: str) -> list[TensorEdit]:
@@ -84,8 +87,13 @@ class Change:
         found = self._beside(edit.reader)
         if edit.reader not in self.trained and (found is None or found.bias == edit.tensor):
             return
-        if (edit.carried(self._effective) - edit.carried(self.read)).any():
+        if self._owed(edit).any():
             self._refuse(edit.reader, f"with it {edit.tensor} takes over a norm's bias, and nothing of it is trained")
+
+    def _owed(self, edit: FoldBias) -> torch.Tensor:
+        """What the bias takes over by the change of its reader, `d b` in the place of `W b`; b is the base's."""
+        change = self._difference(edit.reader)
+        return edit.carried(Read(lambda name: change if name == edit.reader else self.read(name)))
 
     def _beside(self, name: str) -> LowRank | None:
         """The change beside the layer whose weight is `name`; a tied one's other layers have none."""
@@ -95,16 +103,21 @@ class Change:
             else next((self.by_weight[n] for n in self.aliases(name) - self.untied if n in self.by_weight), None)
         )
 
+    def _difference(self, name: str) -> torch.Tensor:
+        """How far a weight as it acts with the adapter is from the base's."""
+        if (found := self._beside(name)) is None:
+            base = self.read(name)
+            return self.before[self.trained[name]] - base if name in self.trained else torch.zeros_like(base)
+        delta = found.delta(self.before[found.a], self.before[found.b])
+        if found.magnitude is None:
+            return delta
+        weight = self.read(name) + delta
+        length = found.lengths(weight)
+        return weight * self.before[found.magnitude].reshape_as(length) / length - self.read(name)
+
     def _effective(self, name: str) -> torch.Tensor:
-        """A weight as it acts with the adapter; a norm's tensors are the base's (`neutral`)."""
-        if (found := self._beside(name)) is not None:
-            weight = self.read(name) + found.delta(self.before[found.a], self.before[found.b])
-            if found.magnitude is None:
-                return weight
-            return weight * self.before[found.magnitude].reshape_as(length := found.lengths(weight)) / length
-        if name in self.trained and not isinstance(next(iter(self.steps(name)[-1:]), None), Fill):
-            return self.before[self.trained[name]]
-        return self.read(name)
+        """What edits of a trained tensor read: its reader's weight as it acts, and a norm's as the base has it."""
+        return self.read(name) + self._difference(name) if name in self.readers else self.read(name)
 
     def factors(self, found: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B beside the edited weight."""
@@ -158,7 +171,7 @@ class Change:
         with _naming(self.name, found.b.removesuffix(".weight")):
             for edit in self.steps(found.bias):
                 if isinstance(edit, FoldBias) and found.bias not in held:  # else it is in what is stored in full
-                    added = added + edit.carried(self._effective) - edit.carried(self.read)
+                    added = added + self._owed(edit)
                 elif added.any() and (part := linear_part(edit)) is not None:
                     added = part.apply(added, self.read)
             for edit in self._module_edits(found.path):
@@ -180,7 +193,7 @@ class Change:
                 if isinstance(edit, Fill) and key in self.before:
                     value = neutral(name, self.before[key], self.plan.edits, self.read)
                 elif not isinstance(edit, Untie):
-                    value = edit.apply(value, self._effective)
+                    value = edit.apply(value, Read(self._effective))
             if value is None:
                 raise NotCarried(f"the plan removes {name}")
         return value
@@ -195,7 +208,7 @@ class Change:
                     f"trained rows; with --tied untie its weights may do"
                 )
             for edit in self.steps(name):
-                if not (edit.keeps_rows_apart() or getattr(edit, "axis", 0)):
+                if getattr(edit, "axis", 0) == 0 and edit.mixes() != ():
                     raise NotCarried(f"{edit.edit} of {name} mixes its rows, or puts others in their place")
                 value = edit.apply(value, self.read)
         return value

@@ -6,14 +6,17 @@ import errno
 import hashlib
 import json
 import os
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from normswap.checkpoint.header import CODES, TensorInfo, read_header, unique_keys
+from normswap.checkpoint.hashing import hash_from
+from normswap.checkpoint.header import CODES, TensorInfo, nbytes_of, read_header, unique_keys
 from normswap.errors import SourceError
 
 WEIGHTS = "model.safetensors"
@@ -78,25 +81,33 @@ class Checkpoint:
             opened.pop_all()
         return cls(folder, shards, index, files)
 
-    def read(self, key: str) -> torch.Tensor:
-        """One tensor as stored, in memory of its own."""
+    def read(self, key: str, rows: range | None = None) -> torch.Tensor:
+        """One tensor as stored, or some `rows` of it (of its first axis), in memory of its own."""
         info = self.tensors[key]
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        shape = info.shape if rows is None else (len(rows), *info.shape[1:])
+        begin = 0 if rows is None else rows.start * (info.nbytes // info.shape[0])
+        data = torch.empty(nbytes_of(info.dtype, shape), dtype=torch.uint8)
         view, done = memoryview(data.numpy()), 0
-        while done < info.nbytes:
+        while done < len(view):
             # One call reads at most 2 GiB.
-            count = os.preadv(self._files[info.shard].fileno(), [view[done:]], info.offset + done)
+            with _readable(self.folder / info.shard):
+                count = os.preadv(self._files[info.shard].fileno(), [view[done:]], info.offset + begin + done)
             if count == 0:
                 raise self._shrunk(info)
             done += count
-        return data.view(info.dtype).reshape(info.shape)
+        return data.view(info.dtype).reshape(shape)
 
-    def copy_bytes(self, key: str, out: int, offset: int) -> None:
-        """Copy a tensor's bytes to `offset` (bytes) of the open file `out`, inside the kernel where it can do so."""
+    def copy_bytes(self, key: str, out: int, offset: int, span: range | None = None) -> None:
+        """Copy a tensor's bytes to `offset` (bytes) of the open file `out`, inside the kernel where it can do so.
+
+        Args:
+            span: which of its bytes; `offset` is where the first of these goes.
+        """
         info = self.tensors[key]
+        first, size = (0, info.nbytes) if span is None else (span.start, len(span))
         fd, done, in_kernel = self._files[info.shard].fileno(), 0, True
-        while done < info.nbytes:
-            begin, want = info.offset + done, min(info.nbytes - done, CHUNK)
+        while done < size:
+            begin, want = info.offset + first + done, min(size - done, CHUNK)
             if in_kernel:
                 try:
                     count = os.copy_file_range(fd, out, want, begin, offset + done)
@@ -117,13 +128,18 @@ class Checkpoint:
         described = sorted((info.key, CODES[info.dtype], info.shape) for info in self.tensors.values())
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
-    def hash_files(self) -> dict[str, str]:
-        """SHA-256 of every shard's bytes, by file name; reads everything once."""
-        hashes = {}
-        for name, file in self._files.items():
-            file.seek(0)
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return hashes
+    def hash_file(self, shard: str, stopped: Callable[[], bool] = lambda: False) -> str:
+        """SHA-256 of a shard's file; reads all of it, or until `stopped`."""
+        fd = self._files[shard].fileno()
+        size = os.fstat(fd).st_size
+        ends = (min(end, size) for end in range(CHUNK, size + CHUNK, CHUNK))
+        with _readable(self.folder / shard):
+            return hash_from(fd, takewhile(lambda _: not stopped(), ends))
+
+    def states(self) -> dict[str, list[int]]:
+        """What tells whether a shard's file was written to since: its size, and when it last changed (ns)."""
+        found = {name: os.fstat(file.fileno()) for name, file in self._files.items()}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
     def close(self) -> None:
         for file in self._files.values():
@@ -206,6 +222,14 @@ def _check_index(path: Path, weight_map: dict[str, str], shards: list[Shard]) ->
                 f"{path}: tensor {key}: the index says {weight_map.get(key, 'nothing')}, the files' headers say "
                 f"{stored.get(key, 'nothing')}. The index and the shards are of different saves: fetch both again."
             )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}. Is the disk sound? Fetch it again.") from error
 
 
 def _unreadable(path: Path, error: OSError, sharded: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -186,8 +187,12 @@ class Plan(BaseModel):
         """Shapes and dtypes of the fitted tensors, by name, as tensors without values."""
         return {name: torch.empty_like(tensor, device="meta") for name, tensor in self._fitted.items()}
 
-    def reading(self, read: Read) -> Read:
-        """`read`, with the fitted tensors."""
+    def reading(
+        self,
+        read: Callable[[str], torch.Tensor],
+        parts: Callable[[str], Iterable[torch.Tensor]] | None = None,
+    ) -> Read:
+        """`read`, and `parts` where tensors can be had in parts, with the fitted tensors."""
 
         def either(name: str) -> torch.Tensor:
             if not name.startswith(FITTED):
@@ -197,7 +202,15 @@ class Plan(BaseModel):
                 self.check_complete()
             return self._fitted[name].double()
 
-        return either
+        return Read(either, parts)
+
+    def digest(self) -> str:
+        """SHA-256 of the plan and its fitted tensors."""
+        found = hashlib.sha256(self.model_dump_json().encode())
+        for name, tensor in sorted(self._fitted.items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def tensor_edits(self) -> dict[str, list[TensorEdit]]:
         """Edits by tensor, in order."""
