@@ -13,6 +13,7 @@ from torch import nn
 
 import normswap
 from models import tiny
+from normswap.observe.run import make_eager
 from normswap.verification.outputs import outputs_of
 
 
@@ -45,6 +46,7 @@ def opened(folder: Path, adapter: Path | None = None) -> nn.Module:
     else:
         (name,) = json.loads((folder / "config.json").read_text())["architectures"]
         model = getattr(transformers, name).from_pretrained(folder, dtype="auto", attn_implementation="eager")
+    make_eager(model)  # experts one by one: the fast way is not in float64
     if adapter is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

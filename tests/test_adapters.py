@@ -73,6 +73,7 @@ EXACT = {
         dict(fold=True, tied="untie"),
         dict(target_modules=["c_attn", "c_fc"], use_dora=True, bias="lora_only"),
     ),
+    "experts, stacked in parameters": ("mixtral", dict(rotate="random"), ALL),
     "an encoder": ("bert", dict(fold=True, tied="untie", partial=True), ALL),
     "an encoder of images, its convolution": (
         "vit",
@@ -212,7 +213,7 @@ REFUSED = {
         "gpt2",
         dict(fold=True, tied="untie"),
         dict(target_modules=["c_attn", "wte"]),
-        r"c_attn.lora_B.weight has to have a bias, .* PEFT has none in an adapter of an embedding",
+        r"c_attn.lora_B.weight has to have a bias, .* PEFT has none in an adapter that changes an embedding",
     ),
     "a norm that loses its weights": (
         "gpt2",

@@ -162,10 +162,13 @@ def _config(adapter: Adapter, plan: Plan) -> dict[str, Any]:
 
 def _with_biases(adapter: Adapter, slots: Slots, owing: LowRank) -> dict[str, Any]:
     """Settings by which B has a bias. Raises RefusedError where PEFT does not take them."""
-    if embedded := [found.path for found in slots.low_rank.values() if "lora_embedding" in found.a]:
+    without = {found.path: "embedding" for found in slots.low_rank.values() if "lora_embedding" in found.a}
+    without |= {found.path: "expert" for found in slots.low_rank.values() if not found.beside}
+    if without:
+        path, what = next(iter(without.items()))
         raise RefusedError(
             f"the adapter {adapter.name} cannot be carried: {owing.b} has to have a bias, for a norm's bias is folded "
-            f"into {owing.path}, and PEFT has none in an adapter of an embedding ({embedded[0]}). {MERGE}"
+            f"into {owing.path}, and PEFT has none in an adapter that changes an {what} ({path}). {MERGE}"
         )
     if owing.magnitude is not None:
         raise RefusedError(

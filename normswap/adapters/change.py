@@ -124,7 +124,10 @@ class Change:
         factor = {"a": self.before[found.a], "b": self.before[found.b]}
         with _naming(self.name, found.a.removesuffix(".weight")):
             parts = [linear_part(edit) for edit in self.steps(found.weight)]
-            parts += [around(edit, found.weight, *found.ends) for edit in self._module_edits(found.path)]
+            parts += [
+                around(edit, found.weight, *found.ends)
+                for edit in self._module_edits(found.path if found.beside else None)
+            ]
             for part in (part for part in parts if part is not None):
                 dims = len(self.keymap.shapes[found.weight])
                 which, axis = found.axes.get(getattr(part, "axis", 0) % dims, (None, None))
@@ -148,7 +151,7 @@ class Change:
                     if linear_part(edit) != edit or not apart:
                         raise NotCarried(f"{edit.edit} of {found.weight} mixes what makes its outputs, or adds to it")
                     weight = edit.apply(weight, self.read)
-            for edit in self._module_edits(found.path):
+            for edit in self._module_edits(found.path if found.beside else None):
                 part = around(edit, found.weight, *found.ends)
                 if part is not None and part.axis == found.ends[0]:
                     raise NotCarried(f"{edit.edit} of {found.path} mixes its outputs")
@@ -174,7 +177,7 @@ class Change:
                     added = added + self._owed(edit)
                 elif added.any() and (part := linear_part(edit)) is not None:
                     added = part.apply(added, self.read)
-            for edit in self._module_edits(found.path):
+            for edit in self._module_edits(found.path if found.beside else None):
                 part = around(edit, found.weight, *found.ends)
                 if part is not None and part.axis == found.ends[0]:
                     added = added - added.mean()
@@ -213,7 +216,7 @@ class Change:
                 value = edit.apply(value, self.read)
         return value
 
-    def _module_edits(self, path: str) -> list[ModuleEdit]:
+    def _module_edits(self, path: str | None) -> list[ModuleEdit]:
         return [edit for edit in self.plan.module_edits() if edit.module == path]
 
     def _refuse(self, name: str, why: str) -> None:

@@ -46,6 +46,7 @@ class Settings(BaseModel):
     lora_alpha: int | float
     target_modules: _Names = None
     exclude_modules: _Names = None
+    target_parameters: list[str] | None = None
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, _Positive] | None = None
     alpha_pattern: dict[str, int | float] | None = None

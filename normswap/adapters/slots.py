@@ -26,10 +26,11 @@ NAME = "default"
 
 @dataclass(frozen=True)
 class LowRank:
-    """A change `s B A` beside a layer.
+    """A change `s B A` of a weight, computed beside its layer, or added to the weight itself (`target_parameters`).
 
     Attributes:
         path: of the layer.
+        weight: name of the weight.
         a, b: keys of the factors; rank is the first axis of A and the second of B.
         beta: key of the bias of B, None: it has none. The layer's output gains `s` times it.
         magnitude: key of m, None: there is none. With it the weight is `m (W + s B A)`, each of its rows, the weights
@@ -37,9 +38,13 @@ class LowRank:
         scaling: s.
         axes: per axis of the layer's weight the factor, `a` or `b`, and which of its axes lies along it.
         ends: which axes of the weight lie along the last axis of the layer's output, and of its input; None: none does.
+        stack: how many weights the tensor is a stack of (experts); each has factors of its own, which lie in A one
+            after another and in B interleaved.
+        beside: whether it is computed beside the layer.
     """
 
     path: str
+    weight: str
     a: str
     b: str
     beta: str | None
@@ -47,17 +52,20 @@ class LowRank:
     scaling: float
     axes: Mapping[int, tuple[str, int]]
     ends: tuple[int | None, int | None]
+    stack: int = 1
+    beside: bool = True
 
     @property
-    def weight(self) -> str:
-        return f"{self.path}.weight"
-
-    @property
-    def bias(self) -> str:
-        return f"{self.path}.bias"
+    def bias(self) -> str | None:
+        """Name of the layer's bias, where B could have one."""
+        return f"{self.path}.bias" if self.beside else None
 
     def delta(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """`s B A` in the weight's own layout."""
+        if 0 not in self.axes:  # a stack
+            a, b = a.unflatten(0, (self.stack, -1)), b.unflatten(1, (-1, self.stack)).permute(2, 0, 1)
+            made = self.scaling * (b @ a)
+            return made if self.axes[1][0] == "b" else made.mT
         made = self.scaling * torch.tensordot(b.flatten(1), a, 1)
         return made if self.axes[0][0] == "b" else made.T
 
@@ -146,7 +154,7 @@ def _low_rank(path: str, layer, tensors: Mapping[str, torch.Tensor], name: str) 
     from peft.tuners.lora import layer as kinds
 
     start = f"{_PREFIX}{path}."
-    a, b = "lora_A.weight", "lora_B.weight"
+    a, b, weight, more = "lora_A.weight", "lora_B.weight", f"{path}.weight", {}
     if isinstance(layer, kinds.Embedding):
         a, b, axes, ends = "lora_embedding_A", "lora_embedding_B", {0: ("a", 1), 1: ("b", 0)}, (1, None)
     elif isinstance(layer, kinds.Linear):
@@ -157,6 +165,13 @@ def _low_rank(path: str, layer, tensors: Mapping[str, torch.Tensor], name: str) 
         axes, ends = {0: ("b", 0)}, (None, None)
         if layer.get_base_layer().groups == 1:  # else A reads all channels, and the weight those of a group
             axes |= {axis: ("a", axis) for axis in range(1, layer._kernel_dim)}
+    elif isinstance(layer, getattr(kinds, "ParamWrapper", ())):
+        # several of one layer are nested
+        weight, more = f"{path.removesuffix('.base_layer')}.{layer.parameter_name}", {"beside": False}
+        axes, ends = {0: ("b", 0), 1: ("a", 1)}, (None, None)
+        if layer.get_param().ndim == 3:
+            more["stack"], (out, into) = layer.num_experts, (axes[0], axes[1])
+            axes = {1: out, 2: into} if layer._did_swap_in_out_features else {1: into, 2: out}
     else:
         raise RefusedError(
             f"the adapter {name} changes {path} by a {type(layer).__name__}, which is not carried. {MERGE}"
@@ -166,7 +181,7 @@ def _low_rank(path: str, layer, tensors: Mapping[str, torch.Tensor], name: str) 
     beta, magnitude = (key if key in tensors else None for key in (f"{start}lora_B.bias", f"{start}{_MAGNITUDE}"))
     if magnitude is not None and not isinstance(layer, kinds.Linear):
         raise RefusedError(f"the adapter {name} has {magnitude}, of no linear map, which is not carried. {MERGE}")
-    return LowRank(path, start + a, start + b, beta, magnitude, float(layer.scaling[NAME]), axes, ends)
+    return LowRank(path, weight, start + a, start + b, beta, magnitude, float(layer.scaling[NAME]), axes, ends, **more)
 
 
 _MAGNITUDE = "lora_magnitude_vector"
