@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from normswap.errors import (
         DestinationError,
         DivergedError,
+        HubError,
         KernelError,
         NormswapError,
         ObserveError,
@@ -44,6 +45,7 @@ _HOME = {
     "errors": (
         "DestinationError",
         "DivergedError",
+        "HubError",
         "KernelError",
         "NormswapError",
         "ObserveError",
