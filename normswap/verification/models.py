@@ -19,6 +19,7 @@ from normswap.verification.outputs import (
     outputs_of,
 )
 from normswap.verification.sites import SiteComparison, SiteMetrics, SiteSpec, alike, site_calls
+from normswap.verification.streams import SiteStream, received, side_by_side
 
 Progress = Callable[[int, int], None]
 
@@ -41,6 +42,7 @@ class Comparison(Record):
         unmatched: norms that ran in one model only, or not alike in both.
         not_run: norms of both that these inputs did not reach.
         moved: norms that stand in another place in one of the two: no site is the same in both, so none is compared.
+        streams: what each norm receives in either model, those included that are not compared.
         dtype: what both models computed in.
         tolerance: the relative error above which something counts as different.
         first_divergence: path of the first site that differs in some row; `output` if none does and the output does,
@@ -57,6 +59,7 @@ class Comparison(Record):
     first_divergence: str | None
     others: tuple[OutputMetrics, ...] = ()
     moved: tuple[str, ...] = ()
+    streams: tuple[SiteStream, ...] = ()
 
     @property
     def worst_error(self) -> float:
@@ -108,9 +111,17 @@ def compare_models(
     lifted = lift and dtype == torch.float64
     outputs, others, sites = None, OutputComparison(), SiteComparison(basis.sites)
     left_out = tuple(dict.fromkeys(path for path, _ in (*sites_a, *sites_b) if path in moved))
+    # B's are watched where A has a norm and B what is none, too
+    watched = [*sites_b, *(site for site in sites_a if site[0] not in dict(sites_b))]
+    streams = received(model_a, sites_a), received(model_b, watched)
     sites_a, sites_b = ([(path, spec) for path, spec in own if path not in moved] for own in (sites_a, sites_b))
     sites_a, sites_b = alike(sites_a, sites_b)
-    with site_calls(model_a, sites_a) as calls_a, site_calls(model_b, sites_b, sites_a) as calls_b:
+    with (
+        site_calls(model_a, sites_a) as calls_a,
+        site_calls(model_b, sites_b, sites_a) as calls_b,
+        streams[0] as streams_a,
+        streams[1] as streams_b,
+    ):
         for done, batch in enumerate(batches):
             inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
             all_a, all_b = outputs_of(model_a, inputs, lifted, "A"), outputs_of(model_b, inputs, lifted, "B")
@@ -123,7 +134,9 @@ def compare_models(
             ids = _ids_of_rows(inputs, a)
             if outputs is None:
                 outputs = TokenComparison(distributions=name == "logits", decode=decode)
+                streams_a.paused = True  # what it runs to find out is of no batch
                 causal = ids is not None and name == "logits" and _is_causal(model_a, inputs, a, lifted)
+                streams_a.paused = False
                 calls_a.clear()
             outputs.add(a, b.to(a.device), _next_ids(ids).to(a.device) if causal else None, ids)
             if progress:
@@ -151,6 +164,7 @@ def compare_models(
         first_divergence=_first_divergence(measured, metrics, rest, tolerance),
         others=rest,
         moved=left_out,
+        streams=side_by_side(streams_a, streams_b),
     )
 
 
