@@ -8,8 +8,8 @@ import sys
 
 import click
 
-from normswap.cli.options import printable
 from normswap.errors import NormswapError, RefusedError
+from normswap.report.printable import printable
 
 #: command -> the first line of its help; the file of that name is imported when the command is used
 COMMANDS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,10 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
 
-
-def printable(text: str) -> str:
-    """`text` without control characters: names and texts from a checkpoint may hold some that move the cursor."""
-    return "".join("?" if unicodedata.category(c)[0] == "C" and c != "\n" else c for c in text)
+from normswap.report.printable import printable
 
 
 class SafeConsole(Console):

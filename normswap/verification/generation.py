@@ -71,9 +71,7 @@ def generated(
     except Exception as error:  # a model's own code for generation raises what it likes
         reason = " ".join(str(error).split())
         return Generation(why_not=f"generation failed: {type(error).__name__}: {reason:.200}")
-    return Generation(
-        samples=tuple(_sample(tokenizer, *row) for row in zip(prompts.tolist(), *written, strict=True))
-    )
+    return Generation(samples=tuple(_sample(tokenizer, *row) for row in zip(prompts.tolist(), *written, strict=True)))
 
 
 def _why_not(model: nn.Module, tokenizer, batches, on_disk: bool, most_parameters: float) -> str | None:

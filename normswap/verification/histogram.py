@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from normswap.verification.record import Record
@@ -45,23 +43,10 @@ def histogram(values: torch.Tensor) -> Histogram:
     values = values.double()
     infinite, zero = values.isinf(), values < _FLOOR
     logs = values[~(infinite | zero)].log10()
+    others = {"zero": int(zero.sum()), "infinite": int(infinite.sum())}
     if not len(logs):
-        return Histogram(first=0.0, per_decade=PER_DECADE, counts=(), zero=int(zero.sum()), infinite=int(infinite.sum()))
+        return Histogram(first=0.0, per_decade=PER_DECADE, counts=(), **others)
     bins = (logs * PER_DECADE).floor().long()
     first = int(bins.min())
     counts = torch.bincount(bins - first)
-    return Histogram(
-        first=first / PER_DECADE,
-        per_decade=PER_DECADE,
-        counts=tuple(counts.tolist()),
-        zero=int(zero.sum()),
-        infinite=int(infinite.sum()),
-    )
-
-
-def share_above(found: Histogram, limit: float) -> float:
-    """Part of the values in bins that lie above `limit` altogether."""
-    if not found.total:
-        return 0.0
-    start = math.ceil((math.log10(limit) - found.first) * found.per_decade)
-    return (sum(found.counts[max(0, start) :]) + found.infinite) / found.total
+    return Histogram(first=first / PER_DECADE, per_decade=PER_DECADE, counts=tuple(counts.tolist()), **others)

@@ -1,4 +1,4 @@
-"""What the norms of two models receive, each for itself: mean, scale, and how much the scale differs from token to token.
+"""What the norms of two models receive, each for itself: mean, scale, and how the scale differs from token to token.
 
 Unlike the comparison of sites this takes no two vectors to be the same, so it says something of norms that moved too.
 """
@@ -15,6 +15,7 @@ from torch import nn
 
 from normswap.norms.spec import NormSpec
 from normswap.verification.record import Record
+
 
 class StreamStat(Record):
     """Of what one norm receives, over the rows (tokens) that are finite.
@@ -102,8 +103,12 @@ def _rows(x: torch.Tensor, spec: NormSpec) -> torch.Tensor:
 
 
 def side_by_side(a: Stats, b: Stats) -> tuple[SiteStream, ...]:
-    """The statistics of both models by site, in A's order of execution, then those that only B has."""
-    paths = [*a, *(path for path in b if path not in a)]
+    """The statistics of both models by site, in A's order of execution; what only B has stands where it runs there."""
+    paths, at = list(a), 0
+    for path in b:
+        if path not in a:
+            paths.insert(at, path)
+        at = paths.index(path) + 1
     none = Sums()
     found = (SiteStream(site=path, a=a.get(path, none).stat(), b=b.get(path, none).stat()) for path in paths)
     return tuple(site for site in found if site.a or site.b)
