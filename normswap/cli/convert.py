@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ from normswap.cli.options import (
     out,
     progress_bars,
     quiet,
+    report_option,
     request_options,
     source_options,
     tokens_option,
@@ -45,9 +47,10 @@ from normswap.cli.options import (
 @click.option("--undo", is_flag=True, help="MODEL is what normswap made: turn it back into its source's own class.")
 @click.option("--overwrite", is_flag=True, help="Replace a model folder at OUT, once the new one is complete.")
 @source_options
+@report_option
 @json_option
 @click.pass_context
-def command(context, model, destination, plan_file, undo, as_json, **options) -> None:
+def command(context, model, destination, plan_file, undo, page, as_json, **options) -> None:
     """Convert the checkpoint MODEL into the folder OUT: plan, apply, verify, publish.
 
     OUT appears whole, after verification, or not at all. MODEL is never written to.
@@ -68,6 +71,11 @@ def command(context, model, destination, plan_file, undo, as_json, **options) ->
     from normswap.report.plan import disk_facts, plan_view
     from normswap.report.proof import proof_view
 
+    begun = time.monotonic()
+    if page is not None:
+        from normswap.report.page.write import check_place
+
+        check_place(page, model, destination)
     with progress_bars(enabled=not as_json) as progress:
         done = normswap.convert(
             model,
@@ -88,11 +96,21 @@ def command(context, model, destination, plan_file, undo, as_json, **options) ->
     else:
         out().print(plan_view(done.plan, done.written))
         out().print(proof_view(done.report))
+    if page is not None:
+        _write_page(page, done, (time.monotonic() - begun) / 60)
     if done.skipped:
         err().print(f"left behind (other formats hold the unconverted weights): {', '.join(done.skipped)}")
     if options["verify"] == "none":
         err().print("NOT VERIFIED: the result was published without being measured (--verify none).", style="bold red")
     err().print(f"published {done.folder}", style="bold")
+
+
+def _write_page(page: Path, done, minutes: float) -> None:
+    from normswap.report.findings.gather import of_folder
+    from normswap.report.page.write import write_page
+
+    write_page(of_folder(done.folder, proof=done.report, minutes=minutes), page)
+    err().print(f"wrote {page}", style="bold")
 
 
 #: options that go with --undo; what to undo, the folder says

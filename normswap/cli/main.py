@@ -18,6 +18,7 @@ COMMANDS = {
     "norms": "List the kinds of norm that can be asked for.",
     "convert": "Convert a checkpoint, verify the result and publish it.",
     "verify": "Measure how far two checkpoints are apart.",
+    "report": "Show what was done to a model, as a page and as tables.",
     "kernels": "Show which fused kernel each norm would get.",
     "finetune": "Convert a checkpoint and heal it, as a recipe says.",
     "recipe": "Look at recipes: list, show, validate, schema.",
@@ -58,6 +59,7 @@ def main() -> None:
     normswap convert MODEL OUT --norm rmsnorm
     normswap convert MODEL OUT --placement post
     normswap verify MODEL OUT
+    normswap report OUT
     normswap kernels MODEL
     normswap finetune RECIPE
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import reduce
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -136,6 +137,14 @@ tokens_option = _together(
         show_default=True,
         help="In windows of how many tokens; shorter ones for a model of short texts.",
     ),
+)
+
+report_option = click.option(
+    "--report",
+    "page",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write an HTML page of it, with drawings and advice.",
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")

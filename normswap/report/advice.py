@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from normswap.paths import folded
 from normswap.report.findings.healing import recipe_for
 from normswap.report.findings.model import Advice, Findings
 from normswap.report.findings.words import CLOSE, CLOSE_ERROR, FAR, HEALED, made_worse
@@ -27,8 +28,9 @@ def advice(found: Findings) -> tuple[Advice, ...]:
 
 
 def _use(found: Findings) -> Iterator[Advice]:
-    if found.kind == "comparison" and found.main is not None:
-        yield Advice(level="good", what="Either checkpoint can stand for the other.")
+    if found.kind == "comparison":
+        if found.main is not None and found.main.comparison.first_divergence is None:
+            yield Advice(level="good", what="Either checkpoint can stand for the other.")
     elif found.kind in ("conversion", "finetune"):
         what = "Nothing here speaks against using it."
         yield Advice(level="good", what=what, attempt="Load it as the model card shows, and try it on your own task.")
@@ -74,7 +76,7 @@ def far_away(found: Findings) -> Iterator[Advice]:
     else:
         close = output.kl.mean <= CLOSE[0] and output.top1 >= CLOSE[1]
         bad = output.kl.mean > FAR[0] or output.top1 < FAR[1]
-        what = f"At {100 * (1 - output.top1):.0f} of 100 positions the most probable next token is another."
+        what = f"In {100 * (1 - output.top1):.0f} of 100 cases the most probable answer is another one."
     if not close:
         yield Advice(level="bad" if bad else "warn", what=what, attempt=f"Before it is used: {_heal(found)}")
     else:
@@ -151,10 +153,11 @@ def shipped_text(found: Findings) -> Iterator[Advice]:
 
 def sites_left_out(found: Findings) -> Iterator[Advice]:
     if found.plan is not None and found.plan.refused:
-        names = ", ".join(dict.fromkeys(refusal.site for refusal in found.plan.refused[:3]))
+        shown = [name for name, _ in folded([(refusal.site, "") for refusal in found.plan.refused])]
+        names = ", ".join(shown[:3]) + (" ..." if len(shown) > 3 else "")
         yield Advice(
             level="note",
-            what=f"{len(found.plan.refused)} things that were asked for were not done: {names} ...",
+            what=f"Not all that was asked for was done; as they were: {names}.",
             attempt="The plan below says why for each.",
         )
     if found.local is not None and (unmatched := found.local.comparison.unmatched):
@@ -173,7 +176,7 @@ def parting(found: Findings) -> Iterator[Advice]:
     if at is not None:
         known = found.plan is not None and found.claim != "exact"
         attempt = (
-            f"It was not to be the same: {_heal(found)}"
+            f"The second is a conversion that is not exact. {_heal(found)}"
             if known
             else (
                 "If they were to be the same: look at what was done to that site, or convert the source again. "
@@ -181,7 +184,8 @@ def parting(found: Findings) -> Iterator[Advice]:
             )
         )
         where = "at the output" if at == "output" else f"at {at}"
-        yield Advice(level="note" if known else "warn", what=f"The two part first {where}.", attempt=attempt)
+        level = found.verdict.level if found.verdict is not None and known else "warn"
+        yield Advice(level=level, what=f"The two part first {where}.", attempt=attempt)
 
 
 def misfits(found: Findings) -> Iterator[Advice]:

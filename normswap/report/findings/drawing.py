@@ -73,9 +73,21 @@ def _step(normmap: NormMap, block: Block, root: str) -> Step:
     )
 
 
+def _named(path: str) -> str:
+    """The first name of a path that is not of a list: `SelfAttention` in `layer.0.SelfAttention.o`."""
+    parts = path.split(".")
+    while len(parts) > 2 and parts[1].isdigit():
+        parts = parts[2:]
+    return parts[0]
+
+
 def _norms(normmap: NormMap, paths: Sequence[str], root: str) -> tuple[SlotNorm, ...]:
     return tuple(
-        SlotNorm(name=path.removeprefix(f"{root}.") if root else path, kind=normmap.sites[path].spec.kind)
+        SlotNorm(
+            name=path.removeprefix(f"{root}.") if root else path,
+            kind=normmap.sites[path].spec.kind,
+            weightless=not (normmap.sites[path].spec.gain or normmap.sites[path].spec.bias),
+        )
         for path in paths
         if path in normmap.sites
     )
@@ -95,7 +107,7 @@ def _branch_modules(normmap: NormMap, block: Block, root: str) -> list[str]:
             op = trace.operations[producer]
             below = op.module.removeprefix(f"{root}.") if op.module.startswith(f"{root}.") else ""
             if below and op.norm not in norms:
-                found[below.split(".")[0]] = None
+                found[_named(below)] = None
             else:
                 behind += [v for v in op.inputs if trace.values[v].kind == "computed"]
         frontier = list(dict.fromkeys(behind))

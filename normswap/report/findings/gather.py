@@ -40,7 +40,13 @@ def of_folder(folder: str | Path, *, proof: Proof | None = None, minutes: float 
         SourceError: the folder is none that normswap wrote, or its record is damaged.
     """
     folder = Path(folder)
-    name = PLAIN if (folder / PLAIN).is_file() and not (folder / RECORD).is_file() else RECORD
+    name = next((name for name in (RECORD, PLAIN) if (folder / name).is_file()), None)
+    if name is None:
+        raise SourceError(
+            f"{folder} is not a folder that normswap wrote: it has no {RECORD}, nor {PLAIN} of a training. Two "
+            f"checkpoints are compared by `normswap verify A B --report FILE`, and the norms of one are drawn by "
+            f"`normswap inspect MODEL --report FILE`."
+        )
     record = Record.read(folder, name)
     reports, generation, mode = _measured(record, proof)
     notes: list[str] = []
@@ -58,7 +64,7 @@ def of_folder(folder: str | Path, *, proof: Proof | None = None, minutes: float 
         title=_title(record, training is not None),
         changed=changed(plan, rows),
         claim=plan.claim,
-        meaning=MEANINGS[plan.claim],
+        meaning=MEANINGS[plan.claim] if plan.claim != "calibrated" else _FITTED,
         before=drawing(before) if before else None,
         after=drawing(after) if after else None,
         sites=tuple(rows),
@@ -73,6 +79,10 @@ def of_folder(folder: str | Path, *, proof: Proof | None = None, minutes: float 
     told = trained_verdict(training) if training else verdict(plan.claim, reports, found.main)
     found = found.model_copy(update={"verdict": told})
     return found.model_copy(update={"advice": (*changed_since(folder, record), *advice(found))})
+
+
+#: what a calibrated claim means beside the measurements: these say how close it came
+_FITTED = "Constants and weights are fitted to what the model does on data; how close that came is measured here."
 
 
 def of_comparison(report: Report, trust_remote_code: bool = False) -> Findings:
@@ -116,7 +126,7 @@ def of_model(normmap: NormMap, name: str) -> Findings:
         before=drawn,
         sites=tuple(site_rows(normmap, None)),
         sizes=Sizes(parameters_before=drawn.parameters, bytes_before=normmap.files["bytes"] if normmap.files else None),
-        provenance=Provenance(versions=_versions({}), command=f"normswap inspect {Path(name).name}"),
+        provenance=Provenance(versions=_versions({}), command=f"normswap inspect {Path(name).name} --report FILE"),
         notes=tuple(filter(None, [normmap.converted])),
     )
 

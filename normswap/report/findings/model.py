@@ -13,10 +13,11 @@ Level = Literal["good", "note", "warn", "bad"]
 
 
 class SlotNorm(Record):
-    """A norm in a drawing: its path below the layer, and its kind."""
+    """A norm in a drawing: its path below the layer, its kind, and whether it has neither gain nor bias."""
 
     name: str
     kind: str
+    weightless: bool = False
 
 
 class Step(Record):

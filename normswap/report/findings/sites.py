@@ -23,8 +23,7 @@ def site_rows(before: NormMap | None, after: NormMap | None, measured: Iterable[
     named = []
     for path, pair in sites.items():
         site = pair[0] or pair[1]
-        likeness = (tuple(map(_form, pair)), site.role, blurred(site.stream or ""), tuple(map(blurred, _readers(site))))
-        named.append((path, likeness))
+        named.append((path, (tuple(map(_form, pair)), site.role, blurred(site.stream or ""))))
     rows = []
     for shown, paths in folded(named):
         found = [errors[path] for path in paths if path in errors]

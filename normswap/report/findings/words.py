@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from normswap.planning.plans import Plan
-from normswap.report.findings.model import SiteRow, Training, Verdict
+from normswap.report.findings.model import Level, SiteRow, Training, Verdict
 from normswap.report.kinds import kind_name
 from normswap.verification.run import Report
 
@@ -22,7 +22,7 @@ CLOSE_ERROR, FAR_ERROR = 0.05, 0.3
 def changed(plan: Plan, rows: Sequence[SiteRow]) -> str:
     """What a plan changed, in a sentence."""
     # where norms move, the kinds that some become on the way are part of that
-    parts = [*_moved(plan), *(_exchanged(rows) if plan.request.norms or not plan.moved else ()), *_folded(plan, rows)]
+    parts = [*_moved(plan), *(_exchanged(rows) if plan.request.norms or not plan.moved else ()), *_folded(plan)]
     if plan.request.qk_norm:
         parts.append(f"norms ({kind_name(plan.request.qk_norm)}) were put on the heads of queries and keys")
     if plan.rotated:
@@ -42,16 +42,17 @@ def _exchanged(rows: Sequence[SiteRow]) -> list[str]:
     return [f"{n} of {total} norms changed from {kind_name(a)} to {kind_name(b)}" for (a, b), n in kinds.items()]
 
 
-def _folded(plan: Plan, rows: Sequence[SiteRow]) -> list[str]:
+def _folded(plan: Plan) -> list[str]:
     if not plan.request.fold:
         return []
-    count = sum(row.count for row in rows if row.before is not None and (row.before.gain or row.before.bias))
-    return [f"gains and biases of {count or len(plan.converted)} norms were folded into the weights that read them"]
+    return [f"gains and biases of {len(plan.converted)} norms were folded into the weights that read them"]
 
 
 def _moved(plan: Plan) -> list[str]:
     moves = Counter((block.before, block.after) for block in plan.moved)
-    return [f"{n} residual blocks moved from {a} to {b} placement" for (a, b), n in moves.items()]
+    chosen = any(placement.layers for placement in plan.request.placements)
+    where = f" (layers {', '.join(p.layers or 'all' for p in plan.request.placements)})" if chosen else ""
+    return [f"{n} residual blocks moved from {a} to {b} placement{where}" for (a, b), n in moves.items()]
 
 
 def verdict(claim: str | None, reports: dict[str, Report], main: Report | None) -> Verdict:
@@ -76,7 +77,7 @@ def verdict(claim: str | None, reports: dict[str, Report], main: Report | None) 
         )
     if same.first_divergence is None and claim in (None, "exact"):
         return Verdict(level="good", headline="The same function", sentence=_same(reports, main))
-    return _distance(main)
+    return _distance(main, _APART if claim is None else _FAR)
 
 
 #: how far above its control a healed model may end, nats per token
@@ -123,22 +124,36 @@ def _same(reports: dict[str, Report], main: Report) -> str:
     return f"{text}."
 
 
-def tokens(report: Report) -> str:
-    """How many rows were compared, in words."""
-    rows = report.comparison.output.rows
+def of_text(report: Report) -> bool:
+    """Whether rows of the output are predictions of tokens of a text."""
     return (
-        f"{rows:,} tokens" if report.comparison.output_name == "logits" and len(report.inputs) == 2 else f"{rows} rows"
+        report.comparison.output.top1 is not None
+        and len(report.inputs) == 2
+        and report.comparison.output.rows > 1
+        and (report.comparison.output.rows >= report.inputs[0] * (report.inputs[1] - 1))
     )
 
 
-_FAR = (
+def tokens(report: Report) -> str:
+    """How many rows were compared, in words."""
+    rows = report.comparison.output.rows
+    return f"{rows:,} {'tokens' if of_text(report) else 'rows of the output'}"
+
+
+_FAR: tuple[tuple[Level, str], ...] = (
     ("note", "Close to the original, not the same"),
     ("warn", "Near the original, and noticeably another"),
     ("bad", "Far from the original"),
 )
+#: the same of two checkpoints, of which neither need be the original
+_APART: tuple[tuple[Level, str], ...] = (
+    ("note", "Close, and not the same"),
+    ("warn", "Alike, and noticeably different"),
+    ("bad", "Far apart"),
+)
 
 
-def _distance(report: Report) -> Verdict:
+def _distance(report: Report, words: tuple[tuple[Level, str], ...]) -> Verdict:
     """How far a model that is not the same is from the original."""
     output = report.comparison.output
     if output.kl is None or output.top1 is None:
@@ -147,11 +162,12 @@ def _distance(report: Report) -> Verdict:
         measured = f"outputs differ by {error:.1%} on average"
     else:
         far = max(_beyond(output.kl.mean, output.top1, CLOSE), 2 * _beyond(output.kl.mean, output.top1, FAR))
+        what, each = ("next token", "token") if of_text(report) else ("answer", "row")
         measured = (
-            f"the most probable next token is the same at {output.top1:.1%} of the positions, and the predictions "
-            f"differ by {output.kl.mean:.2g} nats (KL) per token on average"
+            f"the most probable {what} is the same in {output.top1:.1%} of all cases, and the predictions differ by "
+            f"{output.kl.mean:.2g} nats (KL) per {each} on average"
         )
-    level, headline = _FAR[far]
+    level, headline = words[far]
     return Verdict(
         level=level,
         headline=headline,

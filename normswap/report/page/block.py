@@ -85,14 +85,15 @@ _TITLES = {"n_in": "N_in", "n_branch": "N_branch", "n_out": "N_out"}
 
 def _slot(canvas: Canvas, x, y, width, height, slot: str, step: Step, other: Step | None, compared: bool) -> None:
     norms: tuple[SlotNorm, ...] = getattr(step, slot)
-    before = [norm.kind for norm in getattr(other, slot)] if other is not None else []
-    changed = " changed" if compared and [norm.kind for norm in norms] != before else ""
+    before = _forms(getattr(other, slot)) if other is not None else []
+    changed = " changed" if compared and _forms(norms) != before else ""
     middle = x + width / 2
     if not norms:
         canvas.rect(x, y, width, height, f"empty{changed}", 6)
         canvas.text(middle, y + height / 2 + 3.5, f"{_TITLES[slot]}: none", "slot-name", "middle")
         return
-    kinds = " + ".join(dict.fromkeys(kind_name(norm.kind) for norm in norms))
+    plain = "bare " if all(norm.weightless for norm in norms) else ""
+    kinds = " + ".join(dict.fromkeys(f"{plain}{kind_name(norm.kind)}" for norm in norms))
     names = ", ".join(norm.name for norm in norms)
     canvas.rect(x, y, width, height, f"norm{changed}", 6, f"{_TITLES[slot]}: {kinds}, {names}")
     kinds = kinds if len(norms) == 1 else f"{len(norms)} \u00d7 {kinds}" if "+" not in kinds else kinds
@@ -100,6 +101,10 @@ def _slot(canvas: Canvas, x, y, width, height, slot: str, step: Step, other: Ste
     for line, norm in enumerate(norms[:3]):
         words = norm.name if line < 2 or len(norms) == 3 else f"and {len(norms) - 2} more"
         canvas.text(middle, y + 26 + 12 * line, shortened(words, int(width / 5.6)), "path", "middle")
+
+
+def _forms(norms: Sequence[SlotNorm]) -> list[tuple[str, bool]]:
+    return [(norm.kind, norm.weightless) for norm in norms]
 
 
 def _function(canvas: Canvas, left: float, y: float, height: float, step: Step) -> None:

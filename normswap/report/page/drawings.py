@@ -22,6 +22,13 @@ def drawings(found: Findings) -> list[dict[str, Any]]:
     return [_stream(name, _named(found.before, name), _named(found.after, name), found.kind, single) for name in names]
 
 
+def any_bare(found: Findings) -> bool:
+    """Whether a norm in a slot has neither gain nor bias."""
+    drawn = [part for part in (found.before, found.after) if part is not None]
+    steps = [step for part in drawn for s in part.streams for layers in s.layers for step in layers.steps]
+    return any(norm.weightless for step in steps for norm in (*step.n_in, *step.n_branch, *step.n_out))
+
+
 def _named(drawn: MapDrawing | None, name: str) -> StreamDrawing | None:
     return next((stream for stream in drawn.streams if stream.name == name), None) if drawn else None
 

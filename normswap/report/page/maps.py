@@ -6,6 +6,7 @@ from typing import Any
 
 from normswap.report.findings.model import Findings, SiteForm
 from normswap.report.kinds import kind_name
+from normswap.report.page.chart import figure
 
 _MOST_READERS = 4
 
@@ -24,7 +25,7 @@ def parts(found: Findings) -> dict[str, Any]:
                 "role": row.role,
                 "width": row.width,
                 "read_by": _readers(row.read_by),
-                "error": "\u2013" if row.error_max is None else f"{row.error_max:.1e}",
+                "error": "\u2013" if row.error_max is None else figure(row.error_max),
             }
             for row in found.sites
         ],

@@ -9,9 +9,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from normswap.errors import DestinationError
+from normswap.report.findings import costs
 from normswap.report.findings.model import Findings
-from normswap.report.page import costs, differences, drawings, maps, plans, same, tiles
+from normswap.report.findings.words import of_text
+from normswap.report.page import differences, drawings, maps, plans, same, tiles
 from normswap.report.page.curves import training_charts
 from normswap.report.printable import printable
 
@@ -25,17 +26,6 @@ def page(found: Findings) -> str:
     return _environment().get_template("page.html").render(found=found, style=style, **_parts(found))
 
 
-def write_page(found: Findings, path: str | Path) -> Path:
-    """Write the page to `path`. Raises DestinationError where that is not possible."""
-    try:
-        Path(path).write_text(page(found), encoding="utf-8")
-    except OSError as error:
-        raise DestinationError(
-            f"the report cannot be written to {path}: {error.strerror}. Name a file in a folder that exists."
-        ) from error
-    return Path(path)
-
-
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -47,6 +37,7 @@ def _environment() -> jinja2.Environment:
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.globals |= {"icon": _ICONS.__getitem__, "visible": visible, "parted": parted, "coded": coded}
+    environment.globals |= {"breaking": breaking}
     return environment
 
 
@@ -68,12 +59,19 @@ def coded(text: str) -> Markup:
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
 
 
+def breaking(path: str) -> Markup:
+    """A path that may be broken into lines behind its dots and underscores."""
+    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(printable(path)))))
+
+
 def _parts(found: Findings) -> dict[str, Any]:
     """What the templates show beside `found`."""
     return {
         "tiles": tiles.tiles(found),
         "generation": found.generation,
         "drawings": drawings.drawings(found),
+        "bare": drawings.any_bare(found),
+        "of_text": found.main is not None and of_text(found.main),
         "scores": same.scores(found),
         "charts": training_charts(found.training) if found.training else [],
         "costs": costs.rows(found),

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from normswap.paths import blurred, folded
 from normswap.report.findings.model import Findings
 from normswap.report.plan import plan_view
 
@@ -18,9 +19,15 @@ _WIDTH = 150
 def parts(found: Findings) -> dict[str, Any]:
     """The plan's text and JSON, None where it is too long."""
     if found.plan is None:
-        return {"plan_text": "", "plan_json": None}
+        return {"plan_text": "", "plan_json": None, "refused": []}
     as_json = found.plan.model_dump_json(indent=1)
-    return {"plan_text": _text(found), "plan_json": as_json if len(as_json) <= _MOST else None}
+    reasons = {refusal.site: refusal.reason for refusal in found.plan.refused}
+    alike = folded([(path, blurred(why)) for path, why in reasons.items()])
+    return {
+        "plan_text": _text(found),
+        "plan_json": as_json if len(as_json) <= _MOST else None,
+        "refused": [(shown, reasons[paths[0]]) for shown, paths in alike],
+    }
 
 
 def _text(found: Findings) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from normswap.report.card import SCORES
 from normswap.report.findings.model import Findings
+from normswap.report.findings.words import of_text
 from normswap.report.page.chart import figure
 from normswap.report.page.distribution import distribution_chart
 from normswap.verification.metrics import Stat, TokenMetrics
@@ -33,12 +34,13 @@ def parts(found: Findings) -> dict[str, Any]:
 
 def _comparison(name: str, report: Report, found: Findings) -> dict[str, Any]:
     output = report.comparison.output
+    names = ("first", "second") if found.kind == "comparison" else ("original", "this one")
     stats = {
         "relative error": output.error,
         "KL, nats": output.kl,
         "change of cross-entropy, nats": output.cross_entropy_change,
-        "cross-entropy, original": output.cross_entropy_a,
-        "cross-entropy, this one": output.cross_entropy_b,
+        f"cross-entropy, {names[0]}": output.cross_entropy_a,
+        f"cross-entropy, {names[1]}": output.cross_entropy_b,
     }
     title = "The result against the source" if found.kind == "finetune" else _TITLES[name]
     return {
@@ -47,13 +49,14 @@ def _comparison(name: str, report: Report, found: Findings) -> dict[str, Any]:
         "folded": name == "mathematics" and found.claim != "exact" and found.main is not report,
         "conditions": _conditions(report),
         "rows": [_row(words, stat) for words, stat in stats.items() if stat is not None],
-        "facts": _facts(output),
+        "facts": _facts(report, names),
     }
 
 
 def _row(name: str, stat: Stat) -> dict[str, Any]:
     values = (stat.mean, stat.median, stat.p99, stat.p999, stat.max)
-    return {"name": name, "values": ["\u2013" if value is None else figure(value) for value in values]}
+    words = (lambda value: f"{value:.4f}") if name.startswith("cross") else figure
+    return {"name": name, "values": ["\u2013" if value is None else words(value) for value in values]}
 
 
 def _conditions(report: Report) -> str:
@@ -64,15 +67,17 @@ def _conditions(report: Report) -> str:
     return f"{report.text}, {sizes}; computed in {report.comparison.dtype} on {report.device}{weights}"
 
 
-def _facts(output: TokenMetrics) -> list[str]:
+def _facts(report: Report, names: tuple[str, str]) -> list[str]:
+    output = report.comparison.output
     facts = []
     if output.top1 is not None:
-        facts.append(f"The most probable token is the same at {output.top1:.2%} of {output.rows:,} positions.")
+        what, where = ("token", "positions") if of_text(report) else ("answer", "rows")
+        facts.append(f"The most probable {what} is the same at {output.top1:.2%} of {output.rows:,} {where}.")
     if output.cross_entropy_a is not None and output.cross_entropy_b is not None:
         a, b = output.cross_entropy_a.mean, output.cross_entropy_b.mean
         perplexities = [f"{math.exp(min(value, 700)):.4g}" for value in (a, b)]
         change = f"{b - a:+.1e} nats per token" if b != a else "no change"
-        facts.append(f"Perplexity {perplexities[0]} before, {perplexities[1]} after ({change}).")
+        facts.append(f"Perplexity {perplexities[0]} ({names[0]}), {perplexities[1]} ({names[1]}): {change}.")
     if output.mismatched:
         facts.append(f"{output.mismatched} rows are finite in one model only, and in no number.")
     if output.not_finite:
@@ -91,25 +96,25 @@ def _distribution(found: Findings, output: TokenMetrics | None) -> tuple[dict[st
     if not stat.histogram.counts:
         return None, f"There is no distribution to draw: the {what.partition(',')[0]} of every token is 0."
     return {
-        "title": f"How the {what.partition(',')[0]} is spread over tokens",
-        "svg": distribution_chart(stat, f"{what} per token" if "KL" in what else what),
-        "caption": _caption(stat, what),
+        "title": f"How the {what.partition(',')[0]} is spread over {'tokens' if of_text(found.main) else 'rows'}",
+        "svg": distribution_chart(stat, f"{what} per token" if "KL" in what and of_text(found.main) else what),
+        "caption": _caption(stat),
     }, ""
 
 
-def _caption(stat: Stat, what: str) -> str:
-    tail = f"; one token in a hundred is above {stat.p99:.2g}" if stat.p99 is not None else ""
-    zero = f" {stat.histogram.zero} tokens with 0 are not shown." if stat.histogram.zero else ""
-    return f"Half of the tokens lie below {stat.median:.2g}{tail}, one in a thousand above {stat.p999:.2g}.{zero}"
+def _caption(stat: Stat) -> str:
+    tail = f"; one in a hundred is above {stat.p99:.2g}" if stat.p99 is not None else ""
+    zero = f" {stat.histogram.zero} that are 0 are not shown." if stat.histogram.zero else ""
+    return f"Half of them lie below {stat.median:.2g}{tail}, one in a thousand above {stat.p999:.2g}.{zero}"
 
 
 def _worst(found: Findings, output: TokenMetrics | None) -> dict[str, Any] | None:
     if output is None or not output.worst_tokens:
         return None
     tokens = output.worst_tokens
-    why = "Their text is not kept, as it was measured on a text of the user's." if found.main.text != "" else ""
-    if found.main.text.startswith("random"):
-        why = "The inputs were random."
+    why = "" if of_text(found.main) else "There is no text to show."
+    if of_text(found.main) and not found.main.text.startswith("random"):
+        why = "Their text is not kept, as it was measured on a text of the user's."
     return {
         "tokens": tokens,
         "what": "KL" if output.kl is not None else "error",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from normswap.report.findings.costs import size
 from normswap.report.findings.model import Findings
-from normswap.report.page.costs import size
+from normswap.report.findings.words import of_text
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,12 @@ def _measured(found: Findings) -> list[Tile]:
         return made
     output = found.main.comparison.output
     if output.top1 is not None:
-        made.append(Tile("same next token", f"{output.top1:.2%}", "most probable one, of all positions"))
+        text = of_text(found.main)
+        name, more = ("same next token", "the most probable one") if text else ("same answer", "the most probable one")
+        made.append(Tile(name, f"{output.top1:.2%}", f"{more}, of {output.rows:,}"))
     if output.kl is not None:
-        made.append(Tile("KL per token", f"{output.kl.mean:.2g}", f"nats; 1 in 1000 above {output.kl.p999:.2g}"))
+        name = "KL per token" if of_text(found.main) else "KL"
+        made.append(Tile(name, f"{output.kl.mean:.2g}", f"nats; 1 in 1000 above {output.kl.p999:.2g}"))
     elif output.error is not None:
         made.append(Tile("mean error", f"{output.error.mean:.2g}", "relative, of the output"))
     if output.cross_entropy_a is not None and output.cross_entropy_b is not None:

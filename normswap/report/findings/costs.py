@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from normswap.report.findings.model import Findings
 
 
@@ -15,29 +17,31 @@ def size(count: int) -> str:
     return f"{value:.0f} B" if unit == "B" else f"{value:.4g} {unit}"
 
 
+#: stands for what is not known
+UNKNOWN = "\u2013"
+
+
 def rows(found: Findings) -> list[tuple[str, str, str, str]]:
-    """Each quantity before, after, and its change; a dash where it is not known."""
+    """Each quantity before, after, and its change."""
     s = found.sizes
-    made = []
-    for name, before, after, words in (
-        ("parameters", s.parameters_before, s.parameters_after, lambda n: f"{n:,}"),
-        ("weights on disk", s.bytes_before, s.bytes_after, size),
-    ):
-        known = before is not None and after is not None
-        change = (
-            "\u2013" if not known else "none" if before == after else f"{after - before:+,} ({after / before - 1:+.2%})"
-        )
-        shown = ["\u2013" if n is None else words(n) for n in (before, after)]
-        made.append((name, *shown, change if known and name == "parameters" else _change(before, after)))
-    return made
+    counted = (s.parameters_before, s.parameters_after)
+    stored = (s.bytes_before, s.bytes_after)
+    return [
+        ("parameters", *_cells(counted, lambda n: f"{n:,}"), _change(*counted, lambda n: f"{n:,}")),
+        ("weights on disk", *_cells(stored, size), _change(*stored, size)),
+    ]
 
 
-def _change(before: int | None, after: int | None) -> str:
+def _cells(values: tuple[int | None, int | None], words: Callable[[int], str]) -> list[str]:
+    return [UNKNOWN if value is None else words(value) for value in values]
+
+
+def _change(before: int | None, after: int | None, words: Callable[[int], str]) -> str:
     if before is None or after is None:
-        return "\u2013"
+        return UNKNOWN
     if before == after:
         return "none"
-    return f"{'+' if after > before else '-'}{size(abs(after - before))} ({after / before - 1:+.2%})"
+    return f"{'+' if after > before else '-'}{words(abs(after - before))} ({after / before - 1:+.2%})"
 
 
 def lines(found: Findings) -> list[str]:
