@@ -36,6 +36,7 @@ from normswap.errors import PlanError, RefusedError, SourceError
 from normswap.planning.plans import Plan
 from normswap.planning.request import Request, Words
 from normswap.report.card import write_card
+from normswap.report.plan import disk_facts
 from normswap.verification.proof import Proof, VerifyMode, prove, prove_live
 from normswap.verification.text import read as read_text
 
@@ -280,13 +281,13 @@ def convert(
                 record["adapters"] = publish_adapters(carried, source, plan, folder, verify, text, progress, hub)
             # the result may be shared, the text it was measured on need not be
             numbers = report.model_dump(mode="json") if text is None else report.without_text()
-            write_record(folder, record | {"report": numbers})
             counted = str(tokens) if tokens != TOKENS else None
             windows = str(window) if window != WINDOW else None
             options = {"--plan": plan_file, "--tokens": counted, "--window": windows}
             options |= {"--dtype": dtype, "--revision": revision}
             names = [adapter.name for adapter in given]
             command = _command(source.title, Path(out).resolve().name, plan, options, names)
+            write_record(folder, record | {"written": disk_facts(written), "command": command, "report": numbers})
             write_card(folder, source, plan, report, command, hub)
             clock.ends("verifying")
     adapters = tuple(record.get("adapters", ()))

@@ -19,7 +19,7 @@ _CALLING = ("wrap", "enter")
 
 
 def check_calls(model: nn.Module, edits: Sequence[ModuleEdit]) -> None:
-    """Raise PlanError where code would use anything but modules, and numbers that the plan sets, or an edit is twice."""
+    """Raise PlanError where code would use anything but modules and numbers that the plan sets, or an edit is twice."""
     _check_once(edits)
     added = {edit.module for edit in edits if isinstance(edit, AddNorm)}
     numbers = {(edit.module, edit.name) for edit in edits if isinstance(edit, SetScale)}

@@ -15,6 +15,7 @@ from normswap.cli.options import (
     out,
     progress_bars,
     quiet,
+    report_option,
     request_options,
     source_options,
     tokens_option,
@@ -66,10 +67,11 @@ from normswap.cli.options import (
     help="Replace a model folder at OUT, once the new one is complete; and what is in REPO.",
 )
 @source_options
+@report_option
 @json_option
 @click.pass_context
 def command(
-    context, model, destination, plan_file, adapter, push_to_hub, private, undo, verbose, as_json, **options
+    context, model, destination, plan_file, adapter, push_to_hub, private, undo, verbose, page, as_json, **options
 ) -> None:
     """Convert the checkpoint MODEL into the folder OUT: plan, apply, verify, publish.
 
@@ -95,6 +97,10 @@ def command(
     from normswap.report.proof import proof_view
 
     target = Target.check(push_to_hub, private, options["overwrite"])
+    if page is not None:
+        from normswap.report.page.write import check_place
+
+        check_place(page, model, destination)
     with progress_bars(enabled=not as_json) as progress:
         done = normswap.convert(
             model,
@@ -123,6 +129,8 @@ def command(
         out().print(proof_view(done.report))
     for line in adapter_lines(done.adapters):
         err().print(line)
+    if page is not None:
+        _write_page(page, done, sum(done.seconds.values()) / 60)
     if done.skipped:
         err().print(f"left behind (other formats hold the unconverted weights): {one_line(done.skipped)}")
     if options["verify"] == "none":
@@ -130,6 +138,14 @@ def command(
     err().print(f"published {done.folder}", style="bold")
     if target is not None:
         err().print(f"pushed to {target.push(done.folder)}", style="bold")
+
+
+def _write_page(page: Path, done, minutes: float) -> None:
+    from normswap.report.findings.gather import of_folder
+    from normswap.report.page.write import write_page
+
+    write_page(of_folder(done.folder, proof=done.report, minutes=minutes), page)
+    err().print(f"wrote {page}", style="bold")
 
 
 #: options that go with --undo; what to undo, the folder says

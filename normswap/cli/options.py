@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import reduce
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -24,10 +24,7 @@ from rich.progress import (
 from rich.segment import Segment
 from rich.text import Text
 
-
-def printable(text: str) -> str:
-    """`text` without control characters: names and texts from a checkpoint may hold some that move the cursor."""
-    return "".join("?" if unicodedata.category(c)[0] == "C" and c != "\n" else c for c in text)
+from normswap.report.printable import printable
 
 
 def one_line(names: Iterable[str]) -> str:
@@ -158,6 +155,14 @@ tokens_option = _together(
         show_default=True,
         help="In windows of how many tokens; shorter ones for a model of short texts.",
     ),
+)
+
+report_option = click.option(
+    "--report",
+    "page",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write an HTML page of it, with drawings and advice.",
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")

@@ -215,7 +215,10 @@ def tensors_view(disk: WriteSummary) -> Table:
 
 
 def disk_facts(disk: WriteSummary) -> dict[str, Any]:
-    """What changes in the files, as plain data. Bytes and parameters; tensors by what happens to them."""
+    """What changes in the files, as plain data. Bytes and parameters; tensors by what happens to them.
+
+    `bytes_rewritten`: of the tensors that are other ones afterwards; all others are copied byte for byte.
+    """
     counts: dict[str, int] = {}
     for tensor in disk.tensors.values():
         counts[tensor.what] = counts.get(tensor.what, 0) + 1
@@ -223,6 +226,7 @@ def disk_facts(disk: WriteSummary) -> dict[str, Any]:
         "tensors": counts,
         "bytes_before": disk.bytes_before,
         "bytes_after": disk.bytes_after,
+        "bytes_rewritten": sum(t.bytes_after for t in disk.tensors.values() if t.what not in ("copied", "removed")),
         "parameters_added": disk.parameters_added,
         "parameters_removed": disk.parameters_removed,
         "untied": list(disk.untied),

@@ -21,6 +21,7 @@ from normswap.verification.outputs import (
     outputs_of,
 )
 from normswap.verification.sites import Seen, SiteComparison, SiteMetrics, SiteSpec, alike, watched
+from normswap.verification.streams import SiteStream, received, side_by_side
 from normswap.verification.turns import Turns
 
 Progress = Callable[[int, int], None]
@@ -44,6 +45,7 @@ class Comparison(Record):
         unmatched: norms that ran in one model only, or not alike in both.
         not_run: norms of both that these inputs did not reach.
         moved: norms that stand in another place in one of the two: no site is the same in both, so none is compared.
+        streams: what each norm receives in either model, those included that are not compared.
         dtype: what both models computed in.
         tolerance: the relative error above which something counts as different.
         first_divergence: path of the first site that differs in some row; `output` if none does and the output does,
@@ -60,6 +62,7 @@ class Comparison(Record):
     first_divergence: str | None
     others: tuple[OutputMetrics, ...] = ()
     moved: tuple[str, ...] = ()
+    streams: tuple[SiteStream, ...] = ()
 
     @property
     def worst_error(self) -> float:
@@ -112,6 +115,11 @@ def compare_models(
     lifted = lift and dtype == torch.float64
     outputs, others, sites = None, OutputComparison(), SiteComparison(basis.sites)
     left_out = tuple(dict.fromkeys(path for path, _ in (*sites_a, *sites_b) if path in moved))
+    # B's are looked at where A has a norm and B what is none, too
+    streams = (
+        received(model_a, sites_a),
+        received(model_b, [*sites_b, *(s for s in sites_a if s[0] not in dict(sites_b))]),
+    )
     sites_a, sites_b = ([(path, spec) for path, spec in own if path not in moved] for own in (sites_a, sites_b))
     sites_a, sites_b = alike(sites_a, sites_b)
     turns = Turns(tuple({p.device for model in (model_a, model_b) for p in model.parameters() if p.is_cuda}))
@@ -128,24 +136,27 @@ def compare_models(
         with watched(model, own, expected, told(of)):
             return outputs_of(model, inputs, lifted, of.upper())
 
-    for done, batch in enumerate(batches):
-        inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
-        all_a, all_b = turns.run(
-            lambda: run(model_a, inputs, sites_a, (), "a"),  # noqa: B023 (both have run when this returns)
-            lambda: run(model_b, inputs, sites_b, sites_a, "b"),  # noqa: B023
-        )
-        sites.end_batch()
-        check_alike(all_a, all_b)
-        name = main_output(all_a)
-        a, b = torch.atleast_2d(all_a[name]), torch.atleast_2d(all_b[name])
-        others.add(all_a, all_b, {name, *basis.outputs})
-        ids = _ids_of_rows(inputs, a)
-        if outputs is None:
-            outputs = TokenComparison(distributions=name == "logits", decode=decode)
-            causal = ids is not None and name == "logits" and _is_causal(model_a, inputs, a, lifted)
-        outputs.add(a, b.to(a.device), _next_ids(ids).to(a.device) if causal else None, ids)
-        if progress:
-            progress(done + 1, len(batches))
+    with streams[0] as streams_a, streams[1] as streams_b:
+        for done, batch in enumerate(batches):
+            inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
+            all_a, all_b = turns.run(
+                lambda: run(model_a, inputs, sites_a, (), "a"),  # noqa: B023 (both have run when this returns)
+                lambda: run(model_b, inputs, sites_b, sites_a, "b"),  # noqa: B023
+            )
+            sites.end_batch()
+            check_alike(all_a, all_b)
+            name = main_output(all_a)
+            a, b = torch.atleast_2d(all_a[name]), torch.atleast_2d(all_b[name])
+            others.add(all_a, all_b, {name, *basis.outputs})
+            ids = _ids_of_rows(inputs, a)
+            if outputs is None:
+                outputs = TokenComparison(distributions=name == "logits", decode=decode)
+                streams_a.paused = True  # what it runs to find out is of no batch
+                causal = ids is not None and name == "logits" and _is_causal(model_a, inputs, a, lifted)
+                streams_a.paused = False
+            outputs.add(a, b.to(a.device), _next_ids(ids).to(a.device) if causal else None, ids)
+            if progress:
+                progress(done + 1, len(batches))
     if outputs is None:
         raise VerificationError("there is nothing to compare on: expected at least one batch, found none.")
     metrics, measured = outputs.metrics(), sites.metrics()
@@ -169,6 +180,7 @@ def compare_models(
         first_divergence=_first_divergence(measured, metrics, rest, tolerance),
         others=rest,
         moved=left_out,
+        streams=side_by_side(streams_a, streams_b),
     )
 
 
