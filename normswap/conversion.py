@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from normswap.adapters.carry import carry
+from normswap.adapters.folder import read_adapters
+from normswap.adapters.publish import publish_adapters
 from normswap.apply.layout import WriteSummary
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
 from normswap.apply.stream import preview, write_tensors
+from normswap.apply.values import Values
 from normswap.calibration.data import TOKENS, WINDOW, Progress, given_data, silent, text_data
 from normswap.checkpoint.files import Checkpoint, has_weights
 from normswap.checkpoint.journal import Journal
@@ -31,12 +36,26 @@ from normswap.errors import PlanError, RefusedError, SourceError
 from normswap.planning.plans import Plan
 from normswap.planning.request import Request, Words
 from normswap.report.card import write_card
+from normswap.report.plan import disk_facts
 from normswap.verification.proof import Proof, VerifyMode, prove, prove_live
 from normswap.verification.text import read as read_text
 
 #: what `progress` is called with while weights are written, in bytes
 WRITING = "writing"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Stages:
+    """A clock that says how long each stage took. Attribute `seconds`: by the stage's name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def ends(self, stage: str) -> None:
+        """The stage that began when the one before ended is over."""
+        now = time.perf_counter()
+        self.seconds[stage], self._last = now - self._last, now
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,8 @@ class Conversion:
         written: what happened to each tensor.
         report: what was measured before publishing.
         skipped: files of the source that were left behind (weights in other formats).
+        seconds: what each stage took: `planning`, `writing`, `verifying`.
+        adapters: what became of each adapter that was carried over: its name, files, and what was measured of it.
     """
 
     folder: Path
@@ -56,6 +77,8 @@ class Conversion:
     written: WriteSummary
     report: Proof
     skipped: tuple[str, ...]
+    seconds: dict[str, float]
+    adapters: tuple[Mapping[str, Any], ...] = ()
 
 
 def plan(
@@ -153,6 +176,8 @@ def convert(
     out: str | Path,
     *,
     plan: Plan | str | Path | None = None,
+    adapters: Sequence[str | Path] = (),
+    hub: str | None = None,
     dtype: str | None = None,
     verify: VerifyMode = "full",
     text: str | Path | None = None,
@@ -174,6 +199,8 @@ def convert(
         model: a folder, or a Hub id.
         out: the folder to make; its parents are made too.
         plan: a plan made before, or the file it was saved in.
+        adapters: folders of LoRA adapters of `model` (PEFT), which become adapters of the result, in `out/adapters`.
+        hub: the repository of the Hub that the result is for, named in its card and by its adapters.
         dtype: `float32`, `bfloat16`, ... for all floating tensors of the result; None keeps each one's own.
         verify: `full`, `fast` (fewer tokens, no comparison in the stored precision) or `none`.
         text: a UTF-8 file to calibrate and verify on, by default the text that ships with normswap. Where norms move,
@@ -191,11 +218,12 @@ def convert(
         VerificationError: the result measures otherwise than claimed; nothing is published.
         DestinationError: `out` cannot be written.
     """
-    asked = Request.of(**words)
+    asked, clock = Request.of(**words), Stages()
     if plan is not None and (asked != Request() or tokens != TOKENS):
         raise PlanError("a saved plan already says what to do: give no norm, fold, placement, tokens, ... with it.")
     progress = progress or silent
     stored_dtype = _dtype(dtype)
+    given = read_adapters(adapters)
     if text is not None and verify != "none":
         read_text(text)  # a wrong path is found out now, not after hours of writing
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -214,8 +242,11 @@ def convert(
     with Checkpoint.open(source.folder) as checkpoint:
         keymap = _map_keys(source, structure, checkpoint)
         expected = preview(checkpoint, keymap, plan, stored_dtype)
+        original = Values(checkpoint, keymap, plan).original
+        carried = [carry(adapter, structure, keymap, plan, original) for adapter in given]
         with staging.resuming(_follows_from(checkpoint, plan, dtype)) as folder:
             journal = staging.journal
+            clock.ends("planning")
             check_space(folder, expected.bytes_after - journal.bytes_finished)
             skipped = copy_side_files(checkpoint, folder)
             raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
@@ -231,6 +262,7 @@ def convert(
                 journal,
                 workers,
             )
+            clock.ends("writing")
             record = {
                 "source": {
                     "name": source.title,
@@ -245,16 +277,21 @@ def convert(
             }
             write_record(folder, record)
             report = prove(source, plan, folder, verify, text, progress)
+            if carried:
+                record["adapters"] = publish_adapters(carried, source, plan, folder, verify, text, progress, hub)
             # the result may be shared, the text it was measured on need not be
             numbers = report.model_dump(mode="json") if text is None else report.without_text()
-            write_record(folder, record | {"report": numbers})
             counted = str(tokens) if tokens != TOKENS else None
             windows = str(window) if window != WINDOW else None
             options = {"--plan": plan_file, "--tokens": counted, "--window": windows}
             options |= {"--dtype": dtype, "--revision": revision}
-            command = _command(source.title, Path(out).resolve().name, plan, options)
-            write_card(folder, source, plan, report, command)
-    return Conversion(Path(out), plan, written, report, tuple(skipped))
+            names = [adapter.name for adapter in given]
+            command = _command(source.title, Path(out).resolve().name, plan, options, names)
+            write_record(folder, record | {"written": disk_facts(written), "command": command, "report": numbers})
+            write_card(folder, source, plan, report, command, hub)
+            clock.ends("verifying")
+    adapters = tuple(record.get("adapters", ()))
+    return Conversion(Path(out), plan, written, report, tuple(skipped), clock.seconds, adapters)
 
 
 def convert_model(
@@ -337,11 +374,12 @@ def _with_keys(raw: dict, plan: Plan) -> dict[str, object]:
     return config
 
 
-def _command(source: str, out: str, plan: Plan, options: dict[str, str | None]) -> str:
+def _command(source: str, out: str, plan: Plan, options: dict[str, str | None], adapters: Sequence[str] = ()) -> str:
     """The command line that does the same, without what is private in paths."""
     words = ["normswap", "convert", source, out]
     words += [] if options["--plan"] else shlex.split(plan.request.words())
     words += [word for name, value in options.items() if value for word in (name, value)]
+    words += [word for name in adapters for word in ("--adapter", name)]
     return shlex.join(words)
 
 

@@ -20,6 +20,8 @@ from normswap.errors import SourceError
 from normswap.planning.plans import Plan
 
 RECORD = "normswap.json"
+#: the record of a training without a conversion
+PLAIN = "training.json"
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Record:
     raw: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> Record:
-        """Raises SourceError when the folder has no record, or a damaged one."""
-        path = folder / RECORD
+    def read(cls, folder: Path, name: str = RECORD) -> Record:
+        """Raises SourceError when the folder has no record of that name, or a damaged one."""
+        path = folder / name
         try:
             raw = read_json(path)
             plan, source_config = Plan.model_validate(raw["plan"]), raw["source_config"]

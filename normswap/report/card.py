@@ -9,11 +9,13 @@ import transformers
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
+from normswap.adapters.publish import ADAPTERS
 from normswap.checkpoint.kept import KEPT
 from normswap.checkpoint.publish import README
 from normswap.checkpoint.source import Source
 from normswap.planning.plans import Plan
 from normswap.report.claims import MEANINGS
+from normswap.report.kinds import kind_name
 from normswap.report.moved import moved_markdown
 from normswap.report.proof import proof_markdown, reports_markdown
 from normswap.verification.proof import Proof
@@ -26,18 +28,22 @@ if TYPE_CHECKING:
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
 
 
-def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command: str) -> None:
-    """Write `README.md` into `folder`, in the Hub's metadata format, with the source's licence carried over."""
+def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command: str, hub: str | None = None) -> None:
+    """Write `README.md` into `folder`, in the Hub's metadata format, with the source's licence carried over.
+
+    Args:
+        hub: the repository that the folder is for.
+    """
     unmeasured = ", **not verified**" if report.mode == "none" else ""
     lines = [
-        f"# {source.title}{_with(plan)}",
+        f"# {source.title}{with_words(plan)}",
         "",
         f"Made from `{source.title}` by normswap. Claim: **{plan.claim}**{unmeasured}. {MEANINGS[plan.claim]}",
         "",
         *_done(plan),
     ]
     lines += _moved(plan) if plan.moved else []
-    lines += ["", "## Measured", "", *proof_markdown(report), *_use(folder, plan)]
+    lines += ["", "## Measured", "", *proof_markdown(report), *_use(folder, plan, hub)]
     lines += ["## Made by", "", "```", command, "```", ""]
     if plan.claim == "exact" and (folder / KEPT).exists():
         lines += [
@@ -56,7 +62,7 @@ def write_trained_card(folder: Path, source: Source, plan: Plan, report: Report,
         if values is not None
     ]
     lines = [
-        f"# {source.title}{_with(plan) if plan.edits else ''}, fine-tuned",
+        f"# {source.title}{with_words(plan) if plan.edits else ''}, fine-tuned",
         "",
         f"Made from `{source.title}` by normswap, and fine-tuned on {done.tokens} tokens ({data}).",
         "",
@@ -133,7 +139,7 @@ def _write(folder: Path, source: Source, lines: list[str]) -> None:
     (folder / README).write_text(text, encoding="utf-8")
 
 
-def _use(folder: Path, plan: Plan) -> list[str]:
+def _use(folder: Path, plan: Plan, hub: str | None = None) -> list[str]:
     """How to load the folder."""
     loader = _loader(plan.architecture)
     tokenizer = any(folder.glob("tokenizer*"))
@@ -145,7 +151,7 @@ def _use(folder: Path, plan: Plan) -> list[str]:
         "```python",
         f"from transformers import {loader}{', AutoTokenizer' if tokenizer else ''}",
         "",
-        'folder = "path/to/this/folder"',
+        f'folder = "{hub or "path/to/this/folder"}"',
         f"model = {loader}.from_pretrained(folder{trusted})",
         *(["tokenizer = AutoTokenizer.from_pretrained(folder)"] if tokenizer else []),
         "```",
@@ -157,7 +163,25 @@ def _use(folder: Path, plan: Plan) -> list[str]:
             "`normswap.load(folder)` opens the same model without running it.",
             "",
         ]
-    return lines
+    return [*lines, *_adapters(folder)]
+
+
+def _adapters(folder: Path) -> list[str]:
+    """How to load the adapters that lie in the folder."""
+    names = sorted(path.parent.name for path in (folder / ADAPTERS).glob("*/adapter_config.json"))
+    if not names:
+        return []
+    lines = [f'model = PeftModel.from_pretrained(model, folder, subfolder="{ADAPTERS}/{name}")' for name in names]
+    return [
+        "Adapters of the source, which do the same on this model (measured, in `normswap.json`); one at a time:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "",
+        *lines,
+        "```",
+        "",
+    ]
 
 
 def _moved_table(plan: Plan) -> list[str]:
@@ -181,11 +205,17 @@ def _loader(architecture: str) -> str:
     return name if architecture != task and hasattr(transformers, name) else "AutoModel"
 
 
-def _with(plan: Plan) -> str:
-    kinds = [{"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}.get(c.kind, c.kind) for c in plan.request.norms]
-    kind = " and ".join(dict.fromkeys(kinds)) or "norms"
-    places = " and ".join(dict.fromkeys(placement.name for placement in plan.request.placements))
-    return f" with {'weightless ' if plan.request.fold else ''}{f'{places} ' if places else ''}{kind}"
+def with_words(plan: Plan) -> str:
+    """What a plan made, in words behind the name of the source: ` with post RMSNorm`."""
+    request = plan.request
+    kind = " and ".join(dict.fromkeys(kind_name(choice.kind) for choice in request.norms))
+    places = " and ".join(dict.fromkeys(placement.name for placement in request.placements))
+    parts = [f"{'weightless ' if request.fold else ''}{f'{places} ' if places else ''}{kind or 'norms'}"]
+    if not (request.fold or places or kind):
+        parts = []
+    parts += [f"{kind_name(request.qk_norm)} on queries and keys"] if request.qk_norm else []
+    parts += ["its stream in another basis"] if request.rotate else []
+    return f" with {' and '.join(parts) or 'norms'}"
 
 
 def _metadata(source: Source) -> str:

@@ -15,7 +15,7 @@ from normswap.apply.modelling import load_generated
 from normswap.calibration.data import Progress
 from normswap.checkpoint.files import CONFIG, Checkpoint
 from normswap.checkpoint.publish import copy_side_files
-from normswap.checkpoint.record import RECORD, write_record
+from normswap.checkpoint.record import PLAIN, RECORD, write_record
 from normswap.checkpoint.source import Source
 from normswap.conversion import configure
 from normswap.planning.plans import Plan
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from normswap.tune.run import Finetuned
 
 RECIPE, CURVES = "recipe.yaml", "training.png"
-#: the record of a training without a conversion
-PLAIN = "training.json"
 
 
 def publish(
