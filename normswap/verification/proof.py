@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import load_generated
+from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.source import Source
 from normswap.errors import ObserveError, RefusedError, SourceError, VerificationError
 from normswap.observe.inputs import example_inputs
@@ -132,7 +133,7 @@ def prove(
         writing = generated(*wide, tokenizer, batches)
         del wide
     mathematics, converted = _mathematics(original, plan, measure)
-    checked = check_files(converted, result)
+    checked = check_files(converted, result, folder)
     if plan.claim == "exact":
         _check_exact(mathematics)
         # the published class on the unrounded weights: what it decides from its configuration counts too
@@ -235,13 +236,25 @@ def _check_plain(original: nn.Module, converted: nn.Module, inputs: Mapping[str,
             )
 
 
-def check_files(expected: nn.Module, result: nn.Module) -> int:
-    """The loaded folder holds the plan's results, rounded once. Returns how many tensors were compared."""
+def check_files(expected: nn.Module, result: nn.Module, folder: Path) -> int:
+    """The loaded folder holds the plan's results, rounded once. Returns how many tensors were compared.
+
+    Where its files have several dtypes, loading brings them all into one.
+    """
+    with Checkpoint.open(folder) as checkpoint:
+        stored = {info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point}
     want, have = expected.state_dict(), result.state_dict()
     if want.keys() != have.keys():
         odd = sorted(want.keys() ^ have.keys())
         raise VerificationError(f"the folder holds other tensors than the plan makes: {', '.join(odd[:5])}.")
-    wrong = [name for name in want if not torch.equal(want[name].to(have[name].dtype), have[name])]
+    wrong = [
+        name
+        for name, value in have.items()
+        if not any(
+            torch.equal((want[name].to(dtype) if value.is_floating_point() else want[name]).to(value.dtype), value)
+            for dtype in stored | {value.dtype}
+        )
+    ]
     if wrong:
         raise VerificationError(
             f"{len(wrong)} tensors of the folder are not what the plan makes of the source, {wrong[0]} among them. "
@@ -316,7 +329,11 @@ def prove_undone(
             f"something else, from {at} on. Was it trained after it was converted? Nothing was published."
         )
     return Proof(
-        mode=mode, claim="exact", mathematics=mathematics, stored=stored, tensors_checked=check_files(wide, result)
+        mode=mode,
+        claim="exact",
+        mathematics=mathematics,
+        stored=stored,
+        tensors_checked=check_files(wide, result, folder),
     )
 
 
