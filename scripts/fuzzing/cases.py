@@ -34,6 +34,8 @@ CASES = [
     ("pickled", "pytorch_model.bin", 1, "verify {} {whole} --tokens 16"),
     ("converted", "normswap.json", 1, "verify {} {whole} --tokens 16"),
     ("moved", "normswap.json", 1, "verify {} {whole} --tokens 16"),
+    ("converted", "normswap.json", 2, "report {} --json"),
+    ("converted", "normswap.json", 2, "report {} -o {out}"),
     ("plans", "kind.json", 3, "convert {whole} {out} --plan {}/kind.json --verify none"),
     ("plans", "place.json", 3, "convert {whole} {out} --plan {}/place.json --verify none"),
 ]
