@@ -37,7 +37,8 @@ from normswap.planning.plans import Plan
 from normswap.planning.request import Request, Words
 from normswap.report.card import write_card
 from normswap.report.plan import disk_facts
-from normswap.verification.proof import Proof, VerifyMode, prove, prove_live
+from normswap.verification.live import prove_live
+from normswap.verification.proof import Proof, VerifyMode, prove
 from normswap.verification.text import read as read_text
 
 #: what `progress` is called with while weights are written, in bytes
