@@ -287,6 +287,18 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda c, t: c.update(layer_replication=[[0, 1]]), "layer_replication is [[0, 1]], which is not known"),
         (lambda c, t: c.update(not_yet_invented=True), "not_yet_invented is True, which is not known"),
         (lambda c, t: c.update(target_modules=["none_such"]), "cannot be put on a LlamaForCausalLM"),
+        (lambda c, t: c.update(target_modules="("), "cannot be put on a LlamaForCausalLM"),
+        (lambda c, t: c.update(task_type=["x"], r=10**9), "cannot be put on a LlamaForCausalLM"),
+        (lambda c, t: c.update(r=10**9), "is not of this base"),
+        (
+            lambda c, t: (
+                c.update(trainable_token_indices=[98, 99]),
+                t.update(
+                    {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 32)}
+                ),
+            ),
+            "is of row 99, and model.embed_tokens.weight has 99 rows",
+        ),
         (lambda c, t: t.pop(KEY), f"lacks {KEY}"),
         (lambda c, t: t.update({KEY: torch.ones(3, 31)}), f"is not of this base: {KEY} has shape (3, 31)"),
         (lambda c, t: t.update(other=torch.ones(2)), "other has shape (2,), expected no such tensor"),

@@ -167,7 +167,7 @@ def _use(folder: Path, plan: Plan, hub: str | None = None) -> list[str]:
 
 def _adapters(folder: Path) -> list[str]:
     """How to load the adapters that lie in the folder."""
-    names = sorted(path.parent.name for path in (folder / ADAPTERS).glob("*/adapter_config.json"))
+    names = sorted(path.parent.name for path in (folder / ADAPTERS).glob("*/adapter_model.safetensors"))
     if not names:
         return []
     lines = [f'model = PeftModel.from_pretrained(model, folder, subfolder="{ADAPTERS}/{name}")' for name in names]
