@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from normswap.planning.plans import Plan
     from normswap.planning.request import Request
     from normswap.repbn import fold_repbn, reestimate
+    from normswap.report.page.write import write_report
     from normswap.tune.recipe import Recipe
     from normswap.tune.run import Finetuned, finetune
     from normswap.understand.normmap import NormMap, inspect
@@ -66,6 +67,7 @@ _HOME = {
     "tune.run": ("Finetuned", "finetune"),
     "repbn": ("fold_repbn", "reestimate"),
     "verification.run": ("Report", "verify"),
+    "report.page.write": ("write_report",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

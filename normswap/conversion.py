@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from normswap.apply.modelling import write_modelling
 from normswap.apply.stream import preview, write_tensors
 from normswap.apply.values import Values
 from normswap.calibration.data import TOKENS, WINDOW, Progress, given_data, silent, text_data
-from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.files import Checkpoint, has_weights
 from normswap.checkpoint.journal import Journal
 from normswap.checkpoint.kept import save_kept
 from normswap.checkpoint.keymap import KeyMap
@@ -35,12 +36,26 @@ from normswap.errors import PlanError, RefusedError, SourceError
 from normswap.planning.plans import Plan
 from normswap.planning.request import Request, Words
 from normswap.report.card import write_card
+from normswap.report.plan import disk_facts
 from normswap.verification.proof import Proof, VerifyMode, prove, prove_live
 from normswap.verification.text import read as read_text
 
 #: what `progress` is called with while weights are written, in bytes
 WRITING = "writing"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Stages:
+    """A clock that says how long each stage took. Attribute `seconds`: by the stage's name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def ends(self, stage: str) -> None:
+        """The stage that began when the one before ended is over."""
+        now = time.perf_counter()
+        self.seconds[stage], self._last = now - self._last, now
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,7 @@ class Conversion:
         written: what happened to each tensor.
         report: what was measured before publishing.
         skipped: files of the source that were left behind (weights in other formats).
+        seconds: what each stage took: `planning`, `writing`, `verifying`.
         adapters: what became of each adapter that was carried over: its name, files, and what was measured of it.
     """
 
@@ -61,6 +77,7 @@ class Conversion:
     written: WriteSummary
     report: Proof
     skipped: tuple[str, ...]
+    seconds: dict[str, float]
     adapters: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -142,7 +159,7 @@ def preview_on_disk(
 ) -> WriteSummary | None:
     """What a plan changes in the files of a checkpoint, from headers alone; None if there are no weights."""
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    if not any(source.folder.glob("*.safetensors")):
+    if not has_weights(source.folder):
         return None
     with Checkpoint.open(source.folder) as checkpoint:
         return preview(checkpoint, _map_keys(source, source.build(), checkpoint), made, _dtype(dtype))
@@ -201,7 +218,7 @@ def convert(
         VerificationError: the result measures otherwise than claimed; nothing is published.
         DestinationError: `out` cannot be written.
     """
-    asked = Request.of(**words)
+    asked, clock = Request.of(**words), Stages()
     if plan is not None and (asked != Request() or tokens != TOKENS):
         raise PlanError("a saved plan already says what to do: give no norm, fold, placement, tokens, ... with it.")
     progress = progress or silent
@@ -229,6 +246,7 @@ def convert(
         carried = [carry(adapter, structure, keymap, plan, original) for adapter in given]
         with staging.resuming(_follows_from(checkpoint, plan, dtype)) as folder:
             journal = staging.journal
+            clock.ends("planning")
             check_space(folder, expected.bytes_after - journal.bytes_finished)
             skipped = copy_side_files(checkpoint, folder)
             raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
@@ -244,12 +262,13 @@ def convert(
                 journal,
                 workers,
             )
+            clock.ends("writing")
             record = {
                 "source": {
                     "name": source.title,
                     "revision": revision,
                     "headers": checkpoint.fingerprint(),
-                    "files": {name: journal.finished[name].source_sha256 for name in written.hashes},
+                    "files": {shard.file: journal.finished[shard.name].source_sha256 for shard in checkpoint.shards},
                 },
                 "source_config": raw,
                 "plan": plan.model_dump(mode="json"),
@@ -262,15 +281,17 @@ def convert(
                 record["adapters"] = publish_adapters(carried, source, plan, folder, verify, text, progress, hub)
             # the result may be shared, the text it was measured on need not be
             numbers = report.model_dump(mode="json") if text is None else report.without_text()
-            write_record(folder, record | {"report": numbers})
             counted = str(tokens) if tokens != TOKENS else None
             windows = str(window) if window != WINDOW else None
             options = {"--plan": plan_file, "--tokens": counted, "--window": windows}
             options |= {"--dtype": dtype, "--revision": revision}
             names = [adapter.name for adapter in given]
             command = _command(source.title, Path(out).resolve().name, plan, options, names)
+            write_record(folder, record | {"written": disk_facts(written), "command": command, "report": numbers})
             write_card(folder, source, plan, report, command, hub)
-    return Conversion(Path(out), plan, written, report, tuple(skipped), tuple(record.get("adapters", ())))
+            clock.ends("verifying")
+    adapters = tuple(record.get("adapters", ()))
+    return Conversion(Path(out), plan, written, report, tuple(skipped), clock.seconds, adapters)
 
 
 def convert_model(

@@ -10,8 +10,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from normswap.adapters.publish import leave_adapters
 from normswap.apply.layout import WriteSummary
 from normswap.apply.modelling import FILE
@@ -111,9 +109,7 @@ def _plan(source: Source) -> Plan:
             f"{source.name} was {record.history()}, which cannot be undone: {kept['impossible']}. The checkpoint that "
             f"it was made from, {origin}, was not changed: go on from there."
         )
-    stock = source.model_class
-    with torch.device("meta"):
-        names = set(stock._from_config(source.config).state_dict())
+    names = set(source.build_stock().state_dict())
     try:
         return way_back(record.plan, names, load_kept(source.folder))
     except NoWayBack as error:

@@ -156,8 +156,8 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(SourceError, match=r"expected config\.json"):
         Checkpoint.open(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(SourceError, match=r"found pytorch_model\.bin.*save_pretrained"):
+    (tmp_path / "model.pth").write_bytes(b"pickle")
+    with pytest.raises(SourceError, match=r"found model\.pth.*save_pretrained"):
         Checkpoint.open(tmp_path)
 
 

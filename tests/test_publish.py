@@ -234,9 +234,9 @@ def test_side_files_come_along(tmp_path, source):
 
 
 def test_linked_side_files_become_files(tmp_path, source):
-    (tmp_path / "blob").write_bytes(b"tokens")
-    os.chmod(tmp_path / "blob", 0o444)
-    (source / "tokenizer.json").symlink_to("../blob")
+    (source / "blob").write_bytes(b"tokens")
+    os.chmod(source / "blob", 0o444)
+    (source / "tokenizer.json").symlink_to("blob")
     out = tmp_path / "out"
     out.mkdir()
     with Checkpoint.open(source) as checkpoint:

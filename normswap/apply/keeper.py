@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
 
+from normswap.pages import empty_apart
 from normswap.planning.edits import Read, TensorEdit
 from normswap.planning.undo import NoWayBack, keeps_by_parts, kept, key_of, taken_back
 
 
 class Part(NamedTuple):
-    """A part of a tensor: from where on, along which axis."""
+    """A part of a tensor: along which axis, from where on, and how long the tensor is there."""
 
     axis: int
     start: int
-
-
-WHOLE = Part(0, 0)
+    length: int
 
 
 class Keeper:
@@ -28,11 +28,11 @@ class Keeper:
     """
 
     def __init__(self):
-        # A part that is computed again, for another file that needs it, replaces itself.
-        self._parts: dict[str, dict[Part, torch.Tensor]] = {}
+        self._kept: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
         self.why_not: str | None = None
 
-    def note(self, edit: TensorEdit, number: int, value: torch.Tensor, read: Read, part: Part = WHOLE) -> None:
+    def note(self, edit: TensorEdit, number: int, value: torch.Tensor, read: Read, part: Part | None = None) -> None:
         """`edit`, the tensor's edit of that number, is about to change `value`: the tensor, or a part of it."""
         if self.why_not is not None:
             return
@@ -43,14 +43,18 @@ class Keeper:
         except NoWayBack as error:
             self.why_not = str(error)
             return
-        if found is not None:
-            self._parts.setdefault(key, {})[part if keeps_by_parts(edit) else WHOLE] = found.clone()
+        if found is None:
+            return
+        whole = part is None or not keeps_by_parts(edit)
+        shape = list(found.shape)
+        if not whole:
+            shape[part.axis] = part.length
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = empty_apart(shape, found.dtype)
+        place = self._kept[key]
+        (place if whole else place.narrow(part.axis, part.start, found.shape[part.axis])).copy_(found)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What was kept, by the key that the way back knows it by."""
-        return {key: _joined(parts) for key, parts in self._parts.items()}
-
-
-def _joined(parts: dict[Part, torch.Tensor]) -> torch.Tensor:
-    ordered = [parts[part] for part in sorted(parts)]
-    return ordered[0] if len(ordered) == 1 else torch.cat(ordered, next(iter(parts)).axis)
+        return self._kept

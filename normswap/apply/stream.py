@@ -28,6 +28,7 @@ from normswap.checkpoint.files import INDEX, Checkpoint
 from normswap.checkpoint.journal import Journal
 from normswap.checkpoint.keymap import KeyMap
 from normswap.errors import SourceError
+from normswap.pages import give_back
 from normswap.planning.plans import Plan
 
 Progress = Callable[[int, int], None]
@@ -139,7 +140,7 @@ def _one_thread_each() -> Iterator[None]:
 
 
 class _Progress:
-    """Adds up what threads have written."""
+    """Adds up what threads have written, and keeps their memory from growing with it."""
 
     def __init__(self, total: int, report: Progress | None):
         self._done, self._total, self._report = 0, total, report
@@ -147,6 +148,8 @@ class _Progress:
 
     def __call__(self, count: int) -> None:
         with self._lock:
+            if self._done // _MEMORY < (self._done + count) // _MEMORY:
+                give_back()
             self._done += count
             if self._report is not None:
                 self._report(self._done, self._total)

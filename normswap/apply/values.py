@@ -13,11 +13,12 @@ from functools import lru_cache
 
 import torch
 
-from normswap.apply.keeper import WHOLE, Keeper, Part
+from normswap.apply.keeper import Keeper, Part
 from normswap.apply.layout import Job, Layout
 from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.keymap import SAVE_MERGED, Group, KeyMap, Tensors
 from normswap.errors import PlanError
+from normswap.pages import apart
 from normswap.planning.edits import TensorEdit, Untie, rows_at_once
 from normswap.planning.plans import Plan
 
@@ -40,7 +41,7 @@ class Values:
     def __init__(self, source: Checkpoint, keymap: KeyMap, plan: Plan):
         self._source, self._keymap, self._plan = source, keymap, plan
         self._keeper: Keeper | None = None
-        self._remembered = lru_cache(maxsize=64)(lambda name: self._stored(name).to(torch.float64))
+        self._remembered = lru_cache(maxsize=64)(lambda name: apart(self._stored(name), torch.float64))
         self._read_for_edits = plan.reading(self.original, self.in_parts)
 
     def original(self, name: str) -> torch.Tensor:
@@ -86,7 +87,8 @@ class Values:
         if (found := self._single(job)) is not None:
             name, key, edits = found
             start = 0 if rows is None else rows.start
-            return {job.keys[0]: self._apply(name, self._source.read(key, rows), edits, dtype, start)}
+            shape = self._source.tensors[key].shape
+            return {job.keys[0]: self._apply(name, self._source.read(key, rows), edits, dtype, start, shape)}
         if job.group is None:
             return {key: self._new(name, edits, dtype) for key in job.keys for name, edits in job.edits.items()}
         sources = self._read(job.group)
@@ -116,7 +118,7 @@ class Values:
 
     def cast(self, key: str, dtype: torch.dtype, rows: range | None = None) -> torch.Tensor:
         """A stored tensor, or some rows of it, in another dtype. Raises PlanError when a value does not fit it."""
-        return self._apply(key, self._source.read(key, rows), (), dtype, 0)
+        return self._apply(key, self._source.read(key, rows), (), dtype)
 
     def check_copies(self, names: tuple[str, ...]) -> None:
         """Refuse a tied parameter that the files hold twice with different values: loading would not tie it."""
@@ -148,9 +150,15 @@ class Values:
         return self._compute(name, None, edits, dtype)
 
     def _apply(
-        self, name: str, value: torch.Tensor, edits: tuple[TensorEdit, ...], dtype: torch.dtype, start: int = 0
+        self,
+        name: str,
+        value: torch.Tensor,
+        edits: tuple[TensorEdit, ...],
+        dtype: torch.dtype,
+        start: int = 0,
+        shape: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
-        """All of `value`, which is the tensor or, from row `start` on, some rows of it."""
+        """All of `value`: the tensor or, from row `start` on, some rows of it, which is of `shape` then."""
         axis = free_axis(edits, value.ndim)
         if axis is None or not value.numel():
             return self._compute(name, value, edits, dtype)
@@ -160,7 +168,7 @@ class Values:
         for begin in range(0, length, size):
             count = min(size, length - begin)
             part = value.narrow(axis, begin, count)
-            at = Part(axis, begin + (start if axis == 0 else 0))
+            at = Part(axis, begin + (start if axis == 0 else 0), (shape or value.shape)[axis])
             result.narrow(axis, begin, count).copy_(self._compute(name, part, edits, dtype, at))
         return result
 
@@ -178,9 +186,9 @@ class Values:
             value = None if value is None else value.to(torch.float64)
             read = self._read_for_edits
             if part is not None:
-                read = edit.of_part(read, *part, value.shape[part.axis])
+                read = edit.of_part(read, part.axis, part.start, value.shape[part.axis])
             if keeper is not None:
-                keeper.note(edit, number, value, read, part or WHOLE)
+                keeper.note(edit, number, value, read, part)
             value = edit.apply(value, read)
         rounded = value.to(dtype)
         if not _all_finite(rounded) and value.isfinite().all():

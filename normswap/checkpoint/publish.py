@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from normswap.checkpoint.files import CONFIG, INDEX, Checkpoint
+from normswap.checkpoint.files import CONFIG, Checkpoint
+from normswap.checkpoint.folder import check_inside
 from normswap.checkpoint.journal import Journal, forget
 from normswap.checkpoint.lock import Lock
 from normswap.errors import DestinationError
@@ -190,12 +191,12 @@ def copy_side_files(source: Checkpoint, folder: Path) -> list[str]:
     """Copy all that belongs to a model beside its weights, byte for byte: tokenizer, settings, code, licence.
 
     Written elsewhere and not copied: `config.json`, the weights and index that were read, and the model card.
-    Subfolders are copied with the same rules, except hidden ones.
+    Subfolders are copied with the same rules, except hidden ones. Raises SourceError for a link out of the source.
 
     Returns:
         Paths relative to the source of what was left behind: weights of another form, and links that lead nowhere.
     """
-    elsewhere = {CONFIG, INDEX, README, *(shard.name for shard in source.shards)}
+    elsewhere = {CONFIG, README, *source.read_files}
     skipped: list[str] = []
     for path in sorted(source.folder.rglob("*")):
         relative = path.relative_to(source.folder)
@@ -206,6 +207,7 @@ def copy_side_files(source: Checkpoint, folder: Path) -> list[str]:
         if not path.is_file() or _holds_weights(path):
             skipped.append(str(relative))
             continue
+        check_inside(source.folder, path)
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / relative)
     return skipped

@@ -11,9 +11,11 @@ from click.core import ParameterSource
 from normswap.cli.options import (
     err,
     json_option,
+    one_line,
     out,
     progress_bars,
     quiet,
+    report_option,
     request_options,
     source_options,
     tokens_option,
@@ -56,14 +58,21 @@ from normswap.cli.options import (
 @click.option("--private", is_flag=True, help="Make that repository a private one.")
 @click.option("--undo", is_flag=True, help="MODEL is what normswap made: turn it back into its source's own class.")
 @click.option(
+    "--workers", type=click.IntRange(min=1), help="Threads that copy, compute and write. Default: one per processor."
+)
+@click.option("-v", "--verbose", is_flag=True, help="List what happened to each tensor.")
+@click.option(
     "--overwrite",
     is_flag=True,
     help="Replace a model folder at OUT, once the new one is complete; and what is in REPO.",
 )
 @source_options
+@report_option
 @json_option
 @click.pass_context
-def command(context, model, destination, plan_file, adapter, push_to_hub, private, undo, as_json, **options) -> None:
+def command(
+    context, model, destination, plan_file, adapter, push_to_hub, private, undo, verbose, page, as_json, **options
+) -> None:
     """Convert the checkpoint MODEL into the folder OUT: plan, apply, verify, publish.
 
     OUT appears whole, after verification, or not at all. MODEL is never written to.
@@ -84,10 +93,14 @@ def command(context, model, destination, plan_file, adapter, push_to_hub, privat
     import normswap
     from normswap.hub import Target
     from normswap.report.adapters import adapter_lines
-    from normswap.report.plan import disk_facts, plan_view
+    from normswap.report.plan import disk_facts, plan_view, tensors_view
     from normswap.report.proof import proof_view
 
     target = Target.check(push_to_hub, private, options["overwrite"])
+    if page is not None:
+        from normswap.report.page.write import check_place
+
+        check_place(page, model, destination)
     with progress_bars(enabled=not as_json) as progress:
         done = normswap.convert(
             model,
@@ -105,16 +118,21 @@ def command(context, model, destination, plan_file, adapter, push_to_hub, privat
             "disk": disk_facts(done.written),
             "report": done.report.model_dump(mode="json"),
             "skipped": list(done.skipped),
+            "seconds": done.seconds,
             "adapters": list(done.adapters),
         }
         click.echo(json.dumps(result, indent=2))
     else:
         out().print(plan_view(done.plan, done.written))
+        if verbose:
+            out().print(tensors_view(done.written))
         out().print(proof_view(done.report))
     for line in adapter_lines(done.adapters):
         err().print(line)
+    if page is not None:
+        _write_page(page, done, sum(done.seconds.values()) / 60)
     if done.skipped:
-        err().print(f"left behind (other formats hold the unconverted weights): {', '.join(done.skipped)}")
+        err().print(f"left behind (other formats hold the unconverted weights): {one_line(done.skipped)}")
     if options["verify"] == "none":
         err().print("NOT VERIFIED: the result was published without being measured (--verify none).", style="bold red")
     err().print(f"published {done.folder}", style="bold")
@@ -122,8 +140,16 @@ def command(context, model, destination, plan_file, adapter, push_to_hub, privat
         err().print(f"pushed to {target.push(done.folder)}", style="bold")
 
 
+def _write_page(page: Path, done, minutes: float) -> None:
+    from normswap.report.findings.gather import of_folder
+    from normswap.report.page.write import write_page
+
+    write_page(of_folder(done.folder, proof=done.report, minutes=minutes), page)
+    err().print(f"wrote {page}", style="bold")
+
+
 #: options that go with --undo; what to undo, the folder says
-_UNDO_TAKES = ("model", "destination", "undo", "verify", "text", "overwrite", "as_json")
+_UNDO_TAKES = ("model", "destination", "undo", "verify", "text", "overwrite", "verbose", "as_json")
 
 
 def _undo(context: click.Context, model: str, destination: Path, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from normswap.cli.options import err, json_option, out, progress_bars, quiet
+from normswap.cli.options import err, json_option, out, progress_bars, quiet, report_option
 
 
 @click.command("finetune")
@@ -17,8 +17,9 @@ from normswap.cli.options import err, json_option, out, progress_bars, quiet
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint; rates and guards may be others.")
 @click.option("--restart", is_flag=True, help="Throw away a run that was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace a model folder at the output, once the new one is complete.")
+@report_option
 @json_option
-def command(recipe, overrides, dry_run, resume, restart, overwrite, as_json) -> None:
+def command(recipe, overrides, dry_run, resume, restart, overwrite, page, as_json) -> None:
     """Carry out RECIPE, a YAML file or the name of a recipe that ships with normswap: convert a checkpoint and heal it.
 
     Keys of the recipe are set from the command line, items of lists by their number.
@@ -42,6 +43,10 @@ def command(recipe, overrides, dry_run, resume, restart, overwrite, as_json) -> 
     if dry_run:
         _dry_run(resolved, as_json)
         return
+    if page is not None:
+        from normswap.report.page.write import check_place
+
+        check_place(page, resolved.output)
     from normswap.report.training import scores_table
     from normswap.tune.run import finetune
 
@@ -68,6 +73,11 @@ def command(recipe, overrides, dry_run, resume, restart, overwrite, as_json) -> 
         click.echo(json.dumps(result, indent=2))
     else:
         out().print(scores_table(done.scores, done.tokens, done.minutes))
+    if page is not None:
+        from normswap.report.page.write import write_report
+
+        write_report(done.folder, page)
+        err().print(f"wrote {page}", style="bold")
     err().print(f"published {done.folder}", style="bold")
 
 

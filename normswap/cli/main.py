@@ -8,8 +8,8 @@ import sys
 
 import click
 
-from normswap.cli.options import printable
 from normswap.errors import NormswapError, RefusedError
+from normswap.report.printable import printable
 
 #: command -> the first line of its help; the file of that name is imported when the command is used
 COMMANDS = {
@@ -18,6 +18,7 @@ COMMANDS = {
     "norms": "List the kinds of norm that can be asked for.",
     "convert": "Convert a checkpoint, verify the result and publish it.",
     "verify": "Measure how far two checkpoints are apart.",
+    "report": "Show what was done to a model, as a page and as tables.",
     "kernels": "Show which fused kernel each norm would get.",
     "finetune": "Convert a checkpoint and heal it, as a recipe says.",
     "recipe": "Look at recipes: list, show, validate, schema.",
@@ -45,6 +46,10 @@ class Commands(click.Group):
         except NormswapError as error:
             _end(error)
             sys.exit(2)
+        except KeyboardInterrupt as error:
+            for line in ("Interrupted.", *getattr(error, "__notes__", ())):
+                click.echo(printable(line), err=True)
+            sys.exit(130)  # as a shell says of a command that Ctrl-C ended
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -58,6 +63,7 @@ def main() -> None:
     normswap convert MODEL OUT --norm rmsnorm
     normswap convert MODEL OUT --placement post
     normswap verify MODEL OUT
+    normswap report OUT
     normswap kernels MODEL
     normswap finetune RECIPE
 
@@ -80,4 +86,5 @@ def _end(error: NormswapError) -> None:
 
 def _print_error(error: NormswapError) -> None:
     kind = "Refused" if isinstance(error, RefusedError) else "Error"
-    click.echo(f"{click.style(kind, fg='red', bold=True)}: {printable(str(error))}", err=True)
+    text = " ".join([str(error), *getattr(error, "__notes__", ())])
+    click.echo(f"{click.style(kind, fg='red', bold=True)}: {printable(text)}", err=True)

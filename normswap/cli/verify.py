@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from normswap.cli.options import json_option, out, progress_bars, quiet
+from normswap.cli.options import err, json_option, out, progress_bars, quiet, report_option
 
 
 @click.command("verify")
@@ -19,18 +19,24 @@ from normswap.cli.options import json_option, out, progress_bars, quiet
 @click.option(
     "--trust-remote-code", is_flag=True, help="Run model code that comes with the checkpoints. Off by default."
 )
+@report_option
 @json_option
-def command(a, b, text, tokens, dtype, device, trust_remote_code, as_json) -> None:
+def command(a, b, text, tokens, dtype, device, trust_remote_code, page, as_json) -> None:
     """Measure how far the checkpoints A and B, of one vocabulary, are apart, and where they part first.
 
     \b
     normswap verify ./my-gpt2 ./my-gpt2-rms
     normswap verify ./my-gpt2 ./my-gpt2-rms --text held-out.txt --json
+    normswap verify ./my-gpt2 ./my-gpt2-rms --report report.html
     """
     quiet()
     import normswap
     from normswap.report.comparison import comparison_table
 
+    if page is not None:
+        from normswap.report.page.write import check_place
+
+        check_place(page, a, b)
     with progress_bars(enabled=not as_json) as bars:
         report = normswap.verify(
             a,
@@ -42,4 +48,10 @@ def command(a, b, text, tokens, dtype, device, trust_remote_code, as_json) -> No
             trust_remote_code=trust_remote_code,
             progress=lambda done, total: bars("comparing", done, total),
         )
+    if page is not None:
+        from normswap.report.findings.gather import of_comparison
+        from normswap.report.page.write import write_page
+
+        write_page(of_comparison(report, trust_remote_code), page)
+        err().print(f"wrote {page}", style="bold")
     click.echo(report.model_dump_json(indent=2)) if as_json else out().print(comparison_table(report))

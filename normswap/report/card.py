@@ -15,6 +15,7 @@ from normswap.checkpoint.publish import README
 from normswap.checkpoint.source import Source
 from normswap.planning.plans import Plan
 from normswap.report.claims import MEANINGS
+from normswap.report.kinds import kind_name
 from normswap.report.moved import moved_markdown
 from normswap.report.proof import proof_markdown, reports_markdown
 from normswap.verification.proof import Proof
@@ -35,7 +36,7 @@ def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command:
     """
     unmeasured = ", **not verified**" if report.mode == "none" else ""
     lines = [
-        f"# {source.title}{_with(plan)}",
+        f"# {source.title}{with_words(plan)}",
         "",
         f"Made from `{source.title}` by normswap. Claim: **{plan.claim}**{unmeasured}. {MEANINGS[plan.claim]}",
         "",
@@ -61,7 +62,7 @@ def write_trained_card(folder: Path, source: Source, plan: Plan, report: Report,
         if values is not None
     ]
     lines = [
-        f"# {source.title}{_with(plan) if plan.edits else ''}, fine-tuned",
+        f"# {source.title}{with_words(plan) if plan.edits else ''}, fine-tuned",
         "",
         f"Made from `{source.title}` by normswap, and fine-tuned on {done.tokens} tokens ({data}).",
         "",
@@ -204,11 +205,17 @@ def _loader(architecture: str) -> str:
     return name if architecture != task and hasattr(transformers, name) else "AutoModel"
 
 
-def _with(plan: Plan) -> str:
-    kinds = [{"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}.get(c.kind, c.kind) for c in plan.request.norms]
-    kind = " and ".join(dict.fromkeys(kinds)) or "norms"
-    places = " and ".join(dict.fromkeys(placement.name for placement in plan.request.placements))
-    return f" with {'weightless ' if plan.request.fold else ''}{f'{places} ' if places else ''}{kind}"
+def with_words(plan: Plan) -> str:
+    """What a plan made, in words behind the name of the source: ` with post RMSNorm`."""
+    request = plan.request
+    kind = " and ".join(dict.fromkeys(kind_name(choice.kind) for choice in request.norms))
+    places = " and ".join(dict.fromkeys(placement.name for placement in request.placements))
+    parts = [f"{'weightless ' if request.fold else ''}{f'{places} ' if places else ''}{kind or 'norms'}"]
+    if not (request.fold or places or kind):
+        parts = []
+    parts += [f"{kind_name(request.qk_norm)} on queries and keys"] if request.qk_norm else []
+    parts += ["its stream in another basis"] if request.rotate else []
+    return f" with {' and '.join(parts) or 'norms'}"
 
 
 def _metadata(source: Source) -> str:

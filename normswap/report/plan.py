@@ -201,8 +201,24 @@ def _disk(disk: WriteSummary) -> RenderableType:
     return Text(text)
 
 
+def tensors_view(disk: WriteSummary) -> Table:
+    """Every tensor of the files, and what happened to it."""
+    table = Table(title="tensors", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("", "tensor", "shape", "dtype", "file"):
+        table.add_column(name, overflow="fold")
+    table.add_column("size", justify="right")
+    for entry in disk.tensors.values():
+        dtype = str(entry.dtype).removeprefix("torch.")
+        size = _size(entry.bytes_before if entry.what == "removed" else entry.bytes_after)
+        table.add_row(entry.what, entry.key, "x".join(map(str, entry.shape)), dtype, entry.shard, size)
+    return table
+
+
 def disk_facts(disk: WriteSummary) -> dict[str, Any]:
-    """What changes in the files, as plain data. Bytes and parameters; tensors by what happens to them."""
+    """What changes in the files, as plain data. Bytes and parameters; tensors by what happens to them.
+
+    `bytes_rewritten`: of the tensors that are other ones afterwards; all others are copied byte for byte.
+    """
     counts: dict[str, int] = {}
     for tensor in disk.tensors.values():
         counts[tensor.what] = counts.get(tensor.what, 0) + 1
@@ -210,6 +226,7 @@ def disk_facts(disk: WriteSummary) -> dict[str, Any]:
         "tensors": counts,
         "bytes_before": disk.bytes_before,
         "bytes_after": disk.bytes_after,
+        "bytes_rewritten": sum(t.bytes_after for t in disk.tensors.values() if t.what not in ("copied", "removed")),
         "parameters_added": disk.parameters_added,
         "parameters_removed": disk.parameters_removed,
         "untied": list(disk.untied),

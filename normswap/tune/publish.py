@@ -15,7 +15,7 @@ from normswap.apply.modelling import load_generated
 from normswap.calibration.data import Progress
 from normswap.checkpoint.files import CONFIG, Checkpoint
 from normswap.checkpoint.publish import copy_side_files
-from normswap.checkpoint.record import RECORD, write_record
+from normswap.checkpoint.record import PLAIN, RECORD, write_record
 from normswap.checkpoint.source import Source
 from normswap.conversion import configure
 from normswap.planning.plans import Plan
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from normswap.tune.run import Finetuned
 
 RECIPE, CURVES = "recipe.yaml", "training.png"
-#: the record of a training without a conversion
-PLAIN = "training.json"
 
 
 def publish(
@@ -54,7 +52,7 @@ def publish(
     with Checkpoint.open(source.folder) as checkpoint:
         copy_side_files(checkpoint, folder)
         origin = {"name": source.title, "revision": recipe.model.revision, "headers": checkpoint.fingerprint()}
-        sizes = [(source.folder / shard.name).stat().st_size for shard in checkpoint.shards]
+        sizes = [(source.folder / shard.file).stat().st_size for shard in checkpoint.shards]
     raw = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
     config = configure(raw, source, source.build(), plan, folder, recipe.dtype)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from pydantic import BaseModel, ConfigDict
+
+from normswap.verification.histogram import Histogram, histogram
+from normswap.verification.record import Record
 
 # Float64 copies of logits are made for this many values at a time (64 MiB).
 _CHUNK = 2**23
 # Tokens shown before and after the worst one.
 _BEFORE, _AFTER = 6, 3
-
-
-class Record(BaseModel):
-    """Base of everything a report holds: immutable, and infinities survive JSON."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+# How many of the worst tokens are kept.
+_WORST = 8
 
 
 class Worst(Record):
@@ -34,14 +32,33 @@ class Worst(Record):
     after: str | None = None
 
 
+class WorstToken(Worst):
+    """One of the tokens that are worst.
+
+    Attributes:
+        value: what was measured there.
+        chosen_a, chosen_b: the token that each model holds most probable there, None without a tokenizer.
+    """
+
+    value: float
+    chosen_a: str | None = None
+    chosen_b: str | None = None
+
+
 class Stat(Record):
-    """One measurement over all tokens. `p999`: 99.9% of the tokens lie at or below it."""
+    """One measurement over all tokens. `p99`, `p999`: 99% and 99.9% of the tokens lie at or below it.
+
+    `p99` and `histogram` are None in reports of versions that did not measure them; the histogram is kept of `error`
+    and `kl` alone.
+    """
 
     mean: float
     median: float
+    p99: float | None = None
     p999: float
     max: float
     worst: Worst
+    histogram: Histogram | None = None
 
 
 class TokenMetrics(Record):
@@ -57,6 +74,7 @@ class TokenMetrics(Record):
         mismatched: rows in which one output is not finite where the other is, or is another kind of not finite.
             They count in nothing else.
         not_finite: rows with NaN or inf, or nothing finite, in both outputs alike. They count in nothing else.
+        worst_tokens: those of the largest `kl`, or `error` where there is none, the worst first.
     """
 
     rows: int
@@ -68,6 +86,7 @@ class TokenMetrics(Record):
     cross_entropy_change: Stat | None = None
     mismatched: int = 0
     not_finite: int = 0
+    worst_tokens: tuple[WorstToken, ...] = ()
 
 
 def compare_logits(a: torch.Tensor, b: torch.Tensor, targets: torch.Tensor | None = None) -> TokenMetrics:
@@ -90,7 +109,7 @@ class TokenComparison:
         self._decode = decode
         self._scores: dict[str, list[torch.Tensor]] = {}
         self._ids: list[torch.Tensor] = []
-        self._sequences = 0
+        self._sequences = self._width = 0
 
     def add(
         self, a: torch.Tensor, b: torch.Tensor, targets: torch.Tensor | None = None, ids: torch.Tensor | None = None
@@ -108,6 +127,7 @@ class TokenComparison:
         if a.shape != b.shape:
             raise ValueError(f"outputs to compare must have one shape, found {tuple(a.shape)} and {tuple(b.shape)}")
         batch, width = a.shape[0], a.shape[-1]
+        self._width = width
         a, b = a.reshape(-1, width), b.reshape(-1, width)
         positions = len(a) // batch
         row = torch.arange(len(a))
@@ -146,7 +166,22 @@ class TokenComparison:
             cross_entropy_change=stat("cross_entropy_change"),
             mismatched=int(scores["mismatched"].sum()),
             not_finite=int(scores["not_finite"].sum()),
+            worst_tokens=self._worst_tokens(scores, "kl" if "kl" in scores else "error", good),
         )
+
+    def _worst_tokens(self, scores: dict[str, torch.Tensor], name: str, good: torch.Tensor) -> tuple[WorstToken, ...]:
+        counted = torch.nonzero(good & ~scores[name].isnan()).flatten()
+        values = scores[name][counted]
+        worst = counted[values.argsort(descending=True, stable=True)[:_WORST]].tolist()
+        return tuple(self._worst_token(scores, row, scores[name][row].item()) for row in worst)
+
+    def _worst_token(self, scores: dict[str, torch.Tensor], row: int, value: float) -> WorstToken:
+        at = self._locate(int(scores["sequence"][row]), int(scores["position"][row]))
+        chosen = {}
+        # rows are of the vocabulary, and not of labels, where every token of the input has a place in them
+        if at.token is not None and "chosen_a" in scores and max(int(ids.max()) for ids in self._ids) < self._width:
+            chosen = {name: self._decode([int(scores[name][row])]) for name in ("chosen_a", "chosen_b")}
+        return WorstToken(**at.model_dump(), value=value, **chosen)
 
     def _stat(self, scores: dict[str, torch.Tensor], name: str, good: torch.Tensor) -> Stat | None:
         counted = torch.nonzero(good & ~scores[name].isnan()).flatten()
@@ -158,9 +193,11 @@ class TokenComparison:
             mean=values.mean().item(),
             # an order statistic, not an interpolation: an infinity stays one
             median=values.quantile(0.5, interpolation="lower").item(),
+            p99=values.quantile(0.99, interpolation="higher").item(),
             p999=values.quantile(0.999, interpolation="higher").item(),
             max=values.max().item(),
             worst=self._locate(int(scores["sequence"][worst]), int(scores["position"][worst])),
+            histogram=histogram(values) if name in ("error", "kl") else None,
         )
 
     def _locate(self, sequence: int, position: int) -> Worst:
@@ -203,7 +240,9 @@ def _row_scores(
         log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
         scores["kl"] = _kl(log_p, log_q, finite)
         # the entry B likes best must be (one of) the best of A: a tie in A decides nothing
-        scores["top1"] = a.gather(-1, b.argmax(-1, keepdim=True)).squeeze(-1) == a.amax(-1)
+        best, scores["chosen_a"] = a.max(-1)
+        scores["chosen_b"] = b.argmax(-1)
+        scores["top1"] = a.gather(-1, scores["chosen_b"].unsqueeze(-1)).squeeze(-1) == best
         if targets is not None:
             scores["cross_entropy_a"] = _cross_entropy(log_p, targets)
             scores["cross_entropy_b"] = _cross_entropy(log_q, targets)

@@ -29,6 +29,7 @@ from normswap.planning.edits import CentreInput, CentreOutput, SwapNorm
 from normswap.planning.plans import Plan
 from normswap.understand.normmap import find_sites
 from normswap.verification.basis import OtherBasis
+from normswap.verification.generation import Generation, generated
 from normswap.verification.inputs import evaluation_inputs, redrawn
 from normswap.verification.metrics import Record
 from normswap.verification.models import TOLERANCES, Comparison, compare_models
@@ -54,6 +55,7 @@ class Proof(Record):
         mathematics: original and plan in float64 (float32 if the model cannot run in float64).
         stored: original and published folder as stored; with `full` only.
         tensors_checked: tensors of the folder that are the plan's results bit for bit.
+        generation: what original and published folder write after the same beginnings; with `full` only.
     """
 
     mode: Literal["full", "fast", "none"]
@@ -61,10 +63,15 @@ class Proof(Record):
     mathematics: Report | None = None
     stored: Report | None = None
     tensors_checked: int = 0
+    generation: Generation | None = None
 
     def without_text(self) -> dict[str, Any]:
-        """All numbers as plain data, without the fragments of text that stand beside the worst tokens."""
-        return _without(self.model_dump(mode="json"), {"before", "token", "after"})
+        """All numbers as plain data, without the fragments of text that models were measured on and wrote."""
+        return _without(self.model_dump(mode="json"), _TEXTS)
+
+
+#: keys of a report that hold text
+_TEXTS = {"before", "token", "after", "chosen_a", "chosen_b", "prompt", "same", "text_a", "text_b"}
 
 
 def _without(tree: Any, keys: set[str]) -> Any:
@@ -117,11 +124,12 @@ def prove(
         )
 
     dtypes = [coarsest_dtype(model) for model in (original, result)]
-    stored = None
+    stored = writing = None
     if mode == "full":
         run = torch.promote_types(*dtypes)
         wide = [m if d == run else copy.deepcopy(m).to(run) for m, d in zip((original, result), dtypes, strict=True)]
         stored = measure("comparing as stored", *wide, dtypes)
+        writing = generated(*wide, tokenizer, batches)
         del wide
     mathematics, converted = _mathematics(original, plan, measure)
     checked = check_files(converted, result)
@@ -130,7 +138,14 @@ def prove(
         # the published class on the unrounded weights: what it decides from its configuration counts too
         result.to(coarsest_dtype(original)).load_state_dict(converted.state_dict())
         _check_plain(original, result, batches[0], plan)
-    return Proof(mode=mode, claim=plan.claim, mathematics=mathematics, stored=stored, tensors_checked=checked)
+    return Proof(
+        mode=mode,
+        claim=plan.claim,
+        mathematics=mathematics,
+        stored=stored,
+        tensors_checked=checked,
+        generation=writing,
+    )
 
 
 def _mathematics(original: PreTrainedModel, plan: Plan, measure) -> tuple[Report, PreTrainedModel]:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from normswap.norms.spec import GainForm
+from normswap.pages import apart
 from normswap.planning.edits.edit import Read, TensorEdit, along
 from normswap.planning.edits.running import Frozen
 
@@ -71,7 +72,8 @@ class FoldBias(TensorEdit):
             start += len(reader)
             reader = reader.sum(kernel, keepdim=True) if kernel else reader
             carried = torch.tensordot(reader, own, dims=([self.axis], [0]))
-            parts.append(carried.reshape([n for axis, n in enumerate(reader.shape) if axis not in sums]))
+            carried = carried.reshape([n for axis, n in enumerate(reader.shape) if axis not in sums])
+            parts.append(carried if carried.is_meta else apart(carried, torch.float64))
         return torch.stack(parts).sum(0) if 0 in sums else torch.cat(parts)
 
     def apply(self, value, read):
