@@ -49,7 +49,7 @@ from normswap.cli.options import (
     multiple=True,
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="A LoRA adapter of MODEL (PEFT), to become one of OUT that gives the same outputs there, in OUT/adapters. May "
+    help="A LoRA adapter of MODEL (PEFT; a folder or Hub id), to become one of OUT that gives the same outputs there, in OUT/adapters. May "
     "be given several times.",
 )
 @click.option(
