@@ -173,7 +173,7 @@ def _adapters(folder: Path) -> list[str]:
         return []
     lines = [f'model = PeftModel.from_pretrained(model, folder, subfolder="{ADAPTERS}/{name}")' for name in names]
     return [
-        "Adapters of the source, carried over to this model; `normswap.json` has what was measured of them. One at a time:",
+        "Adapters of the source, carried over to this model; their measurements are in `normswap.json`. One at a time:",
         "",
         "```python",
         "from peft import PeftModel",
