@@ -200,7 +200,8 @@ def convert(
         model: a folder, or a Hub id.
         out: the folder to make; its parents are made too.
         plan: a plan made before, or the file it was saved in.
-        adapters: folders of LoRA adapters of `model` (PEFT), which become adapters of the result, in `out/adapters`.
+        adapters: folders or Hub ids of LoRA adapters of `model` (PEFT), which become adapters of the result,
+            in `out/adapters`.
         hub: the repository of the Hub that the result is for, named in its card and by its adapters.
         dtype: `float32`, `bfloat16`, ... for all floating tensors of the result; None keeps each one's own.
         verify: `full`, `fast` (fewer tokens, no comparison in the stored precision) or `none`.
