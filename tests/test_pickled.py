@@ -90,7 +90,9 @@ def as_pickled(source: Path, to: Path, shards: int) -> Path:
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_conversion_gives_the_same_as_of_safetensors(converted, tmp_path, monkeypatch, shards):
     source, expected = converted
-    monkeypatch.setattr(opened, "IN_MEMORY", 0)  # weights are read from the files where they are used, as of a large one
+    monkeypatch.setattr(
+        opened, "IN_MEMORY", 0
+    )  # weights are read from the files where they are used, as of a large one
     done = normswap.convert(
         as_pickled(source, tmp_path / "m", shards),
         tmp_path / "out",

@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from normswap.checkpoint.demands import check_demands
 from normswap.checkpoint.documents import brief, read_json
+from normswap.checkpoint.folder import check_inside
 from normswap.errors import SourceError
 from normswap.planning.plans import Plan
 
@@ -46,6 +47,7 @@ class Record:
     def read(cls, folder: Path, name: str = RECORD) -> Record:
         """Raises SourceError when the folder has no record of that name, or a damaged one."""
         path = folder / name
+        check_inside(folder, path)
         try:
             raw = read_json(path)
             plan, source_config = Plan.model_validate(raw["plan"]), raw["source_config"]
