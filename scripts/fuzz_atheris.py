@@ -21,7 +21,7 @@ with atheris.instrument_imports(include=["normswap.checkpoint", "json", "zipfile
     import pickletools  # noqa: F401
     import zipfile
 
-    from normswap.checkpoint import documents, header, pickled, statedict, weights
+    from normswap.checkpoint import documents, header, pickled, statedict, stored, weights
 
 from normswap.errors import PlanError, SourceError
 from normswap.planning.plans import Plan
@@ -68,7 +68,7 @@ READERS = {
     ),
     "pickle": (
         lambda data: statedict.tensors_in(io.BytesIO(data)),
-        statedict.NoStateDict,
+        stored.NoStateDict,
         lambda: [_program(CORPUS / "pickled" / "pytorch_model.bin")],
     ),
     "index": (_index, SourceError, lambda: [path.read_bytes() for path in CORPUS.rglob("*.index.json")]),

@@ -180,6 +180,10 @@ GLOBALS = {
     "too much taken": (b"\x85\x85.", "a value is missing"),
     "no mark": (b"t.", "a mark is missing"),
     "a call of a number": (b"K\x01)R.", "it calls a int"),
+    "a tuple of 2^40 numbers": (
+        b"K\x01q\x00" + b"h\x00\x86q\x00" * 40 + b"Q.",
+        "expected a storage, found another tuple",
+    ),
     "memory by place": (b"}r\xff\xff\xff\xff.", None),
     "a long text": (b"X\xff\xff\xff\xff.", "damaged"),
 }
