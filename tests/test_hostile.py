@@ -339,6 +339,26 @@ def test_saved_plans_are_held_to_the_same(tmp_path):
         Plan.load(tmp_path / "plan.json")
 
 
+MANY = {
+    "edits": (lambda p: p.update(edits=[{}] * 300_000), "edits.0: Unable to extract tag"),
+    "fields": (lambda p: p.update({str(n): n for n in range(300_000)}), "expected an object with the fields of a plan"),
+    "names": (lambda p: p["edits"].append({str(n): n for n in range(300_000)}), "an object has 300000 names"),
+    "items": (lambda p: p["edits"][0].update(sums=[[]] * 300_000), "a list has 300000 items, expected at most 65536"),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_what_does_not_fit_many_times_is_told_once(tmp_path, name):
+    """Each of so many errors was noted, a kilobyte for three bytes."""
+    change, message = MANY[name]
+    plan = json.loads((CORPUS / "plans" / "kind.json").read_text())
+    change(plan)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(PlanError, match=message) as found:
+        Plan.load(tmp_path / "plan.json")
+    assert len(str(found.value)) < 1000
+
+
 # -- the terminal ------------------------------------------------------------------------------------------------------
 
 NAMES = ["h." + "9" * 5000, "\x1b[2J\x1b]0;owned\x07", "a\nError: b", "\u202egnp.exe", "\ud800", "\x9b31m", "a\x00b"]

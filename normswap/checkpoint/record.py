@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from normswap.checkpoint.demands import check_demands
-from normswap.checkpoint.documents import brief, read_json
+from normswap.checkpoint.documents import brief, check_narrow, read_json
 from normswap.checkpoint.folder import check_inside
 from normswap.errors import SourceError
 from normswap.planning.plans import Plan
@@ -50,8 +50,9 @@ class Record:
         check_inside(folder, path)
         try:
             raw = read_json(path)
-            plan, source_config = Plan.model_validate(raw["plan"]), raw["source_config"]
+            plan, source_config = Plan.of(raw["plan"]), raw["source_config"]
             version = str(raw.get("normswap", ""))
+            check_narrow([raw.get("report"), raw.get("adapters")], names=65_536)
         except OSError as error:
             raise SourceError(
                 f"{folder} is not a folder that normswap wrote: cannot read {path}: {error.strerror}. "
