@@ -10,7 +10,7 @@ from typing import Any
 #: bytes of one document; the index of a model of 671B parameters in one tensor per expert has 9 MB
 MAX_BYTES = 100_000_000
 #: numbers, texts, lists, objects in one; each takes about 100 bytes of memory
-MAX_VALUES = 8_000_000
+MAX_VALUES = 4_000_000
 
 
 def load_json(text: bytes) -> Any:
