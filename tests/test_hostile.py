@@ -341,7 +341,7 @@ def test_saved_plans_are_held_to_the_same(tmp_path):
 
 # -- the terminal ------------------------------------------------------------------------------------------------------
 
-NAMES = ["\x1b[2J\x1b]0;owned\x07", "a\nError: b", "\u202egnp.exe", "\ud800", "\x9b31m", "a\x00b"]
+NAMES = ["h." + "9" * 5000, "\x1b[2J\x1b]0;owned\x07", "a\nError: b", "\u202egnp.exe", "\ud800", "\x9b31m", "a\x00b"]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
@@ -360,7 +360,7 @@ def test_names_in_files_do_not_reach_the_terminal(tmp_path, name):
     for where in ("key", "file"):
         weight_map = index["weight_map"] | {name if where == "key" else "a": "x" if where == "key" else name}
         edit(folder / "model.safetensors.index.json", weight_map=weight_map)
-        assert (alone or ascii(name)[1:-1]) in converting(folder)
+        assert (alone or documents.shown(name)[:100]) in converting(folder)
 
 
 def test_names_of_files_do_not_reach_the_terminal(folder):
@@ -384,3 +384,26 @@ def test_errors_of_the_library_are_of_one_family(folder):
     with pytest.raises(NormswapError):
         source.Source.open(folder).build()
         raise NormswapError("a model that lacks its weights is refused where they are needed")
+
+
+# -- code that comes along ---------------------------------------------------------------------------------------------
+
+
+def test_code_of_tokenizers_and_of_generation_is_copied_and_not_run(small, tmp_path):
+    folder, spring = shutil.copytree(small["gpt2"], tmp_path / "model"), tmp_path / "sprung"
+    trap = f"open({str(spring)!r}, 'w')\n"
+    (folder / "tokenization_evil.py").write_text(trap + "class EvilTokenizer: pass\n")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(trap + "def generate(*args, **kwargs): pass\n")
+    edit(
+        folder / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["tokenization_evil.EvilTokenizer", None]},
+        tokenizer_class="EvilTokenizer",
+        chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    )
+    edit(folder / "generation_config.json", custom_generate="custom_generate", trust_remote_code=True)
+    done = run("convert", folder, tmp_path / "out", "--norm", "rmsnorm", "--verify", "full")
+    assert done.exit_code == 0, done.output
+    assert not spring.exists()
+    for name in ("tokenization_evil.py", "custom_generate/generate.py", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()

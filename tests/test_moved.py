@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model_as_it_was():
         "which the model does not have": [norm("model.layers.7.norm", "rmsnorm")],
         "has it already: its norms have moved": [SetScale(module=layer, name="mlp", value=1.0)],
         "expects an expression": [
-            other.model_copy(update={"changes": (Change(kind="wrap", span=(0, 0, 0, 1), name="n"),)})
+            other.model_copy(update={"changes": (Change(kind="wrap", span=(0, 0, 0, 1), name="mlp"),)})
         ],
     }
     for message, edits in misfits.items():

@@ -51,6 +51,8 @@ ALIGNMENT = 8
 #: what torch can have: axes of a tensor, and sizes along one
 MAX_AXES, MAX_SIZE = 64, 2**63 - 1
 
+MAX_NAME = 1000
+
 AGAIN = "fetch the file again, or save the model again with save_pretrained"
 
 
@@ -165,10 +167,11 @@ def _entry(key: str, value: Any, start: int, path: Path) -> TensorInfo:
 
 
 def check_key(key: str, path: Path) -> None:
-    """Refuse a tensor's name that a terminal, or a file in UTF-8, would not show as it is."""
-    if not key.isprintable():
+    """Refuse a tensor's name that a terminal, or a file in UTF-8, would not show as it is, or that none would have."""
+    if not key.isprintable() or len(key) > MAX_NAME:
         raise SourceError(
-            f"{path}: expected names of tensors that can be printed, found {ascii(key):.200}; rename it, or {AGAIN}."
+            f"{path}: expected names of tensors that can be printed, of at most {MAX_NAME} characters, found "
+            f"{ascii(key):.200}; rename it, or {AGAIN}."
         )
 
 

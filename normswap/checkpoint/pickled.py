@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from normswap.checkpoint.header import CODES, TensorInfo, check_key, nbytes_of
-from normswap.checkpoint.statedict import NoStateDict, Storage, Stored, run, tensors_in
+from normswap.checkpoint.statedict import run, tensors_in
+from normswap.checkpoint.stored import NoStateDict, Storage, Stored
 from normswap.errors import SourceError
 
 MAX_PICKLE_BYTES = 64_000_000

@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from normswap.checkpoint.demands import check_demands
 from normswap.checkpoint.documents import brief, read_json
+from normswap.checkpoint.folder import check_inside
 from normswap.errors import SourceError
 from normswap.planning.plans import Plan
 
@@ -46,6 +47,7 @@ class Record:
     def read(cls, folder: Path, name: str = RECORD) -> Record:
         """Raises SourceError when the folder has no record of that name, or a damaged one."""
         path = folder / name
+        check_inside(folder, path)
         try:
             raw = read_json(path)
             plan, source_config = Plan.model_validate(raw["plan"]), raw["source_config"]
@@ -60,6 +62,9 @@ class Record:
             raise SourceError(f"{path} is damaged: {why}. Convert the source again.") from error
         if not isinstance(source_config, dict) or not isinstance(source_config.get("model_type"), str):
             raise SourceError(f"{path} is damaged: source_config is no model configuration. Convert the source again.")
+        for place in ("source", "source.files", "undo", "training"):
+            if not isinstance(_at(raw, place), dict):
+                raise SourceError(f"{path} is damaged: {place} is no object. Convert the source again.")
         return cls(folder, plan, source_config, version, raw)
 
     def stock(self) -> tuple[type[PreTrainedModel], PretrainedConfig]:
@@ -92,9 +97,16 @@ class Record:
         done = f"converted by normswap {self.version}: {plan.request.words()} at {sites} sites ({plan.claim})"
         if "training" not in self.raw:
             return done
-        training = self.raw["training"]
-        tokens = training.get("tokens") if isinstance(training, dict) else None
+        tokens = self.raw["training"].get("tokens")
         return f"{done}, and fine-tuned on {tokens} tokens"
+
+
+def _at(raw: dict[str, Any], place: str) -> Any:
+    """What stands at a place with dots, an empty object where nothing does."""
+    found: Any = raw
+    for key in place.split("."):
+        found = found.get(key, {}) if isinstance(found, dict) else None
+    return found
 
 
 def write_record(folder: Path, record: Mapping[str, Any], name: str = RECORD) -> None:

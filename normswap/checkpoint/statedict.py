@@ -8,53 +8,14 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import torch
+from normswap.checkpoint.stored import Call, Kind, NoStateDict, Storage, Stored, meaning
 
 #: instructions; a tensor takes about 30
 MAX_STEPS = 4_000_000
 
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "UntypedStorage": torch.uint8,
-}
 _MARK = object()
-
-
-class NoStateDict(ValueError):
-    """The pickle is not one of tensors by name; the message says what it is or wants."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A run of numbers in the file: its key there, dtype, and how many."""
-
-    key: str
-    dtype: torch.dtype
-    numel: int
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor: which part of a storage it is. Offset and strides in elements."""
-
-    storage: Storage
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
 
 
 def tensors_in(pickled: BinaryIO) -> dict[str, Stored]:
@@ -93,7 +54,10 @@ def run(pickled: BinaryIO) -> Any:
 
 
 class _Machine:
-    """The stack and the memo of a pickle."""
+    """The stack and the memo of a pickle.
+
+    A value may hold others many times over (each once in memory), so none but texts and numbers is ever printed.
+    """
 
     def __init__(self):
         self.stack: list[Any] = []
@@ -133,18 +97,11 @@ class _Machine:
     def name(self, named: str) -> None:
         """What a global name stands for; `named` is the module and the name, with a space between."""
         module, _, name = named.partition(" ")
-        found = _GLOBALS.get((module, name))
-        if found is None and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            found = getattr(torch, name)
-        if found is None:
-            raise NoStateDict(
-                f"it asks for {ascii(f'{module}.{name}'):.200}, which is not among what a state dict takes"
-            )
-        self.push(found)
+        self.push(meaning(module, name))
 
     def call(self) -> None:
         function, arguments = self.take(2)
-        if not isinstance(function, _Call) or not isinstance(arguments, tuple):
+        if not isinstance(function, Call) or not isinstance(arguments, tuple):
             raise NoStateDict(f"it calls a {type(function).__name__}")
         self.push(function.make(*arguments))
 
@@ -168,70 +125,11 @@ class _Machine:
         """The storage that a persistent id names: `("storage", its type, key, device, numel)`."""
         (named,) = self.take(1)
         if not isinstance(named, tuple) or len(named) not in (5, 6) or named[0] != "storage" or any(named[5:]):
-            raise NoStateDict(f"expected a storage, found {ascii(named):.200}")
+            raise NoStateDict(f"expected a storage, found another {type(named).__name__}")
         _, kind, key, _, numel = named[:5]
-        if not (isinstance(kind, _Kind) and isinstance(key, str) and type(numel) is int and numel >= 0):
-            raise NoStateDict(f"expected a storage of numbers, found {ascii(named):.200}")
+        if not (isinstance(kind, Kind) and isinstance(key, str) and type(numel) is int and numel >= 0):
+            raise NoStateDict("expected a storage of numbers, found one of something else")
         self.push(Storage(key, kind.dtype, numel))
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A type of storage."""
-
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a function that a pickle may name does here."""
-
-    make: Callable[..., Any]
-
-
-def _tensor(storage, offset, shape, strides, *rest) -> Stored:
-    if not isinstance(storage, Storage) or not all(
-        type(n) is int and n >= 0 for n in (offset, *_sizes(shape), *_sizes(strides))
-    ):
-        raise NoStateDict("it has a tensor that is no part of a storage")
-    if len(shape) != len(strides):
-        raise NoStateDict(f"it has a tensor with {len(shape)} sizes and {len(strides)} strides")
-    return Stored(storage, storage.dtype, offset, tuple(shape), tuple(strides))
-
-
-def _typed_tensor(storage, offset, shape, strides, requires_grad, hooks, dtype, *rest) -> Stored:
-    made = _tensor(storage, offset, shape, strides)
-    if not isinstance(dtype, torch.dtype):
-        raise NoStateDict("it has a tensor of no dtype")
-    return Stored(made.storage, dtype, made.offset, made.shape, made.strides)
-
-
-def _parameter(data, *rest) -> Stored:
-    if not isinstance(data, Stored):
-        raise NoStateDict("it has a parameter that is no tensor")
-    return data
-
-
-def _ordered(*entries) -> dict:
-    if entries:
-        raise NoStateDict("it has a dictionary with entries of its own form")
-    return {}
-
-
-def _sizes(value: Any) -> tuple:
-    return value if isinstance(value, tuple) and len(value) <= 64 else (None,)
-
-
-_GLOBALS = {
-    ("collections", "OrderedDict"): _Call(_ordered),
-    ("torch._utils", "_rebuild_tensor"): _Call(_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): _Call(_tensor),
-    ("torch._utils", "_rebuild_tensor_v3"): _Call(_typed_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Call(_parameter),
-    ("torch", "Size"): _Call(lambda sizes=(): tuple(sizes)),
-    ("torch.storage", "UntypedStorage"): _Kind(torch.uint8),
-    **{("torch", name): _Kind(dtype) for name, dtype in _STORAGES.items()},
-}
 
 
 def _constant(value: Any) -> Callable[[_Machine, Any], None]:

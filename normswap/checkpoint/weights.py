@@ -81,7 +81,7 @@ def find_weights(folder: Path) -> WeightFiles:
         if (folder / whole).is_file():
             return WeightFiles((whole,), (WEIGHTS,), pickled)
         if (folder / index_file).is_file():
-            index = _read_index(folder / index_file)
+            index = _read_index(folder / index_file, Path(whole).suffix)
             files = sorted(set(index["weight_map"].values()))
             return WeightFiles(tuple(files), _names(files, pickled), pickled, index, index_file)
     raise SourceError(f"{folder}: expected {WEIGHTS} or {INDEX}, found {_others(folder)}.")
@@ -104,7 +104,7 @@ def _others(folder: Path) -> str:
     return f"no weights. {_SAVE_AGAIN}"
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def _read_index(path: Path, suffix: str) -> dict[str, Any]:
     try:
         index = read_json(path)
     except (ValueError, OSError) as error:
@@ -121,11 +121,11 @@ def _read_index(path: Path) -> dict[str, Any]:
                 f"{path}: tensor {shown(key)}: expected the name of a file in {path.parent}, found "
                 f"{name!r:.200}. Put all shards beside the index and name them without folders."
             )
-        if Path(name).suffix not in (".safetensors", ".bin"):
+        if Path(name).suffix != suffix:
             # the result's other files may not be written over by one that is said to be a shard
             raise SourceError(
-                f"{path}: tensor {shown(key)}: expected a file *.safetensors or *.bin, found {name:.200}. Fetch "
-                "the index again, or rename the shards there."
+                f"{path}: tensor {shown(key)}: expected a file *{suffix}, found {name:.200}. Fetch the index "
+                "again, or rename the shards there."
             )
     return index
 

@@ -67,7 +67,7 @@ def main() -> None:
     normswap kernels MODEL
     normswap finetune RECIPE
 
-    MODEL is a folder with config.json and *.safetensors, or a Hub id. Results go to stdout, messages to stderr.
+    MODEL is a folder with config.json and its weights, or a Hub id. Results go to stdout, messages to stderr.
     """
 
 

@@ -116,7 +116,7 @@ def _write_weights(
         published.to(wanted).save_pretrained(inside, max_shard_size=max(largest, 1 << 20))
         for path in Path(inside).glob("model*.safetensors*"):
             shutil.copyfile(path, folder / path.name)  # with the permissions that the umask gives
-    check_files(model, open_published(folder, plan, source.model_class))
+    check_files(model, open_published(folder, plan, source.model_class), folder)
 
 
 def _compared(source: Source, folder: Path, tokens: int) -> Report:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from normswap.checkpoint.files import Checkpoint
 from normswap.errors import ObserveError, RefusedError, VerificationError
 from normswap.planning.edits import CentreInput, CentreOutput, SwapNorm
 from normswap.planning.plans import Plan
@@ -101,13 +103,25 @@ def check_plain(original: nn.Module, converted: nn.Module, inputs: Mapping[str, 
             )
 
 
-def check_files(expected: nn.Module, result: nn.Module) -> int:
-    """The loaded folder holds the plan's results, rounded once. Returns how many tensors were compared."""
+def check_files(expected: nn.Module, result: nn.Module, folder: Path) -> int:
+    """The loaded folder holds the plan's results, rounded once. Returns how many tensors were compared.
+
+    Where its files have several dtypes, loading brings them all into one.
+    """
+    with Checkpoint.open(folder) as checkpoint:
+        stored = {info.dtype for info in checkpoint.tensors.values() if info.dtype.is_floating_point}
     want, have = expected.state_dict(), result.state_dict()
     if want.keys() != have.keys():
         odd = sorted(want.keys() ^ have.keys())
         raise VerificationError(f"the folder holds other tensors than the plan makes: {', '.join(odd[:5])}.")
-    wrong = [name for name in want if not torch.equal(want[name].to(have[name].dtype), have[name])]
+    wrong = [
+        name
+        for name, value in have.items()
+        if not any(
+            torch.equal((want[name].to(dtype) if value.is_floating_point() else want[name]).to(value.dtype), value)
+            for dtype in stored | {value.dtype}
+        )
+    ]
     if wrong:
         raise VerificationError(WRONG_FILES.format(len(wrong), wrong[0]))
     return len(want)

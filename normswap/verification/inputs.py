@@ -120,7 +120,8 @@ def _named_tokens(config: Mapping[str, object]) -> set[int]:
         if isinstance(value, Mapping):
             found |= _named_tokens(value)
         elif str(key).endswith(("token_id", "token_index", "token_ids")):
-            found |= {v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)}
+            values = value if isinstance(value, list | tuple) else [value]
+            found |= {v for v in values if isinstance(v, int) and 0 <= v < 2**31}  # -1 and the like name none
     return found
 
 

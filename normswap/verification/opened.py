@@ -79,7 +79,7 @@ class InMemory:
     on_disk = False
 
     def __init__(self, source: Source, plan: Plan, folder: Path):
-        self._plan = plan
+        self._plan, self._folder = plan, folder
         self._original, self._result = open_model(source), open_published(folder, plan, source.model_class)
         self._converted: nn.Module | None = None
         self.structures = self._original, self._result
@@ -98,7 +98,7 @@ class InMemory:
         return self._original, self._result
 
     def check_files(self) -> int:
-        return check_files(self._converted, self._result)
+        return check_files(self._converted, self._result, self._folder)
 
 
 class OnDisk:

@@ -75,7 +75,11 @@ def prove_undone(
             f"something else, from {at} on. Was it trained after it was converted? Nothing was published."
         )
     return Proof(
-        mode=mode, claim="exact", mathematics=mathematics, stored=stored, tensors_checked=check_files(wide, result)
+        mode=mode,
+        claim="exact",
+        mathematics=mathematics,
+        stored=stored,
+        tensors_checked=check_files(wide, result, folder),
     )
 
 

@@ -30,9 +30,12 @@ CASES = [
     ("converted", "normswap.undo", 1, "convert {} {out} --undo --verify none"),
     ("moved", "normswap.json", 3, "inspect {}"),
     ("whole", "config.json", 1, "verify {} {whole} --tokens 16"),
+    ("whole", "generation_config.json", 1, "verify {} {whole} --tokens 16"),
     ("pickled", "pytorch_model.bin", 1, "verify {} {whole} --tokens 16"),
     ("converted", "normswap.json", 1, "verify {} {whole} --tokens 16"),
     ("moved", "normswap.json", 1, "verify {} {whole} --tokens 16"),
+    ("converted", "normswap.json", 2, "report {} --json"),
+    ("converted", "normswap.json", 2, "report {} -o {out}"),
     ("plans", "kind.json", 3, "convert {whole} {out} --plan {}/kind.json --verify none"),
     ("plans", "place.json", 3, "convert {whole} {out} --plan {}/place.json --verify none"),
 ]

@@ -35,7 +35,8 @@ def make(corpus: Path) -> None:
         normswap.convert(corpus / "whole", corpus / name, norm="rmsnorm", verify="none", **words)
     normswap.plan(corpus / "whole", norm="rmsnorm").save(corpus / "plans" / "kind.json")
     normswap.plan(corpus / "whole", placement="post").save(corpus / "plans" / "place.json")
-    for left in (*corpus.rglob("generation_config.json"), *corpus.rglob("README.md"), *corpus.rglob("*.py")):
+    others = (path for path in corpus.rglob("generation_config.json") if path.parent.name != "whole")
+    for left in (*others, *corpus.rglob("README.md"), *corpus.rglob("*.py")):
         left.unlink()
 
 

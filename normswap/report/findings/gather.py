@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
+from normswap.checkpoint.documents import brief
 from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.record import PLAIN, RECORD, Record
 from normswap.checkpoint.source import Source
@@ -48,6 +48,17 @@ def of_folder(folder: str | Path, *, proof: Proof | None = None, minutes: float 
             f"`normswap inspect MODEL --report FILE`."
         )
     record = Record.read(folder, name)
+    try:
+        return _of_record(record, folder, proof, minutes)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        # what a record says beside its plan is read here alone, and may be anything
+        raise SourceError(
+            f"{folder / name} is damaged: {type(error).__name__}: {brief(error)}. Fetch the folder again, or convert "
+            f"the source again."
+        ) from error
+
+
+def _of_record(record: Record, folder: Path, proof: Proof | None, minutes: float | None) -> Findings:
     reports, generation, mode = _measured(record, proof)
     notes: list[str] = []
     before, after = _before(record, notes), _after(folder, record, notes)
@@ -154,9 +165,10 @@ def _before(record: Record, notes: list[str]) -> NormMap | None:
     """The source's norms, found from its configuration alone."""
     try:
         stock, config = record.stock()
-        with torch.device("meta"):
-            model = stock._from_config(config).eval()
-        return NormMap.of(model, example_inputs(model))
+        source = Source(str(record.folder), record.folder, config, stock, record)
+        with source.carried_out():
+            model = source.build_stock().eval()
+            return NormMap.of(model, example_inputs(model))
     except NormswapError as error:
         notes.append(f"The source's norms could not be looked at: {error}")
         return None
@@ -164,8 +176,10 @@ def _before(record: Record, notes: list[str]) -> NormMap | None:
 
 def _after(folder: Path, record: Record, notes: list[str]) -> NormMap | None:
     try:
-        model = Source.open(folder, weights=False).build()
-        return NormMap.of(model, example_inputs(model))
+        source = Source.open(folder, weights=False)
+        with source.carried_out():
+            model = source.build()
+            return NormMap.of(model, example_inputs(model))
     except NormswapError as error:
         notes.append(f"The result's norms could not be looked at: {error}")
         return None
