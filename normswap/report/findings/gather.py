@@ -121,14 +121,18 @@ def of_model(normmap: NormMap, name: str) -> Findings:
     return Findings(
         kind="map",
         title=f"{Path(name).name}: its norms",
-        changed=f"{len(normmap.sites)} norms on {len(normmap.streams)} residual "
-        f"stream{'s'[: len(normmap.streams) != 1]}; placement {', '.join(placements) or 'none'}.",
+        changed=f"{_counted(len(normmap.sites), 'norm')} on {_counted(len(normmap.streams), 'residual stream')}"
+        f"{'; placement ' if placements else ''}{', '.join(placements)}.",
         before=drawn,
         sites=tuple(site_rows(normmap, None)),
         sizes=Sizes(parameters_before=drawn.parameters, bytes_before=normmap.files["bytes"] if normmap.files else None),
         provenance=Provenance(versions=_versions({}), command=f"normswap inspect {Path(name).name} --report FILE"),
         notes=tuple(filter(None, [normmap.converted])),
     )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _measured(record: Record, proof: Proof | None):
