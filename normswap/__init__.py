@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from normswap.errors import (
         DestinationError,
         DivergedError,
+        HubError,
         KernelError,
         NormswapError,
         ObserveError,
@@ -45,6 +46,7 @@ _HOME = {
     "errors": (
         "DestinationError",
         "DivergedError",
+        "HubError",
         "KernelError",
         "NormswapError",
         "ObserveError",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from normswap.apply.keeper import Keeper
+from normswap.adapters.carry import carry
+from normswap.adapters.folder import read_adapters
+from normswap.adapters.publish import publish_adapters
 from normswap.apply.layout import WriteSummary
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
 from normswap.apply.stream import preview, write_tensors
+from normswap.apply.values import Values
 from normswap.calibration.data import TOKENS, WINDOW, Progress, given_data, silent, text_data
-from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.files import Checkpoint, has_weights
+from normswap.checkpoint.journal import Journal
 from normswap.checkpoint.kept import save_kept
 from normswap.checkpoint.keymap import KeyMap
 from normswap.checkpoint.publish import Staging, check_space, copy_side_files
@@ -35,7 +40,22 @@ from normswap.report.plan import disk_facts
 from normswap.verification.proof import Proof, VerifyMode, prove, prove_live
 from normswap.verification.text import read as read_text
 
+#: what `progress` is called with while weights are written, in bytes
+WRITING = "writing"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Stages:
+    """A clock that says how long each stage took. Attribute `seconds`: by the stage's name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def ends(self, stage: str) -> None:
+        """The stage that began when the one before ended is over."""
+        now = time.perf_counter()
+        self.seconds[stage], self._last = now - self._last, now
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,8 @@ class Conversion:
         written: what happened to each tensor.
         report: what was measured before publishing.
         skipped: files of the source that were left behind (weights in other formats).
+        seconds: what each stage took: `planning`, `writing`, `verifying`.
+        adapters: what became of each adapter that was carried over: its name, files, and what was measured of it.
     """
 
     folder: Path
@@ -55,6 +77,8 @@ class Conversion:
     written: WriteSummary
     report: Proof
     skipped: tuple[str, ...]
+    seconds: dict[str, float]
+    adapters: tuple[Mapping[str, Any], ...] = ()
 
 
 def plan(
@@ -135,7 +159,7 @@ def preview_on_disk(
 ) -> WriteSummary | None:
     """What a plan changes in the files of a checkpoint, from headers alone; None if there are no weights."""
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    if not any(source.folder.glob("*.safetensors")):
+    if not has_weights(source.folder):
         return None
     with Checkpoint.open(source.folder) as checkpoint:
         return preview(checkpoint, _map_keys(source, source.build(), checkpoint), made, _dtype(dtype))
@@ -152,12 +176,15 @@ def convert(
     out: str | Path,
     *,
     plan: Plan | str | Path | None = None,
+    adapters: Sequence[str | Path] = (),
+    hub: str | None = None,
     dtype: str | None = None,
     verify: VerifyMode = "full",
     text: str | Path | None = None,
     tokens: int = TOKENS,
     window: int = WINDOW,
     overwrite: bool = False,
+    workers: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -165,12 +192,15 @@ def convert(
 ) -> Conversion:
     """Convert the checkpoint `model` into the folder `out`.
 
-    The source is read only. `out` appears whole, after verification, or not at all.
+    The source is read only. `out` appears whole, after verification, or not at all. A run that was killed or
+    interrupted leaves a hidden folder beside `out`, from which the same call goes on.
 
     Args:
         model: a folder, or a Hub id.
         out: the folder to make; its parents are made too.
         plan: a plan made before, or the file it was saved in.
+        adapters: folders of LoRA adapters of `model` (PEFT), which become adapters of the result, in `out/adapters`.
+        hub: the repository of the Hub that the result is for, named in its card and by its adapters.
         dtype: `float32`, `bfloat16`, ... for all floating tensors of the result; None keeps each one's own.
         verify: `full`, `fast` (fewer tokens, no comparison in the stored precision) or `none`.
         text: a UTF-8 file to calibrate and verify on, by default the text that ships with normswap. Where norms move,
@@ -178,7 +208,8 @@ def convert(
         tokens: how many to calibrate on, about.
         window: in windows of so many; shorter ones for a model of short texts.
         overwrite: replace a model folder at `out`.
-        progress: called with (what, done, total) while long work runs.
+        workers: threads that copy, compute and write the weights; None: one per processor, up to 8.
+        progress: called with (what, done, total) while long work runs; bytes, where `what` is `WRITING`.
         **words: what to do, as for `plan`; not together with a plan made before.
 
     Raises:
@@ -187,11 +218,12 @@ def convert(
         VerificationError: the result measures otherwise than claimed; nothing is published.
         DestinationError: `out` cannot be written.
     """
-    asked = Request.of(**words)
+    asked, clock = Request.of(**words), Stages()
     if plan is not None and (asked != Request() or tokens != TOKENS):
         raise PlanError("a saved plan already says what to do: give no norm, fold, placement, tokens, ... with it.")
     progress = progress or silent
     stored_dtype = _dtype(dtype)
+    given = read_adapters(adapters)
     if text is not None and verify != "none":
         read_text(text)  # a wrong path is found out now, not after hours of writing
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -210,46 +242,56 @@ def convert(
     with Checkpoint.open(source.folder) as checkpoint:
         keymap = _map_keys(source, structure, checkpoint)
         expected = preview(checkpoint, keymap, plan, stored_dtype)
-        with staging as folder:
-            check_space(folder, expected.bytes_after)
+        original = Values(checkpoint, keymap, plan).original
+        carried = [carry(adapter, structure, keymap, plan, original) for adapter in given]
+        with staging.resuming(_follows_from(checkpoint, plan, dtype)) as folder:
+            journal = staging.journal
+            clock.ends("planning")
+            check_space(folder, expected.bytes_after - journal.bytes_finished)
             skipped = copy_side_files(checkpoint, folder)
             raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
             config = configure(raw, source, structure, plan, folder, dtype)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            keeper = Keeper() if plan.claim == "exact" else None
             written = write_tensors(
                 checkpoint,
                 keymap,
                 plan,
                 folder,
                 stored_dtype,
-                lambda done, total: progress("writing", done, total),
-                keeper,
+                lambda done, total: progress(WRITING, done, total),
+                journal,
+                workers,
             )
+            clock.ends("writing")
             record = {
                 "source": {
                     "name": source.title,
                     "revision": revision,
                     "headers": checkpoint.fingerprint(),
-                    "files": checkpoint.hash_files(),
+                    "files": {shard.file: journal.finished[shard.name].source_sha256 for shard in checkpoint.shards},
                 },
                 "source_config": raw,
                 "plan": plan.model_dump(mode="json"),
                 "files": written.hashes,
-                "undo": _keep(keeper, plan, folder),
+                "undo": _keep(journal, plan, folder),
             }
             write_record(folder, record)
             report = prove(source, plan, folder, verify, text, progress)
+            if carried:
+                record["adapters"] = publish_adapters(carried, source, plan, folder, verify, text, progress, hub)
             # the result may be shared, the text it was measured on need not be
             numbers = report.model_dump(mode="json") if text is None else report.without_text()
             counted = str(tokens) if tokens != TOKENS else None
             windows = str(window) if window != WINDOW else None
             options = {"--plan": plan_file, "--tokens": counted, "--window": windows}
             options |= {"--dtype": dtype, "--revision": revision}
-            command = _command(source.title, Path(out).resolve().name, plan, options)
+            names = [adapter.name for adapter in given]
+            command = _command(source.title, Path(out).resolve().name, plan, options, names)
             write_record(folder, record | {"written": disk_facts(written), "command": command, "report": numbers})
-            write_card(folder, source, plan, report, command)
-    return Conversion(Path(out), plan, written, report, tuple(skipped))
+            write_card(folder, source, plan, report, command, hub)
+            clock.ends("verifying")
+    adapters = tuple(record.get("adapters", ()))
+    return Conversion(Path(out), plan, written, report, tuple(skipped), clock.seconds, adapters)
 
 
 def convert_model(
@@ -332,21 +374,37 @@ def _with_keys(raw: dict, plan: Plan) -> dict[str, object]:
     return config
 
 
-def _command(source: str, out: str, plan: Plan, options: dict[str, str | None]) -> str:
+def _command(source: str, out: str, plan: Plan, options: dict[str, str | None], adapters: Sequence[str] = ()) -> str:
     """The command line that does the same, without what is private in paths."""
     words = ["normswap", "convert", source, out]
     words += [] if options["--plan"] else shlex.split(plan.request.words())
     words += [word for name, value in options.items() if value for word in (name, value)]
+    words += [word for name in adapters for word in ("--adapter", name)]
     return shlex.join(words)
 
 
-def _keep(keeper: Keeper | None, plan: Plan, folder: Path) -> dict[str, object]:
+def _keep(journal: Journal, plan: Plan, folder: Path) -> dict[str, object]:
     """Keep what undoing will need; what the record says of it."""
-    if keeper is None:
+    if plan.claim != "exact":
         return {"impossible": f"the result is {plan.claim}: it is not the function that the source computes"}
-    if keeper.why_not is not None:
-        return {"impossible": keeper.why_not}
-    return save_kept(folder, keeper.tensors())
+    if journal.why_not is not None:
+        return {"impossible": journal.why_not}
+    return save_kept(folder, journal.kept)
+
+
+def _follows_from(checkpoint: Checkpoint, plan: Plan, dtype: str | None) -> dict[str, object]:
+    """All that the bytes of the result's weights follow from: a run with the same can go on from another's files."""
+    from normswap import __version__
+
+    return {
+        "normswap": __version__,
+        "torch": torch.__version__,
+        "source": str(checkpoint.folder.resolve()),
+        "headers": checkpoint.fingerprint(),
+        "files": checkpoint.states(),
+        "plan": plan.digest(),
+        "dtype": dtype,
+    }
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -39,6 +39,10 @@ class DestinationError(NormswapError):
     """The destination exists, is the source, or cannot be written."""
 
 
+class HubError(NormswapError):
+    """The Hub cannot be reached or does not take what is to be pushed; what was published locally is there."""
+
+
 class KernelError(NormswapError):
     """Fused kernels that were asked for cannot be had here, or cannot go under this model."""
 

@@ -10,8 +10,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from normswap.apply.live import apply_structure
+from normswap.checkpoint.documents import brief
+from normswap.checkpoint.folder import check_folder
 from normswap.checkpoint.record import Record
 from normswap.errors import NormswapError, SourceError
+from normswap.limits import limited
 from normswap.planning.plans import Plan
 
 
@@ -30,17 +33,27 @@ def load(folder: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
         SourceError: the folder has no sound `normswap.json`, or its weights are not those of the plan.
     """
     folder = Path(folder)
+    if folder.is_dir():
+        check_folder(folder)
     record = Record.read(folder)
     plan, (stock, config) = record.plan, record.stock()
-    with torch.device("meta"):
-        source = stock(copy.deepcopy(config))
-        # built once beforehand, because the plan changes the configuration that loading has to start from
-        config = converted_class(stock, plan)(config).config
-    written, _ = PretrainedConfig.get_config_dict(folder)
-    config.dtype = written.get("dtype", written.get("torch_dtype"))  # `convert --dtype` may have changed it
-    model, report = converted_class(stock, plan).from_pretrained(
-        folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained_kwargs
-    )
+    try:
+        with limited(), torch.device("meta"):
+            source = stock(copy.deepcopy(config))
+            # built once beforehand, because the plan changes the configuration that loading has to start from
+            config = converted_class(stock, plan)(config).config
+        written, _ = PretrainedConfig.get_config_dict(folder)
+        config.dtype = written.get("dtype", written.get("torch_dtype"))  # `convert --dtype` may have changed it
+        model, report = converted_class(stock, plan).from_pretrained(
+            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained_kwargs
+        )
+    except NormswapError:
+        raise
+    except Exception as error:  # of transformers and torch, which raise what they like for a damaged file
+        raise SourceError(
+            f"{folder} cannot be opened as a {stock.__name__} with the changes of its plan: {type(error).__name__}: "
+            f"{brief(error)}. Fetch it again, or convert the source again."
+        ) from error
     _check(report, plan, set(source.state_dict()), folder)
     return model
 

@@ -10,8 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from normswap.adapters.publish import leave_adapters
 from normswap.apply.layout import WriteSummary
 from normswap.apply.modelling import FILE
 from normswap.apply.stream import preview, write_tensors
@@ -41,6 +40,7 @@ class Undone:
         written: what happened to each tensor.
         report: the measurements of the new folder against the converted one.
         same_files: whether its weights are the source's, byte for byte.
+        adapters: adapters of the converted model, which were left behind: those that they were made of fit the result.
     """
 
     folder: Path
@@ -48,6 +48,7 @@ class Undone:
     written: WriteSummary
     report: Proof
     same_files: bool
+    adapters: tuple[str, ...] = ()
 
 
 def undo(
@@ -84,6 +85,7 @@ def undo(
         with staging as made:
             check_space(made, expected.bytes_after)
             copy_side_files(checkpoint, made)
+            adapters = leave_adapters(source.record.raw, made)
             for name in _OURS:
                 (made / name).unlink(missing_ok=True)
             (made / CONFIG).write_text(json.dumps(_config(source), indent=2) + "\n", encoding="utf-8")
@@ -93,7 +95,7 @@ def undo(
             report = prove_undone(source, back, made, verify, text, progress)
     theirs = source.record.raw.get("source", {}).get("files", {})
     same = bool(written.hashes) and all(theirs.get(name) == digest for name, digest in written.hashes.items())
-    return Undone(Path(out), source.record.plan, written, report, same)
+    return Undone(Path(out), source.record.plan, written, report, same, adapters)
 
 
 def _plan(source: Source) -> Plan:
@@ -107,9 +109,7 @@ def _plan(source: Source) -> Plan:
             f"{source.name} was {record.history()}, which cannot be undone: {kept['impossible']}. The checkpoint that "
             f"it was made from, {origin}, was not changed: go on from there."
         )
-    stock = source.model_class
-    with torch.device("meta"):
-        names = set(stock._from_config(source.config).state_dict())
+    names = set(source.build_stock().state_dict())
     try:
         return way_back(record.plan, names, load_kept(source.folder))
     except NoWayBack as error:

@@ -147,7 +147,7 @@ def test_fingerprint_sees_shapes_and_ignores_sharding(tmp_path):
 def test_file_hashes_are_of_the_bytes(tmp_path):
     folder = folder_with(tmp_path / "m", {"x": torch.randn(1000)})
     expected = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    assert Checkpoint.open(folder).hash_files() == {"model.safetensors": expected}
+    assert Checkpoint.open(folder).hash_file("model.safetensors") == expected
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -156,8 +156,8 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(SourceError, match=r"expected config\.json"):
         Checkpoint.open(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(SourceError, match=r"found pytorch_model\.bin.*save_pretrained"):
+    (tmp_path / "model.pth").write_bytes(b"pickle")
+    with pytest.raises(SourceError, match=r"found model\.pth.*save_pretrained"):
         Checkpoint.open(tmp_path)
 
 

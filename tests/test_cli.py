@@ -193,7 +193,7 @@ def bert(gpt2, to):
     BertForMaskedLM(BertConfig(**sizes)).save_pretrained(to)
 
 
-def only_bin(gpt2, to):
+def no_bin(gpt2, to):
     (copy_of(gpt2, to) / "model.safetensors").rename(to / "pytorch_model.bin")
 
 
@@ -238,7 +238,7 @@ BAD_FOLDERS = {
     "another width": (changed(n_embd=80), "config.json is not of these weights"),
     "more layers": (changed(n_layer=7), "does not hold all weights"),
     "fewer layers": (changed(n_layer=5), "layers that its configuration does not have"),
-    "only .bin": (only_bin, "found pytorch_model.bin. .*save it again as safetensors"),
+    "no .bin": (no_bin, "pytorch_model.bin: expected a state dict that torch.save wrote: it does not begin as one"),
     "cut short": (cut_short, "It is damaged; fetch the file again"),
     "code": (
         changed(model_type="evil", auto_map={"AutoConfig": "modeling_evil.EvilConfig"}),

@@ -566,7 +566,8 @@ def test_files_that_are_not_the_result_are_found_out(checkpoints, tmp_path, monk
 
 
 @pytest.mark.parametrize("stage", ["writing", "proving"])
-def test_an_interrupted_run_leaves_nothing(source, tmp_path, stage):
+def test_an_interrupted_run_publishes_nothing(source, tmp_path, stage):
+    """What was finished stays in the hidden folder, for the same command to go on from."""
     before, reached = contents(tmp_path), []
 
     def interrupt(what, done, total):
@@ -575,10 +576,16 @@ def test_an_interrupted_run_leaves_nothing(source, tmp_path, stage):
             assert any("partial" in path.name for path in (tmp_path / "new").iterdir())
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as interrupted:
         normswap.convert(source, tmp_path / "new" / "out", norm="rmsnorm", verify="fast", progress=interrupt)
     assert reached[-1] == stage
-    assert contents(tmp_path) == before and not (tmp_path / "new").exists()
+    if stage == "writing":
+        assert contents(tmp_path) == before and not (tmp_path / "new").exists()
+        return
+    left = [path.name for path in (tmp_path / "new").iterdir()]
+    assert left == [".out.normswap-partial"] and left[0] in interrupted.value.__notes__[0]
+    normswap.convert(source, tmp_path / "new" / "out", norm="rmsnorm", verify="fast")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
 
 def test_a_norm_before_the_stream_is_swapped_and_its_output_centred(tmp_path):

@@ -18,7 +18,7 @@ from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.header import TensorInfo, nbytes_of
 from normswap.checkpoint.keymap import SAVE_MERGED, Group, KeyMap, shared_start
 from normswap.errors import PlanError
-from normswap.planning.edits import FITTED, Drop, TensorEdit, Untie
+from normswap.planning.edits import FITTED, Drop, Read, TensorEdit, Untie
 from normswap.planning.plans import Plan
 
 #: tensors that calibration fitted, or that were kept for the way back, by name, without their values
@@ -299,12 +299,12 @@ def _shape_after(
             raise PlanError(f"{name}: the plan makes it from {other}, which the checkpoint does not hold.")
         return _meta(keymap.shapes[other])
 
-    value = _meta(keymap.shapes[name]) if exists else None
+    value, reading = (_meta(keymap.shapes[name]) if exists else None), Read(read)
     for edit in edits:
         before = None if value is None else tuple(value.shape)
         try:
             with torch.device("meta"):
-                value = edit.apply(value, read)
+                value = edit.apply(value, reading)
         except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise PlanError(
                 f"{name} of shape {before}: {edit!r} does not fit it ({error}); make the plan again."

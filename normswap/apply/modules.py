@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from normswap.apply.calls import check_calls
 from normswap.apply.rebuild import keep_whole, put_norm
 from normswap.errors import PlanError
 from normswap.norms.centred import centre_input, centre_output, rebased
@@ -41,6 +42,7 @@ class ModuleEdits:
         self.norms: dict[str, nn.Module] = {}
         for edit in edits:
             self._check(edit, dropped)
+        check_calls(model, edits)
         rewrites = [edit for edit in edits if isinstance(edit, Rewrite)]
         self.classes: dict[str, Rewritten] = rewritten_classes(model, rewrites)
 

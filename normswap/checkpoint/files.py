@@ -1,24 +1,33 @@
-"""A local checkpoint folder: which tensors it holds and where, from headers alone, and reads of single tensors."""
+"""A local checkpoint folder: which tensors it holds and where, from headers alone, and reads of single tensors.
+
+Weights are safetensors, or what torch.save wrote. Both say where in the file each tensor lies; nothing else differs.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
+import math
 import os
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from normswap.checkpoint.header import CODES, TensorInfo, read_header, unique_keys
+from normswap.checkpoint.documents import shown
+from normswap.checkpoint.folder import check_inside
+from normswap.checkpoint.hashing import hash_from
+from normswap.checkpoint.header import CODES, TensorInfo, read_header
+from normswap.checkpoint.pickled import read_pickled
+from normswap.checkpoint.weights import CONFIG, INDEX, WEIGHTS, find_weights, has_weights
 from normswap.errors import SourceError
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
+__all__ = ["CONFIG", "INDEX", "WEIGHTS", "Checkpoint", "Shard", "has_weights"]
 
 CHUNK = 16 * 2**20
 # What a kernel or file system answers when it cannot copy between these two files itself.
@@ -27,11 +36,19 @@ _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its name, its tensors in data order, its `__metadata__` (None: it has none)."""
+    """One file of weights.
+
+    Attributes:
+        name: what it is called as safetensors: its own name, or, of what torch.save wrote, the one that it gets.
+        tensors: in data order; of what torch.save wrote, as listed there.
+        metadata: its `__metadata__` (None: it has none).
+        file: its own name.
+    """
 
     name: str
     tensors: tuple[TensorInfo, ...]
     metadata: dict[str, str] | None
+    file: str
 
 
 class Checkpoint:
@@ -43,13 +60,22 @@ class Checkpoint:
         folder: where it is.
         shards: the files that hold weights, in the order of their names.
         tensors: every tensor by key.
-        index: the parsed `model.safetensors.index.json`, None when one file holds everything.
+        index: the parsed index, None when one file holds everything.
+        read_files: names of the files that hold weights, and of their index.
     """
 
-    def __init__(self, folder: Path, shards: list[Shard], index: dict[str, Any] | None, files: dict[str, BinaryIO]):
+    def __init__(
+        self,
+        folder: Path,
+        shards: list[Shard],
+        index: dict[str, Any] | None,
+        files: dict[str, BinaryIO],
+        index_file: str | None = None,
+    ):
         self.folder = folder
         self.shards = shards
         self.index = index
+        self.read_files = frozenset(shard.file for shard in shards) | ({index_file} - {None})
         self.tensors: dict[str, TensorInfo] = {info.key: info for shard in shards for info in shard.tensors}
         self._files = files
 
@@ -61,42 +87,63 @@ class Checkpoint:
             SourceError: something is missing, malformed, or two files disagree.
         """
         folder = Path(folder)
-        names, index = _weight_files(folder)
+        found = find_weights(folder)
         shards: list[Shard] = []
         files: dict[str, BinaryIO] = {}
         with ExitStack() as opened:
-            for name in names:
-                path = folder / name
+            for own, name in zip(found.files, found.names, strict=True):
+                path = folder / own
                 try:
+                    check_inside(folder, path)
                     files[name] = opened.enter_context(path.open("rb"))
-                    shards.append(Shard(name, *_header(files[name], path)))
+                    shards.append(_shard(files[name], path, name, found.pickled))
                 except OSError as error:
-                    raise SourceError(_unreadable(path, error, index is not None)) from error
+                    raise SourceError(_unreadable(path, error, found.index_file)) from error
             _check_unique(folder, shards)
-            if index is not None:
-                _check_index(folder / INDEX, index["weight_map"], shards)
+            if found.index is not None:
+                _check_index(folder / found.index_file, found.index["weight_map"], shards)
             opened.pop_all()
-        return cls(folder, shards, index, files)
+        return cls(folder, shards, found.index, files, found.index_file)
 
-    def read(self, key: str) -> torch.Tensor:
-        """One tensor as stored, in memory of its own."""
+    def read(self, key: str, rows: range | None = None) -> torch.Tensor:
+        """One tensor as stored, or some `rows` of it (of its first axis), in memory of its own."""
         info = self.tensors[key]
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        shape = info.shape if rows is None else (len(rows), *info.shape[1:])
+        if info.strides is None:
+            begin = 0 if rows is None else rows.start * math.prod(info.shape[1:])
+            return self._numbers(info, begin, math.prod(shape)).reshape(shape)
+        begin = 0 if rows is None else rows.start * info.strides[0]
+        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, info.strides, strict=True))
+        return self._numbers(info, begin, span).as_strided(shape, info.strides).contiguous()
+
+    def _numbers(self, info: TensorInfo, begin: int, count: int) -> torch.Tensor:
+        """As many numbers of the file as `count`, from `begin` numbers behind where a tensor begins."""
+        size, start = count * info.dtype.itemsize, info.offset + begin * info.dtype.itemsize
+        data = torch.empty(size, dtype=torch.uint8)
         view, done = memoryview(data.numpy()), 0
-        while done < info.nbytes:
+        while done < size:
             # One call reads at most 2 GiB.
-            count = os.preadv(self._files[info.shard].fileno(), [view[done:]], info.offset + done)
-            if count == 0:
+            with _readable(self._path(info.shard)):
+                read = os.preadv(self._files[info.shard].fileno(), [view[done:]], start + done)
+            if read == 0:
                 raise self._shrunk(info)
-            done += count
-        return data.view(info.dtype).reshape(info.shape)
+            done += read
+        return data.view(info.dtype)
 
-    def copy_bytes(self, key: str, out: int, offset: int) -> None:
-        """Copy a tensor's bytes to `offset` (bytes) of the open file `out`, inside the kernel where it can do so."""
+    def copy_bytes(self, key: str, out: int, offset: int, span: range | None = None) -> None:
+        """Copy a tensor's bytes to `offset` (bytes) of the open file `out`, inside the kernel where it can do so.
+
+        Args:
+            span: which of its bytes; `offset` is where the first of these goes.
+        """
         info = self.tensors[key]
+        first, size = (0, info.nbytes) if span is None else (span.start, len(span))
+        if info.strides is not None:
+            self._write_view(info, out, offset, range(first, first + size))
+            return
         fd, done, in_kernel = self._files[info.shard].fileno(), 0, True
-        while done < info.nbytes:
-            begin, want = info.offset + done, min(info.nbytes - done, CHUNK)
+        while done < size:
+            begin, want = info.offset + first + done, min(size - done, CHUNK)
             if in_kernel:
                 try:
                     count = os.copy_file_range(fd, out, want, begin, offset + done)
@@ -117,13 +164,30 @@ class Checkpoint:
         described = sorted((info.key, CODES[info.dtype], info.shape) for info in self.tensors.values())
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
-    def hash_files(self) -> dict[str, str]:
-        """SHA-256 of every shard's bytes, by file name; reads everything once."""
-        hashes = {}
-        for name, file in self._files.items():
-            file.seek(0)
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return hashes
+    def _write_view(self, info: TensorInfo, out: int, offset: int, span: range) -> None:
+        """`copy_bytes` of a tensor that does not lie in the file row after row."""
+        row = info.nbytes // info.shape[0]
+        rows = range(span.start // row, -(-span.stop // row))
+        data = memoryview(self.read(info.key, rows).reshape(-1).view(torch.uint8).numpy())
+        data, done = data[span.start - rows.start * row :][: len(span)], 0
+        while done < len(data):
+            done += os.pwrite(out, data[done:], offset + done)
+
+    def hash_file(self, shard: str, stopped: Callable[[], bool] = lambda: False) -> str:
+        """SHA-256 of a shard's file; reads all of it, or until `stopped`."""
+        fd = self._files[shard].fileno()
+        size = os.fstat(fd).st_size
+        ends = (min(end, size) for end in range(CHUNK, size + CHUNK, CHUNK))
+        with _readable(self._path(shard)):
+            return hash_from(fd, takewhile(lambda _: not stopped(), ends))
+
+    def states(self) -> dict[str, list[int]]:
+        """What tells whether a shard's file was written to since: its size, and when it last changed (ns)."""
+        found = {name: os.fstat(file.fileno()) for name, file in self._files.items()}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+    def _path(self, shard: str) -> Path:
+        return self.folder / next(one.file for one in self.shards if one.name == shard)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -137,53 +201,17 @@ class Checkpoint:
 
     def _shrunk(self, info: TensorInfo) -> SourceError:
         return SourceError(
-            f"{self.folder / info.shard}: the file ends inside tensor {info.key}, which was not so when it was opened. "
+            f"{self._path(info.shard)}: the file ends inside tensor {info.key}, which was not so when it was opened. "
             "Something else is writing to it: wait for that to end and run again."
         )
 
 
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
-    """Names of the files with weights and the index, looked for in the order `from_pretrained` looks."""
-    if not folder.is_dir():
-        raise SourceError(f"{folder}: expected a folder with {CONFIG} and {WEIGHTS}; there is no such folder.")
-    if not (folder / CONFIG).is_file():
-        raise SourceError(f"{folder}: expected {CONFIG}, found none; give the folder that save_pretrained wrote.")
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS], None
-    if (folder / INDEX).is_file():
-        index = _read_index(folder / INDEX)
-        return sorted(set(index["weight_map"].values())), index
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".safetensors", ".pt", ".pth"})
-    raise SourceError(
-        f"{folder}: expected {WEIGHTS} or {INDEX}, found {', '.join(others[:8]) or 'no weights'}. If transformers "
-        "loads this folder, save it again as safetensors: AutoModelForCausalLM.from_pretrained(folder)"
-        ".save_pretrained(new_folder), with the Auto class of the model's task."
-    )
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        index = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: the index is no valid JSON ({error}); fetch it again.") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{path}: expected weight_map, from tensor to file name; found none. Fetch the index again.")
-    if not isinstance(index.get("metadata", {}), dict):
-        raise SourceError(f"{path}: expected metadata to be an object, found {index['metadata']!r:.80}.")
-    for key, name in weight_map.items():
-        # A name with a folder in it could lead out of the checkpoint, and out of the destination when it is written.
-        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
-            raise SourceError(
-                f"{path}: tensor {key}: expected the name of a file in {path.parent}, found {name!r:.200}. "
-                "Put all shards beside the index and name them without folders."
-            )
-    return index
-
-
-def _header(file: BinaryIO, path: Path) -> tuple[tuple[TensorInfo, ...], dict[str, str] | None]:
+def _shard(file: BinaryIO, path: Path, name: str, pickled: bool) -> Shard:
+    if pickled:
+        # the mark that transformers looks for in safetensors
+        return Shard(name, tuple(read_pickled(file, path, name)), {"format": "pt"}, path.name)
     tensors, metadata = read_header(file, path)
-    return tuple(tensors), metadata
+    return Shard(name, tuple(tensors), metadata, path.name)
 
 
 def _check_unique(folder: Path, shards: list[Shard]) -> None:
@@ -192,22 +220,30 @@ def _check_unique(folder: Path, shards: list[Shard]) -> None:
         for info in shard.tensors:
             if info.key in seen:
                 raise SourceError(
-                    f"{folder}: expected each tensor once, found {info.key} in both {seen[info.key]} and {shard.name}; "
+                    f"{folder}: expected each tensor once, found {info.key} in both {seen[info.key]} and {shard.file}; "
                     "save the model again with save_pretrained."
                 )
-            seen[info.key] = shard.name
+            seen[info.key] = shard.file
 
 
 def _check_index(path: Path, weight_map: dict[str, str], shards: list[Shard]) -> None:
-    stored = {info.key: shard.name for shard in shards for info in shard.tensors}
+    stored = {info.key: shard.file for shard in shards for info in shard.tensors}
     for key in sorted(weight_map.keys() | stored.keys()):
         if weight_map.get(key) != stored.get(key):
             raise SourceError(
-                f"{path}: tensor {key}: the index says {weight_map.get(key, 'nothing')}, the files' headers say "
-                f"{stored.get(key, 'nothing')}. The index and the shards are of different saves: fetch both again."
+                f"{path}: tensor {shown(key)}: the index says {weight_map.get(key, 'nothing')}, the files' headers "
+                f"say {stored.get(key, 'nothing')}. The index and the shards are of different saves: fetch both again."
             )
 
 
-def _unreadable(path: Path, error: OSError, sharded: bool) -> str:
-    named = f"named by {INDEX}, " if sharded else ""
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}. Is the disk sound? Fetch it again.") from error
+
+
+def _unreadable(path: Path, error: OSError, index_file: str | None) -> str:
+    named = f"named by {index_file}, " if index_file else ""
     return f"{path}: {named}cannot be read: {error.strerror}. Fetch the checkpoint again, with all its files."

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from normswap.checkpoint.documents import load_json
 from normswap.errors import SourceError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -47,6 +48,8 @@ LENGTH_BYTES = 8
 # The limit of the safetensors library itself: a longer header could not be loaded by anyone.
 MAX_HEADER_BYTES = 100_000_000
 ALIGNMENT = 8
+#: what torch can have: axes of a tensor, and sizes along one
+MAX_AXES, MAX_SIZE = 64, 2**63 - 1
 
 AGAIN = "fetch the file again, or save the model again with save_pretrained"
 
@@ -59,8 +62,9 @@ class TensorInfo:
         key: its name in the file.
         dtype, shape: as stored.
         nbytes: size of its data in bytes.
-        shard: name of the file it lies in.
-        offset: where its data starts, in bytes from the start of that file.
+        shard: name of the shard it lies in.
+        offset: where its data starts, in bytes from the start of that shard's file.
+        strides: in elements, of a tensor that does not lie there row after row (pickled views); None: it does.
     """
 
     key: str
@@ -69,6 +73,7 @@ class TensorInfo:
     nbytes: int
     shard: str
     offset: int
+    strides: tuple[int, ...] | None = None
 
 
 def nbytes_of(dtype: torch.dtype, shape: Iterable[int]) -> int:
@@ -125,19 +130,10 @@ def render_header(
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads(object_pairs_hook=...)`: a dict, or ValueError where JSON would silently lose one."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice")
-    return found
-
-
 def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        header = json.loads(text, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
+        header = load_json(text)
+    except ValueError as error:
         raise SourceError(f"{path}: the safetensors header is no valid JSON ({error}); {AGAIN}.") from error
     if not isinstance(header, dict):
         raise SourceError(f"{path}: expected the header to be a JSON object, found {type(header).__name__}; {AGAIN}.")
@@ -146,6 +142,7 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
 
 def _entry(key: str, value: Any, start: int, path: Path) -> TensorInfo:
     fields = {"dtype", "shape", "data_offsets"}
+    check_key(key, path)
     if not isinstance(value, dict) or value.keys() != fields:
         raise SourceError(f"{path}: tensor {key}: expected the fields {sorted(fields)}, found {value!r:.200}; {AGAIN}.")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -167,6 +164,14 @@ def _entry(key: str, value: Any, start: int, path: Path) -> TensorInfo:
     return TensorInfo(key, dtype, tuple(shape), found, path.name, start + offsets[0])
 
 
+def check_key(key: str, path: Path) -> None:
+    """Refuse a tensor's name that a terminal, or a file in UTF-8, would not show as it is."""
+    if not key.isprintable():
+        raise SourceError(
+            f"{path}: expected names of tensors that can be printed, found {ascii(key):.200}; rename it, or {AGAIN}."
+        )
+
+
 def _data_order(entry: TensorInfo) -> tuple[int, int]:
     # An empty tensor shares its offset with the one after it and has to come first for the data to lie end to end.
     return entry.offset, entry.nbytes
@@ -174,7 +179,9 @@ def _data_order(entry: TensorInfo) -> tuple[int, int]:
 
 def _are_sizes(value: Any) -> bool:
     # `True` is an int to Python, but no size.
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    return (
+        isinstance(value, list) and len(value) <= MAX_AXES and all(type(n) is int and 0 <= n <= MAX_SIZE for n in value)
+    )
 
 
 def _is_text_map(value: Any) -> bool:

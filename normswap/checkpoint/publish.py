@@ -1,17 +1,20 @@
 """A destination folder that appears whole or not at all.
 
 Everything is written into a hidden folder beside the destination, made durable, and renamed. A lock keeps a second run
-off the same destination, and what a killed run left behind is cleared by the next one.
+off the same destination. What a killed run left behind the next one takes up, if it is the same, or clears.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from normswap.checkpoint.files import CONFIG, INDEX, Checkpoint
+from normswap.checkpoint.files import CONFIG, Checkpoint
+from normswap.checkpoint.folder import check_inside
+from normswap.checkpoint.journal import Journal, forget
 from normswap.checkpoint.lock import Lock
 from normswap.errors import DestinationError
 
@@ -25,12 +28,16 @@ WEIGHT_SUFFIXES = frozenset(
 class Staging:
     """`with Staging(destination, source) as folder:` publishes `folder` as `destination` when the block ends well.
 
-    On any exception, Ctrl-C included, the partial folder goes away and the destination is as it was.
+    On any exception the destination is as it was. What was finished of the partial folder stays where the run was
+    interrupted (killed, Ctrl-C, a full disk), for the same run to go on from; after a refusal nothing stays.
 
     Args:
         destination: the folder to make; missing parents are made too.
         source: the folder that is read; the destination may not be it, hold it or lie in it.
         overwrite: replace a model folder that stands at the destination, after the new one is complete.
+
+    Attributes:
+        journal: what was finished before of the run that `resuming` named, and to be told what is.
 
     Raises:
         DestinationError: on entry, when the destination may not or cannot be written; on exit, when publishing fails.
@@ -41,6 +48,13 @@ class Staging:
         self.destination = Path(destination).resolve()
         self._source = Path(source).resolve()
         self._overwrite = overwrite
+        self._of: Mapping[str, Any] | None = None
+        self.journal = Journal()
+
+    def resuming(self, of: Mapping[str, Any]) -> Staging:
+        """The same, taking up what an earlier run left whose files follow from the same: `of`, as JSON has it."""
+        self._of = of
+        return self
 
     def __enter__(self) -> Path:
         self.check()
@@ -63,7 +77,11 @@ class Staging:
             self._clear_leftovers()
             self.check()
             self._folder = self._hidden("partial")
-            self._folder.mkdir()
+            if self._of is None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(exist_ok=True)
+            if self._of is not None:
+                self.journal = Journal.resume(self._folder, self._of)
         except BaseException:
             self._lock.release()
             self._remove_parents()
@@ -74,15 +92,25 @@ class Staging:
         try:
             if kind is None:
                 self.publish()
+        except BaseException as failed:
+            error = failed
+            raise
         finally:
-            # Gone by now if it was published.
-            shutil.rmtree(self._folder, ignore_errors=True)
+            if self._of is not None and self.journal.finished and _interrupted(error):
+                error.add_note(
+                    f"{len(self.journal.finished)} finished files ({self.journal.bytes_finished / 2**30:.2f} GiB) are "
+                    f"kept in {self._folder}: the same command goes on from there. Remove that folder to give them up."
+                )
+            else:
+                # Gone by now if it was published.
+                shutil.rmtree(self._folder, ignore_errors=True)
             self._lock.release()
             self._remove_parents()
 
     def publish(self) -> None:
         """Make the partial folder durable and give it its name; the end of the `with` block calls this."""
         try:
+            forget(self._folder)
             sync_tree(self._folder)
             old = self._set_aside()
             try:
@@ -119,7 +147,7 @@ class Staging:
             )
 
     def _hidden(self, what: str) -> Path:
-        return self.destination.with_name(f".{self.destination.name}.normswap-{what}-{secrets.token_hex(4)}")
+        return self.destination.with_name(f".{self.destination.name}.normswap-{what}")
 
     def _set_aside(self) -> Path | None:
         if not (self._overwrite and self.destination.exists()):
@@ -129,13 +157,11 @@ class Staging:
         return old
 
     def _clear_leftovers(self) -> None:
-        """What a run that was killed left: its partial folder, or an old destination that it had set aside."""
-        start = f".{self.destination.name}.normswap-"
-        for path in sorted(self.destination.parent.iterdir()):
-            if path.name.startswith(start + "old-") and not self.destination.exists():
-                os.rename(path, self.destination)
-            elif path.name.startswith((start + "old-", start + "partial-")):
-                shutil.rmtree(path, ignore_errors=True)
+        """An old destination that a run set aside which was killed then."""
+        old = self._hidden("old")
+        if old.exists() and not self.destination.exists():
+            os.rename(old, self.destination)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _remove_parents(self) -> None:
         """Take away the parents that were made, if nothing came to stand in them."""
@@ -144,6 +170,11 @@ class Staging:
                 parent.rmdir()
             except OSError:
                 return
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether a run that ended so could be gone on with: it was stopped, or the disk was full or failed."""
+    return isinstance(error, KeyboardInterrupt | SystemExit | MemoryError | OSError | DestinationError)
 
 
 def check_space(folder: Path, bytes_needed: int) -> None:
@@ -160,12 +191,12 @@ def copy_side_files(source: Checkpoint, folder: Path) -> list[str]:
     """Copy all that belongs to a model beside its weights, byte for byte: tokenizer, settings, code, licence.
 
     Written elsewhere and not copied: `config.json`, the weights and index that were read, and the model card.
-    Subfolders are copied with the same rules, except hidden ones.
+    Subfolders are copied with the same rules, except hidden ones. Raises SourceError for a link out of the source.
 
     Returns:
         Paths relative to the source of what was left behind: weights of another form, and links that lead nowhere.
     """
-    elsewhere = {CONFIG, INDEX, README, *(shard.name for shard in source.shards)}
+    elsewhere = {CONFIG, README, *source.read_files}
     skipped: list[str] = []
     for path in sorted(source.folder.rglob("*")):
         relative = path.relative_to(source.folder)
@@ -176,6 +207,7 @@ def copy_side_files(source: Checkpoint, folder: Path) -> list[str]:
         if not path.is_file() or _holds_weights(path):
             skipped.append(str(relative))
             continue
+        check_inside(source.folder, path)
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / relative)
     return skipped

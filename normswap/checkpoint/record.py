@@ -14,6 +14,8 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from normswap.checkpoint.demands import check_demands
+from normswap.checkpoint.documents import brief, read_json
 from normswap.errors import SourceError
 from normswap.planning.plans import Plan
 
@@ -45,7 +47,7 @@ class Record:
         """Raises SourceError when the folder has no record of that name, or a damaged one."""
         path = folder / name
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path)
             plan, source_config = Plan.model_validate(raw["plan"]), raw["source_config"]
             version = str(raw.get("normswap", ""))
         except OSError as error:
@@ -53,15 +55,16 @@ class Record:
                 f"{folder} is not a folder that normswap wrote: cannot read {path}: {error.strerror}. "
                 "Other checkpoints are opened with transformers itself."
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            why = f"it has no key {error}" if isinstance(error, KeyError) else str(error)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = f"it has no key {error}" if isinstance(error, KeyError) else brief(error)
             raise SourceError(f"{path} is damaged: {why}. Convert the source again.") from error
-        if not isinstance(source_config, dict) or "model_type" not in source_config:
+        if not isinstance(source_config, dict) or not isinstance(source_config.get("model_type"), str):
             raise SourceError(f"{path} is damaged: source_config is no model configuration. Convert the source again.")
         return cls(folder, plan, source_config, version, raw)
 
     def stock(self) -> tuple[type[PreTrainedModel], PretrainedConfig]:
         """The class and configuration of the source, as transformers has them; nothing of the folder's code runs."""
+        check_demands(str(self.folder / RECORD), self.source_config, trust_remote_code=False)
         model_type = self.source_config["model_type"]
         if model_type not in CONFIG_MAPPING:
             raise SourceError(
@@ -76,7 +79,12 @@ class Record:
                 f"{self.folder} was converted from a {name}, which transformers {transformers.__version__} does "
                 "not have; install the version it was converted with."
             )
-        return stock, config_class.from_dict(copy.deepcopy(self.source_config))
+        try:
+            return stock, config_class.from_dict(copy.deepcopy(self.source_config))
+        except Exception as error:  # a configuration raises what it likes
+            raise SourceError(
+                f"{self.folder / RECORD} is damaged: source_config: {brief(error)}. Convert the source again."
+            ) from error
 
     def history(self) -> str:
         """What was done, in words that follow "was"."""
@@ -84,7 +92,8 @@ class Record:
         done = f"converted by normswap {self.version}: {plan.request.words()} at {sites} sites ({plan.claim})"
         if "training" not in self.raw:
             return done
-        tokens = self.raw["training"].get("tokens")
+        training = self.raw["training"]
+        tokens = training.get("tokens") if isinstance(training, dict) else None
         return f"{done}, and fine-tuned on {tokens} tokens"
 
 
@@ -98,10 +107,15 @@ def write_record(folder: Path, record: Mapping[str, Any], name: str = RECORD) ->
 
 def stock_class(name: str, config_class: type[PretrainedConfig]) -> type[PreTrainedModel] | None:
     """The model class `name` of transformers, None if it has none of that name for this configuration."""
-    if hasattr(transformers, name):
-        return getattr(transformers, name)
     # classes that transformers does not export at the top live in the module beside their configuration's
-    if not config_class.__module__.startswith("transformers."):
-        return None
-    beside = config_class.__module__.replace(".configuration_", ".modeling_")
-    return getattr(importlib.import_module(beside), name, None) if beside != config_class.__module__ else None
+    modules = [transformers.__name__]
+    if config_class.__module__.startswith("transformers."):
+        modules.append(config_class.__module__.replace(".configuration_", ".modeling_"))
+    for module in modules:
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except Exception:  # what a library lacks that the class needs
+            continue
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,8 +13,19 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from normswap.apply.live import apply_structure
+from normswap.checkpoint.demands import check_demands
+from normswap.checkpoint.documents import brief, read_json
+from normswap.checkpoint.files import Checkpoint, has_weights
+from normswap.checkpoint.folder import check_folder
 from normswap.checkpoint.record import RECORD, Record, stock_class
-from normswap.errors import SourceError
+from normswap.errors import NormswapError, SourceError
+from normswap.limits import TooMuch, limited
+
+#: of a model without stored tensors; the largest that transformers has are of some thousands
+MAX_MODULES = 200_000
+#: for each stored tensor a model has about one module; not many times as many
+MODULES_PER_TENSOR, MODULES_BESIDE = 50, 1000
+_OTHER_WEIGHTS = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.tflite", "*.ot"]
 
 
 @dataclass(frozen=True)
@@ -48,20 +61,19 @@ class Source:
         folder = _locate(str(name), revision, weights)
         if revision is not None and Path(name).expanduser().exists():
             raise SourceError(f"{name} is a local folder; a revision ({revision}) can be had of a Hub id only.")
+        check_folder(folder)
         raw = _read_json(folder / "config.json")
-        if "quantization_config" in raw:
-            method = raw["quantization_config"]
-            method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
-            raise SourceError(
-                f"{name} is quantised ({method}): its weights cannot be edited exactly. Convert the unquantised "
-                f"checkpoint it was made from, then quantise the result."
-            )
+        check_demands(str(name), raw, trust_remote_code)
         record = Record.read(folder) if (folder / RECORD).exists() else None
-        if record is not None:
-            model_class, config = record.stock()
-        else:
-            config = _load_config(name, folder, trust_remote_code, raw)
-            model_class = _find_class(name, folder, config, raw, trust_remote_code)
+        try:
+            with limited():
+                if record is not None:
+                    model_class, config = record.stock()
+                else:
+                    config = _load_config(name, folder, trust_remote_code, raw)
+                    model_class = _find_class(name, folder, config, raw, trust_remote_code)
+        except TooMuch as error:
+            raise SourceError(_beyond(name, error)) from error
         return cls(str(name), folder, config, model_class, record)
 
     @property
@@ -71,39 +83,88 @@ class Source:
 
     def build(self) -> PreTrainedModel:
         """The model on the meta device: its modules and shapes, no weights. A converted folder's plan is replayed."""
+        model = self.build_stock()
+        if self.record is not None:
+            with self.carried_out(), limited():
+                apply_structure(model, self.record.plan)
+        return model.eval()
+
+    @contextmanager
+    def carried_out(self) -> Iterator[None]:
+        """Have what comes of the record's plan, which nobody need have made, refused where it fits nothing.
+
+        Raises:
+            SourceError: for any error in the block but ours, of a folder with a record.
+        """
         try:
-            with torch.device("meta"):
-                model = self.model_class._from_config(self.config)
+            yield
+        except NormswapError:
+            raise
+        except Exception as error:
+            if self.record is None:
+                raise
+            raise SourceError(
+                f"{self.folder / RECORD} is damaged: its plan gives no model that runs ({brief(error)}). Convert the "
+                "source again."
+            ) from error
+
+    def build_stock(self) -> PreTrainedModel:
+        """The same as its configuration alone says.
+
+        Raises:
+            SourceError: the class cannot be built from it, or not within `limits`.
+        """
+        most = self._most_modules
+        try:
+            with limited(most), torch.device("meta"):
+                return self.model_class._from_config(self.config)
+        except TooMuch as error:
+            raise SourceError(_beyond(self.name, error)) from error
         except Exception as error:
             raise SourceError(
                 f"{self.model_class.__name__} cannot be built from the configuration of {self.name}: "
-                f"{type(error).__name__}: {error}. Check config.json."
+                f"{type(error).__name__}: {brief(error)}. Check config.json."
             ) from error
-        if self.record is not None:
-            apply_structure(model, self.record.plan)
-        return model.eval()
+
+    @cached_property
+    def _most_modules(self) -> int:
+        """How many modules a model of these weights can have, far more than any has."""
+        if not has_weights(self.folder):
+            return MAX_MODULES
+        with Checkpoint.open(self.folder) as checkpoint:
+            return min(MAX_MODULES, MODULES_BESIDE + MODULES_PER_TENSOR * len(checkpoint.tensors))
+
+
+def _beyond(name: object, error: TooMuch) -> str:
+    return (
+        f"{name}: expected a configuration from which its model is built in seconds, found that it takes {error}. Look "
+        "in config.json for a number that is far too large."
+    )
 
 
 def _locate(name: str, revision: str | None, weights: bool) -> Path:
-    path = Path(name).expanduser()
+    path = _local(name)
     if path.is_file() and path.name == "config.json":
         return path.parent
     if path.is_dir():
         if (path / "config.json").is_file():
             return path
         raise SourceError(f"{name} has no config.json: expected a folder saved by `save_pretrained`, or a Hub id.")
+    if path.suffix == ".gguf":
+        raise SourceError(f"{name} is GGUF, for llama.cpp: convert the checkpoint that it was made from.")
     if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise SourceError(f"{name} is no folder: expected a folder with config.json, or a Hub id such as 'org/model'.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    skipped = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.pt"]
     try:
-        return Path(
-            snapshot_download(name, revision=revision, ignore_patterns=skipped)
-            if weights
-            else snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.py"])
-        )
+        if not weights:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.py"]))
+        folder = Path(snapshot_download(name, revision=revision, ignore_patterns=_OTHER_WEIGHTS))
+        if not has_weights(folder):
+            # an old checkpoint: of its weights alone, beside which other formats may stand
+            snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
@@ -112,9 +173,19 @@ def _locate(name: str, revision: str | None, weights: bool) -> Path:
         ) from error
 
 
+def _local(name: str) -> Path:
+    """The path that a name would be. Raises SourceError where no path can be called so."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, no such user
+        raise SourceError(f"{ascii(name):.200} is no folder and no Hub id: {error}.") from error
+    return path
+
+
 def _read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):
@@ -136,12 +207,16 @@ def _load_config(name: str | Path, folder: Path, trust_remote_code: bool, raw: d
             raise SourceError(
                 f"{name} brings its own code, which is not run.{whose} If you trust the code, add --trust-remote-code."
             ) from error
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise SourceError(f"the configuration of {name} cannot be loaded: {reason:.400}. Check config.json.") from error
+        reason = brief(error).rstrip(".")
+        raise SourceError(f"the configuration of {name} cannot be loaded: {reason}. Check config.json.") from error
 
 
 def _find_class(name, folder: Path, config: PretrainedConfig, raw: dict, trust_remote_code: bool):
     architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise SourceError(
+            f"{name}: expected names of classes as architectures of config.json, found {architectures!r:.200}."
+        )
     if not architectures:
         raise SourceError(
             f'{name}: config.json names no model class. Expected e.g. "architectures": ["...ForCausalLM"]; '
@@ -150,7 +225,8 @@ def _find_class(name, folder: Path, config: PretrainedConfig, raw: dict, trust_r
     wanted = architectures[0]
     if (stock := stock_class(wanted, type(config))) is not None:
         return stock
-    references = {ref.split(".")[-1]: ref for ref in (raw.get("auto_map") or {}).values() if isinstance(ref, str)}
+    auto_map = raw.get("auto_map") if isinstance(raw.get("auto_map"), dict) else {}
+    references = {ref.split(".")[-1]: ref for ref in auto_map.values() if isinstance(ref, str)}
     if wanted in references and trust_remote_code:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 

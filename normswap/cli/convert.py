@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import click
@@ -12,6 +11,7 @@ from click.core import ParameterSource
 from normswap.cli.options import (
     err,
     json_option,
+    one_line,
     out,
     progress_bars,
     quiet,
@@ -44,13 +44,35 @@ from normswap.cli.options import (
     help="UTF-8 text to verify on. Where norms move, it calibrates on three quarters of it and verifies on the rest.",
 )
 @tokens_option
+@click.option(
+    "--adapter",
+    multiple=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="A LoRA adapter of MODEL (PEFT), to become one of OUT that gives the same outputs there, in OUT/adapters. May "
+    "be given several times.",
+)
+@click.option(
+    "--push-to-hub", metavar="REPO", help="Upload OUT to that repository of the Hub, which is made if need be."
+)
+@click.option("--private", is_flag=True, help="Make that repository a private one.")
 @click.option("--undo", is_flag=True, help="MODEL is what normswap made: turn it back into its source's own class.")
-@click.option("--overwrite", is_flag=True, help="Replace a model folder at OUT, once the new one is complete.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Threads that copy, compute and write. Default: one per processor."
+)
+@click.option("-v", "--verbose", is_flag=True, help="List what happened to each tensor.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace a model folder at OUT, once the new one is complete; and what is in REPO.",
+)
 @source_options
 @report_option
 @json_option
 @click.pass_context
-def command(context, model, destination, plan_file, undo, page, as_json, **options) -> None:
+def command(
+    context, model, destination, plan_file, adapter, push_to_hub, private, undo, verbose, page, as_json, **options
+) -> None:
     """Convert the checkpoint MODEL into the folder OUT: plan, apply, verify, publish.
 
     OUT appears whole, after verification, or not at all. MODEL is never written to.
@@ -62,16 +84,19 @@ def command(context, model, destination, plan_file, undo, page, as_json, **optio
     normswap convert ./my-gpt2 ./mix-ln --placement post --layers 0-3
     normswap convert ./my-gpt2 ./careful --placement post --layers auto:0.002
     normswap convert ./my-gpt2-rms ./my-gpt2-again --undo
+    normswap convert ./my-llama ./weightless --fold --adapter ./my-lora --push-to-hub me/weightless
     """
     quiet()
     if undo:
         _undo(context, model, destination, as_json)
         return
     import normswap
-    from normswap.report.plan import disk_facts, plan_view
+    from normswap.hub import Target
+    from normswap.report.adapters import adapter_lines
+    from normswap.report.plan import disk_facts, plan_view, tensors_view
     from normswap.report.proof import proof_view
 
-    begun = time.monotonic()
+    target = Target.check(push_to_hub, private, options["overwrite"])
     if page is not None:
         from normswap.report.page.write import check_place
 
@@ -81,6 +106,8 @@ def command(context, model, destination, plan_file, undo, page, as_json, **optio
             model,
             destination,
             plan=plan_file,
+            adapters=adapter,
+            hub=target and target.repo,
             progress=progress,
             **options,
         )
@@ -91,18 +118,26 @@ def command(context, model, destination, plan_file, undo, page, as_json, **optio
             "disk": disk_facts(done.written),
             "report": done.report.model_dump(mode="json"),
             "skipped": list(done.skipped),
+            "seconds": done.seconds,
+            "adapters": list(done.adapters),
         }
         click.echo(json.dumps(result, indent=2))
     else:
         out().print(plan_view(done.plan, done.written))
+        if verbose:
+            out().print(tensors_view(done.written))
         out().print(proof_view(done.report))
+    for line in adapter_lines(done.adapters):
+        err().print(line)
     if page is not None:
-        _write_page(page, done, (time.monotonic() - begun) / 60)
+        _write_page(page, done, sum(done.seconds.values()) / 60)
     if done.skipped:
-        err().print(f"left behind (other formats hold the unconverted weights): {', '.join(done.skipped)}")
+        err().print(f"left behind (other formats hold the unconverted weights): {one_line(done.skipped)}")
     if options["verify"] == "none":
         err().print("NOT VERIFIED: the result was published without being measured (--verify none).", style="bold red")
     err().print(f"published {done.folder}", style="bold")
+    if target is not None:
+        err().print(f"pushed to {target.push(done.folder)}", style="bold")
 
 
 def _write_page(page: Path, done, minutes: float) -> None:
@@ -114,7 +149,7 @@ def _write_page(page: Path, done, minutes: float) -> None:
 
 
 #: options that go with --undo; what to undo, the folder says
-_UNDO_TAKES = ("model", "destination", "undo", "verify", "text", "overwrite", "as_json")
+_UNDO_TAKES = ("model", "destination", "undo", "verify", "text", "overwrite", "verbose", "as_json")
 
 
 def _undo(context: click.Context, model: str, destination: Path, as_json: bool) -> None:
@@ -145,5 +180,9 @@ def _undo(context: click.Context, model: str, destination: Path, as_json: bool) 
         if done.same_files
         else "its weights are the source's but for rounding"
     )
+    for name in done.adapters:
+        err().print(
+            f"{name} was left behind: it is of the converted model. The one that it was made of fits the result."
+        )
     err().print(f"undone: {words}; {how}, where nothing was trained since")
     err().print(f"published {done.folder}", style="bold")

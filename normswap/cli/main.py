@@ -46,6 +46,10 @@ class Commands(click.Group):
         except NormswapError as error:
             _end(error)
             sys.exit(2)
+        except KeyboardInterrupt as error:
+            for line in ("Interrupted.", *getattr(error, "__notes__", ())):
+                click.echo(printable(line), err=True)
+            sys.exit(130)  # as a shell says of a command that Ctrl-C ended
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -82,4 +86,5 @@ def _end(error: NormswapError) -> None:
 
 def _print_error(error: NormswapError) -> None:
     kind = "Refused" if isinstance(error, RefusedError) else "Error"
-    click.echo(f"{click.style(kind, fg='red', bold=True)}: {printable(str(error))}", err=True)
+    text = " ".join([str(error), *getattr(error, "__notes__", ())])
+    click.echo(f"{click.style(kind, fg='red', bold=True)}: {printable(text)}", err=True)

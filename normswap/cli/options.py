@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
+from rich.text import Text
 
 from normswap.report.printable import printable
+
+
+def one_line(names: Iterable[str]) -> str:
+    """Names of files, which may hold anything, with commas between."""
+    return ", ".join(printable(name).replace("\n", "?") for name in names)
 
 
 class SafeConsole(Console):
@@ -119,6 +134,9 @@ request_options = _together(
     ),
 )
 
+#: what of a progress is counted in bytes: `conversion.WRITING`, which takes torch to import
+BYTES = frozenset({"writing"})
+
 #: `calibration.run.TOKENS`, which takes torch to import
 TOKENS = 8192
 
@@ -150,6 +168,18 @@ report_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
+class _Bytes(ProgressColumn):
+    """How many bytes of how many, and how many a second; nothing where what is counted are no bytes."""
+
+    max_refresh = 0.5
+
+    def render(self, task):
+        if task.description not in BYTES:
+            return Text()
+        speed = "?" if task.speed is None else f"{decimal(int(task.speed))}/s"
+        return Text(f"{decimal(int(task.completed))} of {decimal(int(task.total))}, {speed}")
+
+
 @contextmanager
 def progress_bars(enabled: bool = True):
     """A callback `(what, done, total)` that draws one bar per `what` on stderr while the block runs."""
@@ -157,6 +187,7 @@ def progress_bars(enabled: bool = True):
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
+        _Bytes(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     ]

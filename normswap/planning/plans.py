@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from normswap.checkpoint.documents import brief, read_json
 from normswap.errors import DestinationError, PlanError
 from normswap.norms.kinds import OFFERED
 from normswap.planning.edits import (
@@ -144,6 +146,13 @@ class Plan(BaseModel):
     calibrated_on: str | None = None
     _fitted: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
 
+    @field_validator("request")
+    @classmethod
+    def _of_known_kinds(cls, request: Request) -> Request:
+        if odd := [choice.kind for choice in request.norms if choice.kind not in OFFERED]:
+            raise ValueError(f"expected kinds of norm among {', '.join(OFFERED)}, found {ascii(odd[0]):.100}")
+        return request
+
     def with_fitted(self, tensors: Mapping[str, torch.Tensor]) -> Plan:
         """The same plan with tensors fitted by calibration, by name.
 
@@ -186,8 +195,12 @@ class Plan(BaseModel):
         """Shapes and dtypes of the fitted tensors, by name, as tensors without values."""
         return {name: torch.empty_like(tensor, device="meta") for name, tensor in self._fitted.items()}
 
-    def reading(self, read: Read) -> Read:
-        """`read`, with the fitted tensors."""
+    def reading(
+        self,
+        read: Callable[[str], torch.Tensor],
+        parts: Callable[[str], Iterable[torch.Tensor]] | None = None,
+    ) -> Read:
+        """`read`, and `parts` where tensors can be had in parts, with the fitted tensors."""
 
         def either(name: str) -> torch.Tensor:
             if not name.startswith(FITTED):
@@ -197,7 +210,15 @@ class Plan(BaseModel):
                 self.check_complete()
             return self._fitted[name].double()
 
-        return either
+        return Read(either, parts)
+
+    def digest(self) -> str:
+        """SHA-256 of the plan and its fitted tensors."""
+        found = hashlib.sha256(self.model_dump_json().encode())
+        for name, tensor in sorted(self._fitted.items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def tensor_edits(self) -> dict[str, list[TensorEdit]]:
         """Edits by tensor, in order."""
@@ -262,7 +283,7 @@ class Plan(BaseModel):
     def load(cls, path: str | Path) -> Plan:
         """Read a saved plan. Raises PlanError naming every field that does not fit."""
         try:
-            plan = cls.model_validate_json(Path(path).read_bytes())
+            plan = cls.model_validate(read_json(Path(path)))
             wanted = plan.asks_for()
             if wanted:
                 plan._fitted = load_file(_beside(path))
@@ -275,7 +296,9 @@ class Plan(BaseModel):
             raise PlanError(f"cannot read the plan {path}: {error.strerror}") from error
         except ValidationError as error:
             found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:8])
-            raise PlanError(f"{path} is not a plan written by `normswap plan -o`: {found}") from error
+            raise PlanError(f"{path} is not a plan written by `normswap plan -o`: {brief(found)}") from error
+        except ValueError as error:
+            raise PlanError(f"{path} is not a plan written by `normswap plan -o`: {brief(error)}") from error
 
 
 def _beside(path: str | Path) -> Path:

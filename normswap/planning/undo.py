@@ -45,13 +45,13 @@ def taken_back(edit: TensorEdit, key: str) -> TensorEdit:
 def kept(edit: TensorEdit, value: torch.Tensor, read: Read) -> torch.Tensor | None:
     """What `taken_back` will need, from the value before the edit, in float64; None: nothing.
 
-    For an edit that treats rows apart and is run on some of them, that of these rows. Raises NoWayBack.
+    Of a part of the tensor, that of this part. Raises NoWayBack.
     """
     return None
 
 
-def keeps_by_rows(edit: TensorEdit) -> bool:
-    """Whether what is kept has one value per row (index of the first axis) of the tensor, and not one for all."""
+def keeps_by_parts(edit: TensorEdit) -> bool:
+    """Whether of each part of a tensor another thing is kept, and not one for all."""
     return not isinstance(edit, FoldGain)
 
 

@@ -9,6 +9,7 @@ import transformers
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
+from normswap.adapters.publish import ADAPTERS
 from normswap.checkpoint.kept import KEPT
 from normswap.checkpoint.publish import README
 from normswap.checkpoint.source import Source
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
 
 
-def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command: str) -> None:
-    """Write `README.md` into `folder`, in the Hub's metadata format, with the source's licence carried over."""
+def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command: str, hub: str | None = None) -> None:
+    """Write `README.md` into `folder`, in the Hub's metadata format, with the source's licence carried over.
+
+    Args:
+        hub: the repository that the folder is for.
+    """
     unmeasured = ", **not verified**" if report.mode == "none" else ""
     lines = [
         f"# {source.title}{with_words(plan)}",
@@ -38,7 +43,7 @@ def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command:
         *_done(plan),
     ]
     lines += _moved(plan) if plan.moved else []
-    lines += ["", "## Measured", "", *proof_markdown(report), *_use(folder, plan)]
+    lines += ["", "## Measured", "", *proof_markdown(report), *_use(folder, plan, hub)]
     lines += ["## Made by", "", "```", command, "```", ""]
     if plan.claim == "exact" and (folder / KEPT).exists():
         lines += [
@@ -134,7 +139,7 @@ def _write(folder: Path, source: Source, lines: list[str]) -> None:
     (folder / README).write_text(text, encoding="utf-8")
 
 
-def _use(folder: Path, plan: Plan) -> list[str]:
+def _use(folder: Path, plan: Plan, hub: str | None = None) -> list[str]:
     """How to load the folder."""
     loader = _loader(plan.architecture)
     tokenizer = any(folder.glob("tokenizer*"))
@@ -146,7 +151,7 @@ def _use(folder: Path, plan: Plan) -> list[str]:
         "```python",
         f"from transformers import {loader}{', AutoTokenizer' if tokenizer else ''}",
         "",
-        'folder = "path/to/this/folder"',
+        f'folder = "{hub or "path/to/this/folder"}"',
         f"model = {loader}.from_pretrained(folder{trusted})",
         *(["tokenizer = AutoTokenizer.from_pretrained(folder)"] if tokenizer else []),
         "```",
@@ -158,7 +163,25 @@ def _use(folder: Path, plan: Plan) -> list[str]:
             "`normswap.load(folder)` opens the same model without running it.",
             "",
         ]
-    return lines
+    return [*lines, *_adapters(folder)]
+
+
+def _adapters(folder: Path) -> list[str]:
+    """How to load the adapters that lie in the folder."""
+    names = sorted(path.parent.name for path in (folder / ADAPTERS).glob("*/adapter_config.json"))
+    if not names:
+        return []
+    lines = [f'model = PeftModel.from_pretrained(model, folder, subfolder="{ADAPTERS}/{name}")' for name in names]
+    return [
+        "Adapters of the source, which do the same on this model (measured, in `normswap.json`); one at a time:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "",
+        *lines,
+        "```",
+        "",
+    ]
 
 
 def _moved_table(plan: Plan) -> list[str]:

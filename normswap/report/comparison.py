@@ -70,7 +70,8 @@ def output_table(found: Comparison) -> Table:
     _add(table, "cross-entropy B", metrics.cross_entropy_b, ".4f")
     _add(table, "  its change", metrics.cross_entropy_change, ".1e")
     if metrics.cross_entropy_a and metrics.cross_entropy_b:
-        perplexities = (f"{math.exp(stat.mean):.4g}" for stat in (metrics.cross_entropy_a, metrics.cross_entropy_b))
+        both = metrics.cross_entropy_a, metrics.cross_entropy_b
+        perplexities = (f"{math.exp(stat.mean) if stat.mean < 700 else math.inf:.4g}" for stat in both)
         table.add_row("perplexity A, B", *perplexities)
     return table
 

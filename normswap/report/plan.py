@@ -201,6 +201,19 @@ def _disk(disk: WriteSummary) -> RenderableType:
     return Text(text)
 
 
+def tensors_view(disk: WriteSummary) -> Table:
+    """Every tensor of the files, and what happened to it."""
+    table = Table(title="tensors", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("", "tensor", "shape", "dtype", "file"):
+        table.add_column(name, overflow="fold")
+    table.add_column("size", justify="right")
+    for entry in disk.tensors.values():
+        dtype = str(entry.dtype).removeprefix("torch.")
+        size = _size(entry.bytes_before if entry.what == "removed" else entry.bytes_after)
+        table.add_row(entry.what, entry.key, "x".join(map(str, entry.shape)), dtype, entry.shard, size)
+    return table
+
+
 def disk_facts(disk: WriteSummary) -> dict[str, Any]:
     """What changes in the files, as plain data. Bytes and parameters; tensors by what happens to them.
 

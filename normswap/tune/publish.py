@@ -52,7 +52,7 @@ def publish(
     with Checkpoint.open(source.folder) as checkpoint:
         copy_side_files(checkpoint, folder)
         origin = {"name": source.title, "revision": recipe.model.revision, "headers": checkpoint.fingerprint()}
-        sizes = [(source.folder / shard.name).stat().st_size for shard in checkpoint.shards]
+        sizes = [(source.folder / shard.file).stat().st_size for shard in checkpoint.shards]
     raw = json.loads((source.folder / CONFIG).read_text(encoding="utf-8"))
     config = configure(raw, source, source.build(), plan, folder, recipe.dtype)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap.checkpoint.files import Checkpoint
+from normswap.checkpoint.files import Checkpoint, has_weights
 from normswap.checkpoint.source import Source
 from normswap.norms.own import own_norms
 from normswap.norms.probe import FUNCTIONS, find_norms
@@ -367,9 +367,10 @@ def inspect(
         return NormMap.of(model, example_inputs(model) if inputs is None else inputs)
     source = Source.open(model, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     built = source.build()
-    normmap = NormMap.of(built, example_inputs(built) if inputs is None else inputs)
+    with source.carried_out():
+        normmap = NormMap.of(built, example_inputs(built) if inputs is None else inputs)
     normmap.converted = source.record and source.record.history()
-    if any(source.folder.glob("*.safetensors")):
+    if has_weights(source.folder):
         with Checkpoint.open(source.folder) as checkpoint:
             dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in checkpoint.tensors.values())
             size = sum(info.nbytes for info in checkpoint.tensors.values())

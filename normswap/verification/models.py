@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,12 +15,14 @@ from normswap.verification.outputs import (
     Inputs,
     OutputComparison,
     OutputMetrics,
+    Outputs,
     check_alike,
     main_output,
     outputs_of,
 )
-from normswap.verification.sites import SiteComparison, SiteMetrics, SiteSpec, alike, site_calls
+from normswap.verification.sites import Seen, SiteComparison, SiteMetrics, SiteSpec, alike, watched
 from normswap.verification.streams import SiteStream, received, side_by_side
+from normswap.verification.turns import Turns
 
 Progress = Callable[[int, int], None]
 
@@ -88,7 +91,8 @@ def compare_models(
 ) -> Comparison:
     """Run both models on every batch and measure how far B is from A.
 
-    Memory holds one batch's outputs, and inputs and outputs of norms; of earlier batches, a few numbers per token.
+    The models run in turns, from norm to norm. Memory holds one batch's outputs, and what one norm got and gave; of
+    earlier batches, a few numbers per token.
 
     Args:
         model_a, model_b: in eval mode, of one dtype.
@@ -111,33 +115,45 @@ def compare_models(
     lifted = lift and dtype == torch.float64
     outputs, others, sites = None, OutputComparison(), SiteComparison(basis.sites)
     left_out = tuple(dict.fromkeys(path for path, _ in (*sites_a, *sites_b) if path in moved))
-    # B's are watched where A has a norm and B what is none, too
-    watched = [*sites_b, *(site for site in sites_a if site[0] not in dict(sites_b))]
-    streams = received(model_a, sites_a), received(model_b, watched)
+    # B's are looked at where A has a norm and B what is none, too
+    streams = (
+        received(model_a, sites_a),
+        received(model_b, [*sites_b, *(s for s in sites_a if s[0] not in dict(sites_b))]),
+    )
     sites_a, sites_b = ([(path, spec) for path, spec in own if path not in moved] for own in (sites_a, sites_b))
     sites_a, sites_b = alike(sites_a, sites_b)
-    with (
-        site_calls(model_a, sites_a) as calls_a,
-        site_calls(model_b, sites_b, sites_a) as calls_b,
-        streams[0] as streams_a,
-        streams[1] as streams_b,
-    ):
+    turns = Turns(tuple({p.device for model in (model_a, model_b) for p in model.parameters() if p.is_cuda}))
+
+    def told(of: Literal["a", "b"]) -> Callable[[str, Seen], None]:
+        def take(path: str, seen: Seen) -> None:
+            if turns.current == "ab".index(of):  # A and B may be one and the same model
+                sites.add(of, path, seen)
+                turns.give()
+
+        return take
+
+    def run(model: nn.Module, inputs: Inputs, own: Sequence[SiteSpec], expected, of: Literal["a", "b"]) -> Outputs:
+        with watched(model, own, expected, told(of)):
+            return outputs_of(model, inputs, lifted, of.upper())
+
+    with streams[0] as streams_a, streams[1] as streams_b:
         for done, batch in enumerate(batches):
             inputs = {"input_ids": batch} if isinstance(batch, torch.Tensor) else batch
-            all_a, all_b = outputs_of(model_a, inputs, lifted, "A"), outputs_of(model_b, inputs, lifted, "B")
+            all_a, all_b = turns.run(
+                lambda: run(model_a, inputs, sites_a, (), "a"),  # noqa: B023 (both have run when this returns)
+                lambda: run(model_b, inputs, sites_b, sites_a, "b"),  # noqa: B023
+            )
+            sites.end_batch()
             check_alike(all_a, all_b)
             name = main_output(all_a)
             a, b = torch.atleast_2d(all_a[name]), torch.atleast_2d(all_b[name])
             others.add(all_a, all_b, {name, *basis.outputs})
-            sites.add(calls_a, calls_b)
-            calls_a.clear(), calls_b.clear()
             ids = _ids_of_rows(inputs, a)
             if outputs is None:
                 outputs = TokenComparison(distributions=name == "logits", decode=decode)
                 streams_a.paused = True  # what it runs to find out is of no batch
                 causal = ids is not None and name == "logits" and _is_causal(model_a, inputs, a, lifted)
                 streams_a.paused = False
-                calls_a.clear()
             outputs.add(a, b.to(a.device), _next_ids(ids).to(a.device) if causal else None, ids)
             if progress:
                 progress(done + 1, len(batches))

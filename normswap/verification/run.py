@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from normswap.checkpoint.documents import brief
 from normswap.checkpoint.source import Source
 from normswap.errors import SourceError, VerificationError
 from normswap.observe.run import make_eager
@@ -153,6 +154,7 @@ def open_model(source: Source) -> PreTrainedModel:
     Raises:
         SourceError: weights are missing or do not fit, so that the model would be partly random.
     """
+    source.build_stock()  # what a file or a number in it would break, it breaks here, within bounds
     if source.record is not None:
         from normswap.loading import load
 
@@ -179,9 +181,9 @@ def _from_pretrained(source: Source) -> tuple[PreTrainedModel, dict]:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are listed then, and refused with the missing ones
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of transformers and torch, which raise what they like for a damaged file
         raise SourceError(
-            f"the weights of {source.name} cannot be loaded into {source.model_class.__name__}: {error}. "
+            f"the weights of {source.name} cannot be loaded into {source.model_class.__name__}: {brief(error)}. "
             f"Expected *.safetensors that fit its config.json."
         ) from error
 

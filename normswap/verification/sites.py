@@ -21,9 +21,11 @@ Norms that no conversion rewrites (over a batch, over groups) are compared by th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -105,35 +107,34 @@ class Seen:
     dtype: torch.dtype
 
 
-Calls = dict[str, list[Seen]]
-
-
 @contextmanager
-def site_calls(model: nn.Module, sites: Sequence[SiteSpec], expected: Sequence[SiteSpec] = ()) -> Iterator[Calls]:
-    """While active, gather what each site of `model` receives and gives: path -> calls, in execution order.
-
-    Clear the dict between forward passes.
+def watched(
+    model: nn.Module,
+    sites: Sequence[SiteSpec],
+    expected: Sequence[SiteSpec],
+    told: Callable[[str, Seen], None],
+) -> Iterator[None]:
+    """While active, `told` gets what each site of `model` receives and gives, as it runs.
 
     Args:
         sites: the model's own norms.
         expected: norms of another model; a module that stands in the place of one and is none of `sites` is watched
             by that one's spec.
     """
-    calls: Calls = {}
     modules = dict(model.named_modules())
-    watched = {path: spec for path, spec in expected if path in modules} | dict(sites)
+    specs = {path: spec for path, spec in expected if path in modules} | dict(sites)
 
     def watch(path: str, spec: NormSpec):
         def hook(module, args, kwargs, output):
             x = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
             y = output if isinstance(output, torch.Tensor) else next(t for t in output if isinstance(t, torch.Tensor))
-            calls.setdefault(path, []).append(_seen(module, x, y, spec))
+            told(path, _seen(module, x, y, spec))
 
         return modules[path].register_forward_hook(hook, with_kwargs=True)
 
-    handles = [watch(path, spec) for path, spec in watched.items()]
+    handles = [watch(path, spec) for path, spec in specs.items()]
     try:
-        yield calls
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -215,6 +216,9 @@ class _Totals:
 class SiteComparison:
     """Gathers the measurements of all sites over batches; keeps a few numbers per site.
 
+    What a site of one model received and gave is held until the same site of the other has run: where both run in
+    turns, that is one site's.
+
     Args:
         turned_back: per site on a stream that B carries in another basis, what turns B's rows to A's.
     """
@@ -223,18 +227,27 @@ class SiteComparison:
         self._turned_back = turned_back or {}
         self._totals: dict[str, _Totals] = {}
         self._unmatched: set[str] = set()
+        self._waiting: tuple[dict[str, deque[Seen]], ...] = ({}, {})
 
-    def add(self, calls_a: Calls, calls_b: Calls) -> None:
-        """Take in what the sites of both models received and gave in one batch."""
-        self._unmatched |= calls_a.keys() ^ calls_b.keys()
-        for path in calls_a.keys() & calls_b.keys():
-            seen_a, seen_b = calls_a[path], calls_b[path]
-            if [_shapes(seen) for seen in seen_a] != [_shapes(seen) for seen in seen_b]:
-                self._unmatched.add(path)
-        for path in calls_a:  # in execution order
-            if path not in self._unmatched:
-                for a, b in zip(calls_a[path], calls_b[path], strict=True):
-                    _accumulate(self._totals.setdefault(path, _Totals()), a, b, self._turned_back.get(path))
+    def add(self, of: Literal["a", "b"], path: str, seen: Seen) -> None:
+        """Take in one call of a site of one model."""
+        own, other = self._waiting if of == "a" else reversed(self._waiting)
+        if of == "a":
+            self._totals.setdefault(path, _Totals())  # in execution order
+        if not other.get(path):
+            own.setdefault(path, deque()).append(seen)
+            return
+        a, b = (seen, other[path].popleft()) if of == "a" else (other[path].popleft(), seen)
+        if _shapes(a) != _shapes(b):
+            self._unmatched.add(path)
+        else:
+            _accumulate(self._totals[path], a, b, self._turned_back.get(path))
+
+    def end_batch(self) -> None:
+        """Both models have run: what is left of either has no match."""
+        for waiting in self._waiting:
+            self._unmatched |= {path for path, seen in waiting.items() if seen}
+            waiting.clear()
 
     def metrics(self) -> tuple[SiteMetrics, ...]:
         """Measurements of every site that both models ran alike, in execution order."""

@@ -32,6 +32,7 @@ _NOT_DATA = (
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "width", "channels", "input_size", "output_size", "embed_size")
 
 _SOME = torch.full((), 0.5)  # not 0, which may mean padding
+_MOST = 2**27  # random numbers of one input; those of a film have 2**24
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,12 @@ class Needs:
 
     def _drawn(self, value: Any) -> Any:
         announced = isinstance(value, torch.Tensor) and value.data_ptr() == _SOME.data_ptr()
+        if announced and value.numel() > _MOST:
+            raise ObserveError(
+                f"{type(self.model).__name__} takes inputs of shape {tuple(value.shape)}, by its configuration, which "
+                f"is more than {_MOST} numbers. Pass `inputs`, keyword arguments of its forward for one small batch, "
+                "to the library call, or look in config.json for a number that is far too large."
+            )
         return torch.randn(value.shape, generator=self.generator) if announced else value
 
     def ids(self, *shape: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pydantic import Field
 from normswap.planning.edits.bases import Compensate, Rotate
 from normswap.planning.edits.centring import Centre, CentreInput, CentreOutput
 from normswap.planning.edits.config import SetConfig, SetEps
-from normswap.planning.edits.edit import FITTED, Edit, Read, TensorEdit
+from normswap.planning.edits.edit import FITTED, Edit, Read, TensorEdit, rows_at_once
 from normswap.planning.edits.folding import FoldBias, FoldGain
 from normswap.planning.edits.gains import Gain, Running, Unscale
 from normswap.planning.edits.modules import GrowBias, ModuleEdit, NormOutput, SetScale
@@ -91,4 +91,5 @@ __all__ = [
     "TensorEdit",
     "Unscale",
     "Untie",
+    "rows_at_once",
 ]

@@ -23,8 +23,8 @@ class Rotate(TensorEdit):
     def fitted(self):
         return (self.rotation.fitted,) if self.rotation.fitted else ()
 
-    def keeps_rows_apart(self):
-        return self.axis > 0
+    def mixes(self):
+        return (self.axis,)
 
     def apply(self, value, read):
         return self.rotation.turn(value, self.axis, lambda name: read(FITTED + name), self.back)
@@ -47,8 +47,8 @@ class Compensate(TensorEdit):
     def fitted(self):
         return self.lost, self.told_by
 
-    def keeps_rows_apart(self):
-        return self.axis > 0
+    def mixes(self):
+        return (self.axis,)
 
     def apply(self, value, read):
         if value.is_meta:

@@ -15,8 +15,8 @@ class Centre(TensorEdit):
     axis: int
     groups: int = 1
 
-    def keeps_rows_apart(self):
-        return self.axis > 0
+    def mixes(self):
+        return (self.axis,)
 
     def apply(self, value, read):
         split = value.unflatten(self.axis, (self.groups, -1))

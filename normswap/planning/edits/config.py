@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
+from normswap.planning.edits.bounds import Attribute, Dotted
 from normswap.planning.edits.edit import Edit
 
 
@@ -11,8 +12,8 @@ class SetConfig(Edit):
     """One key of the configuration gets another value."""
 
     edit: Literal["set_config"] = "set_config"
-    key: str
-    value: Any
+    key: Dotted
+    value: bool | int | float
 
 
 class SetEps(SetConfig):
@@ -24,4 +25,4 @@ class SetEps(SetConfig):
 
     edit: Literal["set_eps"] = "set_eps"
     value: float
-    modules: tuple[tuple[str, str], ...]
+    modules: tuple[tuple[str, Attribute], ...]

@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-Read = Callable[[str], torch.Tensor]
+#: values of a tensor that is read in parts: 16 MiB in float64
+_PART = 2**21
 #: before a tensor's name: the one that calibration fitted, and not the model's
 FITTED = "fitted:"
+
+
+@dataclass(frozen=True)
+class Read:
+    """Original values of a model's tensors, in float64, for the edits of others.
+
+    Attributes:
+        whole: a tensor by name.
+        parts: the same in parts along its first axis, of `rows_at_once` rows each; None: cut from the whole.
+    """
+
+    whole: Callable[[str], torch.Tensor]
+    parts: Callable[[str], Iterable[torch.Tensor]] | None = None
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return self.whole(name)
+
+    def in_parts(self, name: str) -> Iterable[torch.Tensor]:
+        """For what can be summed or joined over parts of a large tensor, so that it is never in float64 as a whole."""
+        if self.parts is not None:
+            return self.parts(name)
+        whole = self.whole(name)
+        return whole.split(rows_at_once(whole.shape))
+
+
+def rows_at_once(shape: tuple[int, ...]) -> int:
+    """Rows (of the first axis) that a part has: the same wherever the tensor is, so that sums give the same bits."""
+    return max(1, _PART // max(1, math.prod(shape[1:])))
 
 
 class Edit(BaseModel):
@@ -32,9 +63,16 @@ class TensorEdit(Edit):
         """Names of the tensors that calibration fitted and `apply` needs."""
         return ()
 
-    def keeps_rows_apart(self) -> bool:
-        """Whether each index of the first axis is changed by itself, so that some rows can be computed alone."""
-        return False
+    def mixes(self) -> tuple[int, ...] | None:
+        """The axes along which values meet, or meet a vector; None: all.
+
+        A part of the tensor along any other axis can be computed alone.
+        """
+        return None
+
+    def of_part(self, read: Read, axis: int, start: int, size: int) -> Read:
+        """What to `apply` with to the part that is `size` long from `start` on, along an axis that is not mixed."""
+        return read
 
     def apply(self, value: torch.Tensor | None, read: Read) -> torch.Tensor | None:
         """The new value, from the value so far (None: the tensor does not exist yet; returning None removes it)."""

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from normswap.norms.spec import GainForm
+from normswap.pages import apart
 from normswap.planning.edits.edit import Read, TensorEdit, along
 from normswap.planning.edits.running import Frozen
 
@@ -29,8 +30,8 @@ class FoldGain(TensorEdit):
     def reads(self):
         return self.weight.reads() if isinstance(self.weight, Frozen) else (self.weight,)
 
-    def keeps_rows_apart(self):
-        return self.axis > 0
+    def mixes(self):
+        return (self.axis,)
 
     def gain(self, read: Read) -> torch.Tensor:
         """The scale, one value per channel."""
@@ -62,12 +63,18 @@ class FoldBias(TensorEdit):
 
     def carried(self, read: Read) -> torch.Tensor:
         """`W b`."""
-        reader, sums = read(self.reader), self.sums or (self.axis,)
-        if kernel := [axis for axis in sums if axis != self.axis]:
-            reader = reader.sum(kernel, keepdim=True)
+        sums = self.sums or (self.axis,)
+        kernel = [axis for axis in sums if axis != self.axis]
         bias = self.bias.shift(read) if isinstance(self.bias, Frozen) else read(self.bias)
-        carried = torch.tensordot(reader, bias.flatten().repeat(self.runs), dims=([self.axis], [0]))
-        return carried.reshape([n for axis, n in enumerate(reader.shape) if axis not in sums])
+        bias, parts, start = bias.flatten().repeat(self.runs), [], 0
+        for reader in read.in_parts(self.reader):
+            own = bias[start : start + len(reader)] if self.axis == 0 else bias
+            start += len(reader)
+            reader = reader.sum(kernel, keepdim=True) if kernel else reader
+            carried = torch.tensordot(reader, own, dims=([self.axis], [0]))
+            carried = carried.reshape([n for axis, n in enumerate(reader.shape) if axis not in sums])
+            parts.append(carried if carried.is_meta else apart(carried, torch.float64))
+        return torch.stack(parts).sum(0) if 0 in sums else torch.cat(parts)
 
     def apply(self, value, read):
         carried = self.carried(read)

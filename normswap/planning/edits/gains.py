@@ -53,6 +53,9 @@ class Unscale(Running):
     def reads(self):
         return super().reads() + ((self.bias,) if self.bias else ())
 
+    def mixes(self):
+        return None if self.bias else (self.axis,)
+
     def apply(self, value, read):
         if self.bias is not None:
             value = read(self.bias) if value is None else value + read(self.bias)

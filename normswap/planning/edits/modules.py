@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from normswap.planning.edits.bounds import Attribute, Size
 from normswap.planning.edits.edit import Edit
 from normswap.planning.edits.values import Fill
 
@@ -22,7 +23,7 @@ class GrowBias(ModuleEdit):
     """A module built without a bias gets one, of shape `(size,)`."""
 
     edit: Literal["grow_bias"] = "grow_bias"
-    size: int
+    size: Size
 
     def makes(self):
         return (Fill(tensor=f"{self.module}.bias", value=0.0, shape=(self.size,)),)
@@ -32,7 +33,7 @@ class SetScale(ModuleEdit):
     """The module gets the attribute `name`, a number that its rewritten code multiplies by."""
 
     edit: Literal["set_scale"] = "set_scale"
-    name: str
+    name: Attribute
     value: float
 
 
@@ -44,4 +45,4 @@ class NormOutput(ModuleEdit):
     """
 
     edit: Literal["norm_output"] = "norm_output"
-    runs: tuple[tuple[str, tuple[int, ...], int], ...]
+    runs: tuple[tuple[Attribute, tuple[int, ...], Size], ...]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import AfterValidator
+from pydantic import AfterValidator, field_validator
 from torch import nn
 
 from normswap.norms.kind import Direct, Fitted
 from normswap.norms.kinds import KINDS, MODULES
 from normswap.norms.spec import Casting, GainForm, NormSpec
+from normswap.planning.edits.bounds import MAX_SIZE, Size
 from normswap.planning.edits.edit import Read, TensorEdit
 from normswap.planning.edits.modules import ModuleEdit
 from normswap.planning.edits.values import Fill
@@ -37,13 +39,20 @@ class SwapNorm(ModuleEdit):
 
     edit: Literal["swap_norm"] = "swap_norm"
     kind: NormKind
-    width: int
+    width: Size
     eps: float
     gain: GainForm | None
     bias: bool
     casting: Casting
     axis: int = -1
-    shape: tuple[int, ...] | None = None
+    shape: tuple[Size, ...] | None = None
+
+    @field_validator("shape")
+    @classmethod
+    def _small(cls, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if shape is not None and math.prod(shape) > MAX_SIZE:
+            raise ValueError(f"expected at most {MAX_SIZE} gains, found a shape {shape}"[:200])
+        return shape
 
     def build(self) -> nn.Module:
         """The norm with neutral parameters and buffers, each of which is one number throughout."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
+from normswap.planning.edits.bounds import Attribute, Dotted
 from normswap.planning.edits.modules import ModuleEdit
-
-_DOTTED = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
 
 
 class Change(BaseModel):
@@ -62,8 +61,8 @@ class Change(BaseModel):
         "forget",
     ]
     span: tuple[int, int, int, int] | None = None
-    name: str | None = Field(default=None, pattern=_DOTTED)
-    argument: str | None = Field(default=None, pattern=_DOTTED)
+    name: Dotted | None = None
+    argument: Dotted | None = None
 
 
 class Rewrite(ModuleEdit):
@@ -75,6 +74,6 @@ class Rewrite(ModuleEdit):
     """
 
     edit: Literal["rewrite"] = "rewrite"
-    method: str
+    method: Attribute
     changes: tuple[Change, ...]
     digest: str

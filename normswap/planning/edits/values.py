@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from normswap.norms.spec import GainForm
-from normswap.planning.edits.edit import FITTED, TensorEdit, along
+from normswap.planning.edits.edit import FITTED, Read, TensorEdit, along
 
 
 class Drop(TensorEdit):
@@ -42,8 +42,8 @@ class Scale(TensorEdit):
     factor: float
     form: GainForm = "w"
 
-    def keeps_rows_apart(self):
-        return True
+    def mixes(self):
+        return ()
 
     def apply(self, value, read):
         return self.factor * (1 + value) - 1 if self.form == "1 + w" else self.factor * value
@@ -105,6 +105,14 @@ class Restore(TensorEdit):
 
     def fitted(self):
         return (self.kept,)
+
+    def mixes(self):
+        return (self.axis,) if self.how in ("add", "divide") else None
+
+    def of_part(self, read, axis, start, size):
+        if self.how == "divide":
+            return read
+        return Read(lambda name: read(name).narrow(axis, start, size))
 
     def apply(self, value, read):
         k = read(FITTED + self.kept)

@@ -1,0 +1,218 @@
+"""One file of the result, as tasks that may run in any order; the last of them finishes the file."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from normswap.apply.keeper import Keeper
+from normswap.apply.layout import Job, TensorChange
+from normswap.apply.output import Output
+from normswap.apply.values import Values
+from normswap.checkpoint.files import Checkpoint, Shard
+from normswap.checkpoint.header import CODES, render_header
+from normswap.checkpoint.journal import Finished, Journal
+from normswap.errors import DestinationError, PlanError, SourceError
+
+# What the kernel is asked to copy by one task.
+_COPIED_AT_ONCE = 64 * 2**20
+# A group that transformers merges is there as stored, merged, and taken apart again; any other, before and after.
+_COPIES_MERGED, _COPIES = 3, 2
+
+
+class Task(NamedTuple):
+    """One step of making a file: bytes of memory that it takes, and what does it."""
+
+    cost: int
+    run: Callable[[], None]
+
+
+class ShardFile:
+    """The file at `path`, made of `shard` of `source`.
+
+    Args:
+        entries: its tensors, in the order of their data.
+        jobs: what is computed for it.
+        values: computes them.
+        journal: is told when the file is complete.
+        written: called with the number of bytes that were written.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        shard: Shard,
+        entries: Sequence[TensorChange],
+        jobs: Sequence[Job],
+        values: Values,
+        path: Path,
+        journal: Journal,
+        written: Callable[[int], None],
+    ):
+        self._source, self._shard, self._entries, self._jobs = source, shard, entries, jobs
+        self._keeper = Keeper()
+        self._values = values.keeping(self._keeper)
+        self._path, self._journal, self._written = path, journal, written
+        self._output: Output | None = None
+        self._reader = threading.Thread(target=self._hash_source, name=f"hash source {path.name}", daemon=True)
+        self._source_hash: str | BaseException | None = None
+        self._stopped = False
+        self._left, self._lock = 0, threading.Lock()
+
+    def open(self) -> list[Task]:
+        """Make the file and write its header; what is to be done for the rest. `close` has to follow."""
+        described = ((entry.key, entry.dtype, entry.shape) for entry in self._entries)
+        header = render_header(described, self._shard.metadata)
+        with self._named():
+            self._output = Output(self._path, len(header) + sum(entry.bytes_after for entry in self._entries))
+            self._output.write(header, 0)
+        self._reader.start()
+        steps = [*self._steps(len(header))] or [Task(0, lambda: None)]
+        self._left = len(steps)
+        return [Task(step.cost, lambda step=step: self._do(step)) for step in steps]
+
+    def close(self) -> None:
+        """Where it was not finished: stop what runs on its own, and leave the file as it is."""
+        self._stopped = True
+        if self._output is not None:
+            self._output.close()
+        if self._reader.is_alive():
+            self._reader.join()
+
+    def _do(self, step: Task) -> None:
+        with self._named():
+            step.run()
+            with self._lock:
+                self._left -= 1
+                last = self._left == 0
+            if last:
+                self._finish()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DestinationError(
+                f"{self._path}: cannot be written: {error.strerror}. Free the name or the space."
+            ) from error
+
+    def _finish(self) -> None:
+        digest = self._output.finish()
+        self._reader.join()
+        if isinstance(self._source_hash, BaseException):
+            raise self._source_hash
+        check_written(self._path, self._entries)
+        done = Finished(
+            file=self._shard.name,
+            size=self._output.size,
+            sha256=digest,
+            source_sha256=self._source_hash,
+            why_not=self._keeper.why_not,
+        )
+        self._journal.finish(done, self._keeper.tensors())
+
+    def _hash_source(self) -> None:
+        try:
+            self._source_hash = self._source.hash_file(self._shard.name, lambda: self._stopped)
+        except SourceError as error:
+            self._source_hash = error
+
+    def _steps(self, start: int) -> Iterator[Task]:
+        """In the order of the file, as far as tensors are made one by one."""
+        jobs = {key: job for job in self._jobs for key in job.keys}
+        offsets, together = {}, []
+        for entry in self._entries:
+            offsets[entry.key] = entry, start
+            if entry.what == "copied":
+                yield from self._copies(entry, start)
+            elif entry.what == "cast":
+                yield from self._casts(entry, start)
+            elif (pieces := self._values.pieces(jobs[entry.key])) is not None:
+                yield from self._pieces(jobs[entry.key], pieces, entry, start)
+            elif jobs[entry.key] not in together:
+                together.append(jobs[entry.key])
+            start += entry.bytes_after
+        for job in together:
+            here = [offsets[key] for key in job.keys if key in offsets]
+            yield Task(self._cost(job), lambda job=job, here=here: self._whole(job, here))
+
+    def _copies(self, entry: TensorChange, start: int) -> Iterator[Task]:
+        for first in range(0, entry.bytes_after, _COPIED_AT_ONCE):
+            span = range(first, min(first + _COPIED_AT_ONCE, entry.bytes_after))
+
+            def run(span=span) -> None:
+                self._source.copy_bytes(entry.key, self._output.fd, start + span.start, span)
+                self._output.written(start + span.start, len(span))
+                self._written(len(span))
+
+            yield Task(0, run)
+
+    def _casts(self, entry: TensorChange, start: int) -> Iterator[Task]:
+        pieces = self._values.rows_of(entry.key)
+        cost = (entry.bytes_before + entry.bytes_after) // len(pieces)
+        for rows in pieces:
+
+            def run(rows=rows) -> None:
+                self._put(self._values.cast(entry.key, entry.dtype, rows), entry, start, rows)
+
+            yield Task(cost, run)
+
+    def _pieces(self, job: Job, pieces: list[range | None], entry: TensorChange, start: int) -> Iterator[Task]:
+        cost = _COPIES * entry.bytes_after // len(pieces)
+        for rows in pieces:
+
+            def run(rows=rows) -> None:
+                made = self._values.edited(job, entry.dtype, rows)
+                self._put(made[entry.key], entry, start, rows)
+
+            yield Task(cost, run)
+
+    def _whole(self, job: Job, here: list[tuple[TensorChange, int]]) -> None:
+        made = self._values.edited(job, here[0][0].dtype)
+        for entry, start in here:
+            self._put(made.pop(entry.key), entry, start)
+
+    def _put(self, tensor: torch.Tensor, entry: TensorChange, start: int, rows: range | None = None) -> None:
+        """Write a tensor whose data begin at `start`, or some rows of it."""
+        expected = entry.shape if rows is None else (len(rows), *entry.shape[1:])
+        if (tuple(tensor.shape), tensor.dtype) != (expected, entry.dtype):
+            raise PlanError(
+                f"{entry.key}: expected {entry.dtype} of shape {expected} from its edits, found {tensor.dtype} of "
+                f"shape {tuple(tensor.shape)}: an edit's shape depends on values. Leave it out of the plan."
+            )
+        offset = 0 if rows is None else rows.start * (entry.bytes_after // entry.shape[0])
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._output.write(data, start + offset)
+        self._written(len(data))
+
+    def _cost(self, job: Job) -> int:
+        return cost_of(job, self._source, self._entries)
+
+
+def cost_of(job: Job, source: Checkpoint, entries: Sequence[TensorChange]) -> int:
+    """Bytes of memory that making all of a job's tensors takes."""
+    after = sum(entry.bytes_after for entry in entries if entry.key in job.keys)
+    if job.group is None:
+        return _COPIES * after
+    before = sum(source.tensors[key].nbytes for key in job.group.sources)
+    return (_COPIES if job.group.converter is None else _COPIES_MERGED) * max(before, after)
+
+
+def check_written(path: Path, entries: Sequence[TensorChange]) -> None:
+    """Open the file as any reader would and compare it with the plan. Raises DestinationError."""
+    with safe_open(path, "pt") as file:
+        found = {key: (file.get_slice(key).get_dtype(), tuple(file.get_slice(key).get_shape())) for key in file.keys()}
+    expected = {entry.key: (CODES[entry.dtype], entry.shape) for entry in entries}
+    for key in sorted(found.keys() | expected.keys()):
+        if found.get(key) != expected.get(key):
+            raise DestinationError(
+                f"{path}: tensor {key}: expected {expected.get(key, 'nothing')}, found {found.get(key, 'nothing')} on "
+                "reading back. Is something else writing there? Run again."
+            )

@@ -1,0 +1,209 @@
+"""`normswap convert` beside `cp`, and beside loading, editing and saving: time and memory, as checkpoints grow.
+
+    .venv/bin/python scripts/bench_convert.py --sizes 2,4,8,16
+
+Makes synthetic GPT-NeoX checkpoints in bfloat16, in shards of 1 GB (the width stays, the number of layers grows), in a
+folder of its own that is removed afterwards. Each contender runs in a process of its own, on the same files, in turn:
+
+- `cp`, and the files of the copy synced, as the conversion syncs its own;
+- `normswap convert --norm rmsnorm` and `--fold`, unverified; and the first with `--verify fast`;
+- transformers: load in bfloat16, centre the writers, `save_pretrained` in the same shards.
+
+Before each run the source leaves the page cache, as a checkpoint that was not just fetched; `--warm` reads it in instead.
+Peak memory is the largest resident set of the process. The table goes to scripts/results/convert.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import click
+import torch
+import transformers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from normswap.checkpoint.header import nbytes_of, render_header
+
+RESULTS = Path(__file__).parent / "results" / "convert.md"
+WIDTH, VOCABULARY = 2048, 50304
+SHARD = 10**9
+#: what is to be reached, of cp's throughput, and of the speed of loading, editing and saving
+TARGETS = {"convert": 0.7, "convert --fold": 0.5, "transformers": 3.0}
+LARGEST = VOCABULARY * WIDTH * 2  # the embedding, the largest tensor that an edit needs
+
+
+@click.command()
+@click.option("--sizes", default="2,4,8,16", show_default=True, help="In GB, one checkpoint each.")
+@click.option("--workers", type=int, help="Of normswap; default: its own.")
+@click.option("--warm", is_flag=True, help="With the source in the page cache.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), help="Where to put the checkpoints; default: a temporary one."
+)
+@click.option("--only", multiple=True, help="Contenders to run.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+def main(sizes: str, workers: int | None, warm: bool, folder: Path | None, only: tuple[str, ...], output: Path) -> None:
+    rows = []
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        for size in (float(text) for text in sizes.split(",")):
+            source, out = Path(work) / f"source-{size:g}", Path(work) / "out"
+            total = make(source, round(size * 1e9))
+            for name, command in contenders(source, out, workers).items():
+                if only and name not in only:
+                    continue
+                read_in(source) if warm else drop(source)
+                seconds, inner, peak = timed(command)
+                rows.append({"size": total, "name": name, "seconds": seconds, "writing": inner, "peak": peak})
+                shutil.rmtree(out, ignore_errors=True)
+                print(f"{total / 1e9:5.1f} GB  {name:24} {seconds:7.1f} s  {peak / 2**20:6.0f} MiB", flush=True)
+            shutil.rmtree(source)
+    text = report(rows, warm)
+    output.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def make(folder: Path, size: int) -> int:
+    """A checkpoint of about `size` bytes, of random values; its bytes."""
+    config = GPTNeoXConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_attention_heads=16,
+        vocab_size=VOCABULARY,
+        dtype="bfloat16",
+        tie_word_embeddings=False,
+    )
+    layer = 2 * (12 * WIDTH**2 + 13 * WIDTH)
+    config.num_hidden_layers = max(1, round((size - 2 * LARGEST) / layer))
+    with torch.device("meta"):
+        model = GPTNeoXForCausalLM(config)
+    config.architectures = ["GPTNeoXForCausalLM"]
+    config.save_pretrained(folder)
+    shards, filled = [[]], 0
+    for name, tensor in model.state_dict().items():
+        count = nbytes_of(torch.bfloat16, tensor.shape)
+        if filled and filled + count > SHARD:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, torch.bfloat16, tuple(tensor.shape)))
+        filled += count
+    # any values do, as long as they are not all alike; a norm's gains are about one
+    noise = (torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    where, total = {}, 0
+    for number, entries in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        with open(folder / name, "wb") as file:
+            file.write(render_header(entries, {"format": "pt"}))
+            for key, _, shape in entries:
+                left = torch.Size(shape).numel()
+                where[key], total = name, total + 2 * left
+                while left:
+                    part = noise[: min(left, len(noise))] + (1 if "norm.weight" in key else 0)
+                    file.write(part.view(torch.uint8).numpy())
+                    left -= len(part)
+            os.fsync(file.fileno())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return total
+
+
+def contenders(source: Path, out: Path, workers: int | None) -> dict[str, list[str]]:
+    """The command of each."""
+    convert = [sys.executable, "-m", "normswap", "convert", str(source), str(out), "--json"]
+    convert += ["--workers", str(workers)] if workers else []
+    return {
+        "cp": ["sh", "-c", f"cp -r '{source}' '{out}' && sync '{out}'/* '{out}'"],
+        "convert": [*convert, "--norm", "rmsnorm", "--verify", "none"],
+        "convert --fold": [*convert, "--fold", "--verify", "none"],
+        "convert, verified": [*convert, "--norm", "rmsnorm", "--verify", "fast"],
+        "transformers": [sys.executable, __file__, "--", "load-edit-save", str(source), str(out)],
+    }
+
+
+def timed(command: list[str]) -> tuple[float, float | None, int]:
+    """Seconds of a command, of that the seconds that it says it was writing, and its peak resident bytes."""
+    with tempfile.TemporaryFile("w+") as stdout:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE)
+        errors = process.stderr.read()
+        _, status, used = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        if status:
+            raise click.ClickException(f"{command} failed: {errors.decode()[-2000:]}")
+        stdout.seek(0)
+        said = stdout.read()
+    writing = json.loads(said)["seconds"]["writing"] if said.startswith("{") else None
+    return seconds, writing, used.ru_maxrss * 1024
+
+
+def load_edit_save(source: str, out: str) -> None:
+    """What one would write by hand: the model in memory, its writers centred, saved in the same shards."""
+    model = GPTNeoXForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    with torch.no_grad():
+        embedding = model.gpt_neox.embed_in.weight
+        embedding.copy_(embedding - embedding.float().mean(-1, keepdim=True))
+        for layer in model.gpt_neox.layers:
+            for writer in (layer.attention.dense, layer.mlp.dense_4h_to_h):
+                writer.weight.copy_(writer.weight - writer.weight.float().mean(0))
+                writer.bias.copy_(writer.bias - writer.bias.float().mean())
+    model.save_pretrained(out, max_shard_size=SHARD)
+    for path in Path(out).iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def drop(folder: Path) -> None:
+    """Have a folder's files leave the page cache."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_in(folder: Path) -> None:
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            while file.read(2**24):
+                pass
+
+
+def report(rows: list[dict], warm: bool) -> str:
+    lines = [
+        "# Converting beside copying",
+        "",
+        f"`scripts/bench_convert.py`; {platform.processor() or platform.machine()}, {os.cpu_count()} processors, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}; source "
+        f"{'in the page cache' if warm else 'not in the page cache'}. GPT-NeoX, width {WIDTH}, bfloat16, shards of "
+        f"1 GB; the largest tensor that an edit needs has {LARGEST / 2**20:.0f} MiB.",
+        "",
+        "Throughput is the checkpoint's size by the seconds of the whole command, start included; `of cp` is that over "
+        "cp's (synced). `writing` counts the stage alone that reads, edits, writes, hashes and syncs the weights.",
+        "",
+        "| GB | | seconds | GB/s | of cp | writing, s | writing, of cp | peak, MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        base = next((r["seconds"] for r in rows if r["size"] == row["size"] and r["name"] == "cp"), float("nan"))
+        inner = row["writing"]
+        stage = f"{inner:.1f} | {base / inner:.2f}" if inner else " | "
+        lines.append(
+            f"| {row['size'] / 1e9:.1f} | {row['name']} | {row['seconds']:.1f} | "
+            f"{row['size'] / 1e9 / row['seconds']:.2f} | {base / row['seconds']:.2f} | {stage} | "
+            f"{row['peak'] / 2**20:.0f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:3] == ["--", "load-edit-save"]:
+        load_edit_save(*sys.argv[3:])
+    else:
+        main()
