@@ -404,7 +404,8 @@ widths.forEach((w, i) => {{
   frame.srcdoc = document.querySelector ? atob("{page}") : "";
   frame.onload = () => {{
     const inside = frame.contentDocument, root = inside.documentElement;
-    found[i] = [root.scrollWidth - root.clientWidth, inside.querySelectorAll("svg").length, root.scrollHeight].join(",");
+    const drawings = inside.querySelectorAll("svg").length;
+    found[i] = [root.scrollWidth - root.clientWidth, drawings, root.scrollHeight].join(",");
     document.title = found.join(";");
   }};
   document.body.append(frame);

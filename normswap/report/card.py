@@ -15,6 +15,7 @@ from normswap.checkpoint.publish import README
 from normswap.checkpoint.source import Source
 from normswap.planning.plans import Plan
 from normswap.report.claims import MEANINGS
+from normswap.report.findings.words import verdict
 from normswap.report.kinds import kind_name
 from normswap.report.moved import moved_markdown
 from normswap.report.proof import proof_markdown, reports_markdown
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 #: what a source's card says that holds for the converted model as well
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
+#: tags of a source that name a form of its weights, which is left behind
+_FORMS = {"gguf", "onnx", "pytorch", "tf", "jax", "flax", "rust", "coreml", "openvino", "tflite", "mlx"}
 
 
 def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command: str, hub: str | None = None) -> None:
@@ -40,11 +43,13 @@ def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command:
         "",
         f"Made from `{source.title}` by normswap. Claim: **{plan.claim}**{unmeasured}. {MEANINGS[plan.claim]}",
         "",
+        *_verdict(plan, report),
         *_done(plan),
     ]
     lines += _moved(plan) if plan.moved else []
     lines += ["", "## Measured", "", *proof_markdown(report), *_use(folder, plan, hub)]
     lines += ["## Made by", "", "```", command, "```", ""]
+    lines += ["`normswap report path/to/this/folder` shows all that was measured, as a page with drawings.", ""]
     if plan.claim == "exact" and (folder / KEPT).exists():
         lines += [
             "`normswap convert path/to/this/folder path/to/another --undo` gives the source's own class back, with the "
@@ -94,7 +99,17 @@ def write_trained_card(folder: Path, source: Source, plan: Plan, report: Report,
         "",
         *_changes(done),
     ]
-    _write(folder, source, lines)
+    _write(folder, source, lines, trained=True)
+
+
+def _verdict(plan: Plan, proof: Proof) -> list[str]:
+    """What was measured, in a sentence."""
+    reports = {"mathematics": proof.mathematics, "as stored": proof.stored}
+    known = {name: report for name, report in reports.items() if report is not None}
+    if not known:
+        return []
+    told = verdict(plan.claim, known, known.get("as stored") or known["mathematics"])
+    return [f"**{told.headline}.** {told.sentence}", ""]
 
 
 def _done(plan: Plan) -> list[str]:
@@ -134,8 +149,8 @@ SCORES = {
 }
 
 
-def _write(folder: Path, source: Source, lines: list[str]) -> None:
-    text = f"---\n{_metadata(source)}\n---\n\n" + "\n".join(lines)
+def _write(folder: Path, source: Source, lines: list[str], trained: bool = False) -> None:
+    text = f"---\n{_metadata(source, trained)}\n---\n\n" + "\n".join(lines)
     (folder / README).write_text(text, encoding="utf-8")
 
 
@@ -218,15 +233,25 @@ def with_words(plan: Plan) -> str:
     return f" with {' and '.join(parts) or 'norms'}"
 
 
-def _metadata(source: Source) -> str:
-    """YAML for the top of the card."""
+def _texts(value: object) -> list[str]:
+    """Texts of a list, or the one text that there is; YAML takes a language such as `no` for something else."""
+    values = value if isinstance(value, list) else [value]
+    return values if all(isinstance(text, str) for text in values) else []
+
+
+def _metadata(source: Source, trained: bool) -> str:
+    """YAML for the top of the card; what the source's says of licence, language, task and tags holds on."""
     known = {"library_name": "transformers", "tags": ["normswap"]}
     if source.title == source.name:
         known["base_model"] = source.name
+        # of the relations that the Hub knows, a conversion without training is none
+        known |= {"base_model_relation": "finetune"} if trained else {}
     card = source.folder / README
     try:
         found = (metadata_load(card) if card.is_file() else None) or {}
     except (ValueError, YAMLError, OSError):  # a card that nobody can read says nothing
         found = {}
     known |= {key: found[key] for key in _CARRIED if key in found}
+    known["tags"] += [tag for tag in _texts(found.get("tags")) if tag.lower() not in _FORMS and tag != "normswap"]
+    known |= {"language": found["language"]} if _texts(found.get("language")) else {}
     return ModelCardData(**known).to_yaml()
