@@ -157,6 +157,13 @@ def test_the_block_is_drawn_slot_by_slot(found):
     assert [norm.kind for norm in after.embedding] == ["layernorm"] and not before.embedding
 
 
+def test_the_map_says_where_norms_stood_and_stand(pages, found):
+    rows = {row.shown: row for row in found["moved"].sites}
+    assert list(rows)[0] == "transformer.h.0.norm_first"  # it runs first, though only the result has it
+    assert (rows["transformer.h.0.ln_1"].slot_before, rows["transformer.h.0.ln_1"].slot_after) == ("N_in", "N_out")
+    assert _Checked(pages["moved"]).text.count("N_in \u2192 N_out") == 2
+
+
 def test_what_changed_is_marked_and_nothing_else(pages):
     """Layer 0 has another norm in two slots of two steps, on both sides; layer 1 is as it was."""
     drawn = re.findall(r'<svg[^>]*aria-label="layer [^"]*".*?</svg>', pages["moved"])

@@ -5,7 +5,7 @@ import yaml
 
 from normswap.planning.plans import FittedNorm, MovedBlock, Plan, Refusal
 from normswap.planning.request import Request
-from normswap.report.advice import advice
+from normswap.report.advice.advice import advice
 from normswap.report.findings.healing import recipe_for
 from normswap.report.findings.model import Findings, Training
 from normswap.report.findings.words import trained_verdict, verdict
@@ -66,6 +66,7 @@ CLOSE = report(0.1, stat(0.01), 0.93, at="norm")
         ({}, "bad", "without being measured"),
         ({"claim": "untrained", "main": CLOSE, "plan": plan("untrained")}, "bad", "every constant of the move is 1"),
         ({"main": report(1, stat(1), 0.9, mismatched=3, stored="float16")}, "bad", "3 rows .* bfloat16 or float32"),
+        ({"claim": "exact", "reports": {"mathematics": GOOD}}, "note", "few tokens.*`--verify full`"),
         ({"main": CLOSE, "plan": plan()}, "note", "close to the original.*`normswap finetune to-dyt "),
         ({"main": report(0.2, stat(0.07), 0.8), "plan": plan()}, "warn", "In 20 of 100 cases.*Before it is used"),
         ({"main": report(0.2, stat(0.3), 0.5), "plan": plan()}, "bad", "In 50 of 100 cases.*to-dyt"),
@@ -164,6 +165,7 @@ def trained(**scores: float) -> Training:
         (dict(source=4, start=4.3, healed=4.2, control=4.0), "Not healed yet", "warn", "0.200 nats above its control"),
         (dict(source=4, start=4.3, healed=4.5, control=4.0), "Training made it worse", "warn", "4.3000 before, 4.5000"),
         (dict(source=4, start=4.3, healed=4.0), "As good as the original", "note", "`control: true`"),
+        (dict(source=4, start=4.3, healed=4.1), "Not healed yet", "warn", "0.100 nats above the unconverted model"),
         # a taper starts at the original: what it leads away from there is the conversion's
         (dict(source=4, start=4, healed=4.02, control=4.0), "As good as its control", "good", "speaks against"),
         (dict(source=4, start=4, healed=4.2, control=4.19), "As good as its control", "warn", "the training, not the"),

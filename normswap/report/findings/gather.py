@@ -15,7 +15,7 @@ from normswap.checkpoint.record import PLAIN, RECORD, Record
 from normswap.checkpoint.source import Source
 from normswap.errors import NormswapError, SourceError
 from normswap.observe.inputs import example_inputs
-from normswap.report.advice import advice
+from normswap.report.advice.advice import advice
 from normswap.report.card import with_words
 from normswap.report.claims import MEANINGS
 from normswap.report.findings.drawing import drawing

@@ -83,6 +83,7 @@ class SiteRow(Record):
     Attributes:
         shown: their paths, folded; `count`: how many.
         before, after: what stands there; None: nothing. In a report of one model `after` is None throughout.
+        slot_before, slot_after: where in its block: `N_in`, `N_branch`, `N_out`; None: in no block of a stream.
         error_mean, error_max: relative error of what reaches them, where that was compared.
     """
 
@@ -93,6 +94,8 @@ class SiteRow(Record):
     width: int
     before: SiteForm | None
     after: SiteForm | None
+    slot_before: str | None = None
+    slot_after: str | None = None
     read_by: tuple[str, ...] = ()
     error_mean: float | None = None
     error_max: float | None = None
