@@ -37,7 +37,8 @@ from normswap.planning.plans import Plan
 from normswap.planning.request import Request, Words
 from normswap.report.card import write_card
 from normswap.report.plan import disk_facts
-from normswap.verification.proof import Proof, VerifyMode, prove, prove_live
+from normswap.verification.live import prove_live
+from normswap.verification.proof import Proof, VerifyMode, prove
 from normswap.verification.text import read as read_text
 
 #: what `progress` is called with while weights are written, in bytes
@@ -199,7 +200,8 @@ def convert(
         model: a folder, or a Hub id.
         out: the folder to make; its parents are made too.
         plan: a plan made before, or the file it was saved in.
-        adapters: folders of LoRA adapters of `model` (PEFT), which become adapters of the result, in `out/adapters`.
+        adapters: folders or Hub ids of LoRA adapters of `model` (PEFT), which become adapters of the result,
+            in `out/adapters`.
         hub: the repository of the Hub that the result is for, named in its card and by its adapters.
         dtype: `float32`, `bfloat16`, ... for all floating tensors of the result; None keeps each one's own.
         verify: `full`, `fast` (fewer tokens, no comparison in the stored precision) or `none`.

@@ -24,7 +24,8 @@ from normswap.checkpoint.source import Source
 from normswap.errors import RefusedError
 from normswap.planning.plans import Plan
 from normswap.planning.undo import NoWayBack, way_back
-from normswap.verification.proof import Proof, VerifyMode, prove_undone
+from normswap.verification.proof import Proof, VerifyMode
+from normswap.verification.undone import prove_undone
 
 #: what a conversion adds to a folder
 _OURS = (FILE, RECORD, KEPT)

@@ -93,7 +93,7 @@ def tried(model_type: str, root: Path):
 
 def _why(message: str) -> str:
     """The reason without the names that are in it."""
-    words = message.split("merge", 1)[0].split()
+    words = message.split("Merge it", 1)[0].split("fails in", 1)[0].split()
     return " ".join("..." if any(c in word for c in "._0123456789") and len(word) > 2 else word for word in words)[:160]
 
 

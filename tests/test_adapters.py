@@ -121,6 +121,8 @@ def test_only_what_the_plan_meets_is_changed(source, tmp_path):
     # gains go into what reads a norm, along its input
     assert changed == {k for k in before if "lora_A" in k and not ("o_proj" in k or "down_proj" in k)}
     assert changed == set(done.adapters[0]["changed"]) and len(changed) == 10
+    again = normswap.convert(source("llama"), tmp_path / "again", adapters=[adapter], verify="none", fold=True)
+    assert again.adapters == done.adapters  # hashes of the files are in it
     config = json.loads((done.folder / "adapters/mine/adapter_config.json").read_text())
     assert config == json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
 
@@ -287,6 +289,18 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda c, t: c.update(layer_replication=[[0, 1]]), "layer_replication is [[0, 1]], which is not known"),
         (lambda c, t: c.update(not_yet_invented=True), "not_yet_invented is True, which is not known"),
         (lambda c, t: c.update(target_modules=["none_such"]), "cannot be put on a LlamaForCausalLM"),
+        (lambda c, t: c.update(target_modules="("), "cannot be put on a LlamaForCausalLM"),
+        (lambda c, t: c.update(task_type=["x"], r=10**9), "cannot be put on a LlamaForCausalLM"),
+        (lambda c, t: c.update(r=10**9), "is not of this base"),
+        (
+            lambda c, t: (
+                c.update(trainable_token_indices=[98, 99]),
+                t.update(
+                    {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 32)}
+                ),
+            ),
+            "is of row 99, and model.embed_tokens.weight has 99 rows",
+        ),
         (lambda c, t: t.pop(KEY), f"lacks {KEY}"),
         (lambda c, t: t.update({KEY: torch.ones(3, 31)}), f"is not of this base: {KEY} has shape (3, 31)"),
         (lambda c, t: t.update(other=torch.ones(2)), "other has shape (2,), expected no such tensor"),
@@ -318,6 +332,8 @@ def test_two_of_one_name_and_none_at_all(source, tmp_path, monkeypatch):
         normswap.convert(source("llama"), tmp_path / "out", adapters=both, fold=True)
     with pytest.raises(SourceError, match="is no adapter: expected a folder with adapter_config.json"):
         normswap.convert(source("llama"), tmp_path / "out", adapters=[source("llama")], fold=True)
+    with pytest.raises(SourceError, match="the adapter org/none-such is no local folder and could not be had"):
+        normswap.convert(source("llama"), tmp_path / "out", adapters=["org/none-such"], fold=True)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SourceError, match=r"PEFT, which is not installed: pip install 'normswap\[lora\]'"):
         normswap.convert(source("llama"), tmp_path / "out", adapters=[adapter], fold=True)

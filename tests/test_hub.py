@@ -26,7 +26,7 @@ class FakeHub(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.fails = None
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def answer(self, path: str, body: bytes) -> tuple[int, object]:
         self.asked.append(path)

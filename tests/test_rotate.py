@@ -17,7 +17,7 @@ from normswap.errors import PlanError, RefusedError
 from normswap.planning.edits import Rotate
 from normswap.planning.orthogonal import Rotation, hadamard_factors
 from normswap.planning.plans import Plan
-from normswap.verification.proof import measure_live
+from normswap.verification.live import measure_live
 from sweep import zoo
 
 # measured: at most 3e-15 at every norm (turned back) and output

@@ -17,7 +17,7 @@ from normswap.norms.kinds.layer_norm import MirroredLayerNorm
 from normswap.planning.edits import SwapNorm
 from normswap.understand.normmap import find_sites
 from normswap.verification.inputs import evaluation_inputs
-from normswap.verification.proof import measure_live
+from normswap.verification.live import measure_live
 from normswap.verification.run import open_model, tokenizer_of
 from sweep import zoo
 

@@ -31,9 +31,9 @@ from normswap.norms.spec import NormSpec
 from normswap.report.comparison import comparison_table, verdict
 from normswap.understand.normmap import find_sites
 from normswap.verification.inputs import evaluation_inputs, redrawn
+from normswap.verification.live import measure_live
 from normswap.verification.metrics import TokenComparison, compare_logits
 from normswap.verification.models import compare_models
-from normswap.verification.proof import measure_live
 from normswap.verification.run import Report, verify
 
 IDS = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(0))

@@ -123,6 +123,12 @@ def _fitting(adapter: Adapter, slots: Slots, keymap: KeyMap, original: Original)
                 f"{slots.shapes.get(key, 'no such tensor')}. Name the checkpoint that it was trained on."
             )
         held[key] = tensor.double()
+    for key, (name, rows) in slots.rows.items():
+        if not all(0 <= row < keymap.shapes[name][0] for row in rows):
+            raise RefusedError(
+                f"the adapter {adapter.name} is not of this base: {key} is of row {max(rows)}, and {name} has "
+                f"{keymap.shapes[name][0]} rows. Name the checkpoint that it was trained on."
+            )
     if lacking := sorted(slots.shapes.keys() - held.keys() - slots.ignored):
         raise RefusedError(
             f"the adapter {adapter.name} lacks {lacking[0]}, which its settings ask for on this base. Name the "

@@ -67,7 +67,7 @@ class Adapter:
     """An adapter's files, read.
 
     Attributes:
-        name: of its folder; under it the converted adapter is published.
+        name: of its folder or repository; under it the converted adapter is published.
         folder: where it was read.
         config: its `adapter_config.json`.
         tensors: by key, as stored.
@@ -82,7 +82,7 @@ class Adapter:
 
 
 def read_adapters(folders: Sequence[str | Path]) -> list[Adapter]:
-    """Read adapters, before anything else is done.
+    """Read adapters, from folders or by their Hub ids, before anything else is done.
 
     Raises:
         SourceError: a folder holds no adapter, or a damaged one; or PEFT is not installed.
@@ -96,7 +96,7 @@ def read_adapters(folders: Sequence[str | Path]) -> list[Adapter]:
         raise SourceError(
             "adapters are measured with PEFT, which is not installed: pip install 'normswap[lora]'."
         ) from (error)
-    found = [_read(Path(folder).expanduser()) for folder in folders]
+    found = [_read(_located(folder)) for folder in folders]
     names = [adapter.name for adapter in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise SourceError(
@@ -105,11 +105,31 @@ def read_adapters(folders: Sequence[str | Path]) -> list[Adapter]:
     return found
 
 
-def _read(folder: Path) -> Adapter:
+def _located(folder: str | Path) -> tuple[str, Path]:
+    """The adapter's name, and where it is; one that is no local folder, and could be on the Hub, is had from there."""
+    path, name = Path(folder).expanduser(), str(folder)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return path.resolve().name, path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, PICKLED])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"the adapter {name} is no local folder and could not be had from the Hub ({reason:.200}). Check the name, "
+            f"or give a folder with {CONFIG} and {WEIGHTS}."
+        ) from error
+    return name.partition("/")[2], Path(found)
+
+
+def _read(located: tuple[str, Path]) -> Adapter:
+    name, folder = located
     if not (folder / CONFIG).is_file():
         raise SourceError(
             f"{folder} is no adapter: expected a folder with {CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes "
-            f"it. One on the Hub has to be downloaded first (hf download)."
+            f"it, or a Hub id such as 'org/adapter'."
         )
     config = _config(folder / CONFIG)
     path = next((folder / name for name in (WEIGHTS, PICKLED) if (folder / name).is_file()), None)
@@ -117,7 +137,7 @@ def _read(folder: Path) -> Adapter:
         raise SourceError(f"{folder} has a {CONFIG} and no weights: expected {WEIGHTS} beside it.")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Adapter(folder.resolve().name, folder, config, _tensors(path), digest)
+    return Adapter(name, folder, config, _tensors(path), digest)
 
 
 def _config(path: Path) -> dict[str, Any]:

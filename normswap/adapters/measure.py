@@ -20,14 +20,15 @@ from normswap.adapters.slots import NAME, put_on
 from normswap.apply.live import apply_plan
 from normswap.calibration.data import Progress
 from normswap.checkpoint.source import Source
-from normswap.errors import ObserveError, VerificationError
+from normswap.errors import ObserveError, RefusedError, VerificationError
 from normswap.planning.plans import Plan
 from normswap.verification.basis import OtherBasis
 from normswap.verification.inputs import evaluation_inputs
 from normswap.verification.metrics import Record
 from normswap.verification.models import TOLERANCES
+from normswap.verification.opened import open_published
 from normswap.verification.outputs import Inputs, Outputs, check_alike, outputs_of, row_errors
-from normswap.verification.proof import VerifyMode, open_published
+from normswap.verification.proof import VerifyMode
 from normswap.verification.run import open_model, tokenizer_of
 from normswap.verification.text import MEASURED, WHOLE
 
@@ -71,6 +72,7 @@ def measure(
 
     Raises:
         VerificationError: an exact plan, and an adapter that does something else on it.
+        RefusedError: an adapter that does not run on the source either.
     """
     if mode == "none" or not carried:
         return {}
@@ -90,7 +92,10 @@ def measure(
     found, wanted = {}, {}
     for one in carried:
         with adapted(model, one.adapter.config, one.before, one) as with_it:
-            wanted[one.adapter.name] = ran(with_it)
+            try:
+                wanted[one.adapter.name] = ran(with_it)
+            except ObserveError as error:
+                raise RefusedError(f"the adapter {one.adapter.name} does not run on its own base: {error}") from error
     apply_plan(model, plan)
     for one in carried:
         name = one.adapter.name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,6 +102,7 @@ def put_on(model: nn.Module, config: Mapping[str, Any], name: str):
     """
     from peft import LoraConfig, PeftModel
 
+    device = next(model.parameters()).device
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     settings = {key: value for key, value in config.items() if key in known}
     try:
@@ -108,10 +110,10 @@ def put_on(model: nn.Module, config: Mapping[str, Any], name: str):
         made = _class(settings.task_type, PeftModel)
         options = {"autocast_adapter_dtype": False}
         options = {key: v for key, v in options.items() if key in inspect.signature(PeftModel.__init__).parameters}
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device(device):
             warnings.simplefilter("ignore")
             return made(model, settings, NAME, **options).eval()
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RefusedError(
             f"the adapter {name} cannot be put on a {type(model).__name__}: {reason:.300} Is it of this base? Its "

@@ -88,15 +88,15 @@ class Values:
             name, key, edits = found
             start = 0 if rows is None else rows.start
             shape = self._source.tensors[key].shape
-            return {job.keys[0]: self._apply(name, self._source.read(key, rows), edits, dtype, start, shape)}
+            return {job.keys[0]: self.apply(name, self._source.read(key, rows), edits, dtype, start, shape)}
         if job.group is None:
-            return {key: self._new(name, edits, dtype) for key in job.keys for name, edits in job.edits.items()}
+            return {key: self.new(name, edits, dtype) for key in job.keys for name, edits in job.edits.items()}
         sources = self._read(job.group)
         made = self._keymap.to_model(job.group, sources)
         self._check_reversible(job.group, sources, made)
         del sources
         for name in job.group.targets:
-            made[name] = self._apply(name, made.pop(name), job.edits.get(name, ()), dtype)
+            made[name] = self.apply(name, made.pop(name), job.edits.get(name, ()), dtype)
         return self._keymap.to_source(job.group, made)
 
     def keeping(self, keeper: Keeper) -> Values:
@@ -118,7 +118,7 @@ class Values:
 
     def cast(self, key: str, dtype: torch.dtype, rows: range | None = None) -> torch.Tensor:
         """A stored tensor, or some rows of it, in another dtype. Raises PlanError when a value does not fit it."""
-        return self._apply(key, self._source.read(key, rows), (), dtype)
+        return self.apply(key, self._source.read(key, rows), (), dtype)
 
     def check_copies(self, names: tuple[str, ...]) -> None:
         """Refuse a tied parameter that the files hold twice with different values: loading would not tie it."""
@@ -143,13 +143,14 @@ class Values:
             return None
         return name, group.sources[0], edits
 
-    def _new(self, name: str, edits: tuple[TensorEdit, ...], dtype: torch.dtype) -> torch.Tensor:
+    def new(self, name: str, edits: tuple[TensorEdit, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor that the source does not hold, in `dtype`."""
         if isinstance(edits[0], Untie):
             # What it does to values, without a copy of them in float64.
-            return self._apply(name, self._stored(edits[0].source), edits[1:], dtype)
+            return self.apply(name, self._stored(edits[0].source), edits[1:], dtype)
         return self._compute(name, None, edits, dtype)
 
-    def _apply(
+    def apply(
         self,
         name: str,
         value: torch.Tensor,
@@ -158,7 +159,10 @@ class Values:
         start: int = 0,
         shape: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
-        """All of `value`: the tensor or, from row `start` on, some rows of it, which is of `shape` then."""
+        """What `edits` make of `value`: the tensor `name` or, from row `start` on, some rows of it, of `shape` then.
+
+        Rounded once, to `dtype`. Raises PlanError when a value does not fit it.
+        """
         axis = free_axis(edits, value.ndim)
         if axis is None or not value.numel():
             return self._compute(name, value, edits, dtype)

@@ -49,8 +49,8 @@ from normswap.cli.options import (
     multiple=True,
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="A LoRA adapter of MODEL (PEFT), to become one of OUT that gives the same outputs there, in OUT/adapters. May "
-    "be given several times.",
+    help="A LoRA adapter of MODEL (PEFT; a folder or Hub id), to become one of OUT that gives the same outputs there, "
+    "in OUT/adapters. May be given several times.",
 )
 @click.option(
     "--push-to-hub", metavar="REPO", help="Upload OUT to that repository of the Hub, which is made if need be."

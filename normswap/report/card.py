@@ -183,12 +183,12 @@ def _use(folder: Path, plan: Plan, hub: str | None = None) -> list[str]:
 
 def _adapters(folder: Path) -> list[str]:
     """How to load the adapters that lie in the folder."""
-    names = sorted(path.parent.name for path in (folder / ADAPTERS).glob("*/adapter_config.json"))
+    names = sorted(path.parent.name for path in (folder / ADAPTERS).glob("*/adapter_model.safetensors"))
     if not names:
         return []
     lines = [f'model = PeftModel.from_pretrained(model, folder, subfolder="{ADAPTERS}/{name}")' for name in names]
     return [
-        "Adapters of the source, which do the same on this model (measured, in `normswap.json`); one at a time:",
+        "Adapters of the source, carried over to this model; their measurements are in `normswap.json`. One at a time:",
         "",
         "```python",
         "from peft import PeftModel",

@@ -23,7 +23,9 @@ from normswap.planning.request import Request
 from normswap.report.card import write_trained_card
 from normswap.report.curves import draw
 from normswap.tune.recipe import Recipe
-from normswap.verification.proof import TOKENS, check_files, open_published
+from normswap.verification.checks import check_files
+from normswap.verification.opened import open_published
+from normswap.verification.proof import TOKENS
 from normswap.verification.run import Report, verify
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from normswap.errors import ObserveError, VerificationError
 from normswap.observe.inputs import example_inputs, takes_one_row
 from normswap.verification.outputs import Inputs, outputs_of
-from normswap.verification.text import WHOLE
+from normswap.verification.text import WHOLE, most_tokens
 from normswap.verification.text import batches as batches_of_text
 
 # Long enough to reach every row of most position tables, short enough for eager attention in float64.
@@ -37,6 +37,7 @@ def evaluation_inputs(
     tokens: int,
     part: tuple[float, float] = WHOLE,
     window: int | None = None,
+    runs: bool = True,
 ) -> tuple[list[Inputs], tuple[int, ...], str]:
     """Batches of keyword arguments, the shape of their main input together, and where they are from.
 
@@ -47,6 +48,7 @@ def evaluation_inputs(
         tokens: how many in all, about; of text alone.
         part: of the text, from where to where.
         window: windows of so many tokens at most, at even distances; None: as long as may be, from the beginning.
+        runs: whether the model may be run to find out how long a text it takes; else its configuration is believed.
     """
     example = example_inputs(model)
     vocabulary = of_text(model.config, "vocab_size")
@@ -62,7 +64,8 @@ def evaluation_inputs(
         )
     if tokens < 2:
         raise VerificationError(f"tokens must be at least 2, found {tokens}: a token is needed to predict the next.")
-    length = _longest(model, example, min(_positions(model.config), tokens, window or tokens))
+    length = min(_positions(model.config), tokens, window or tokens, most_tokens(vocabulary))
+    length = _longest(model, example, length) if runs else length
     count = max(1, tokens // length)
     found = batches_of_text(tokenizer, text, vocabulary, length, count, part, spread=window is not None)
     parts = [part for ids in found.ids for part in (ids.split(1) if takes_one_row(model) else [ids])]

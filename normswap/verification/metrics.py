@@ -9,8 +9,8 @@ import torch
 from normswap.verification.histogram import Histogram, histogram
 from normswap.verification.record import Record
 
-# Float64 copies of logits are made for this many values at a time (64 MiB).
-_CHUNK = 2**23
+# Float64 copies of logits are made for this many values at a time (8 MiB).
+_CHUNK = 2**20
 # Tokens shown before and after the worst one.
 _BEFORE, _AFTER = 6, 3
 # How many of the worst tokens are kept.

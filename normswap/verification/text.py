@@ -10,8 +10,10 @@ import torch
 
 from normswap.errors import SourceError
 
-# Logits of one batch are held for two models in float64; this many values take 256 MiB each.
-_MAX_LOGITS = 2**25
+# Logits of one batch are held for two models in float64; this many values take 64 MiB each.
+_MAX_LOGITS = 2**23
+# A window is not cut below this: a short text says little.
+_LEAST_TOKENS = 64
 # Rows of a batch, or more where they are short.
 _MAX_BATCH, _MAX_TOKENS = 8, 2048
 _SEED = 0
@@ -32,6 +34,11 @@ class Batches(NamedTuple):
 #: the part of a text that is kept for measuring where something is calibrated on the rest
 MEASURED, CALIBRATED = (0.0, 0.25), (0.25, 1.0)
 WHOLE = (0.0, 1.0)
+
+
+def most_tokens(vocabulary: int) -> int:
+    """How long a window may be for the logits of one to stay within what a batch may take."""
+    return max(_LEAST_TOKENS, _MAX_LOGITS // vocabulary)
 
 
 def batches(

@@ -23,9 +23,9 @@ from normswap.planning.plans import Plan
 from normswap.planning.request import Request
 from normswap.understand.normmap import NormMap
 from normswap.verification.inputs import redrawn
+from normswap.verification.live import measure_live
 from normswap.verification.models import compare_models
 from normswap.verification.outputs import outputs_of
-from normswap.verification.proof import measure_live
 from normswap.verification.untying import why_tied
 from sweep import zoo
 from sweep.disk import prepare
