@@ -1,5 +1,6 @@
 """Reports of folders, comparisons and models: what a page says, that it is one safe file, and the same as JSON."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -10,17 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM
 
 import normswap
 from models import tiny
 from normswap.checkpoint.record import RECORD
+from normswap.checkpoint.source import Source
 from normswap.cli import main
 from normswap.errors import DestinationError, SourceError
 from normswap.report.findings.drawing import drawing
 from normswap.report.findings.gather import of_folder, of_model
 from normswap.report.findings.model import Findings
+from normswap.report.metadata import metadata
 from normswap.report.page.page import page
 
 BROWSER = next(
@@ -305,6 +310,30 @@ def test_a_fine_tune_shows_its_curves_beside_the_control(folders, tmp_path):
     assert "0.1000 above the unconverted model, trained as much" in words and "stages.0.learning_rate" in words
     assert len(re.findall('aria-label="[^"]* over tokens"', text)) == 5  # the distribution, and four that were logged
     assert text.count("the source</text>") == 2 and "control: the source, trained as much" in words
+
+
+# -- the model card ---------------------------------------------------------------------------------------------
+
+
+def test_a_card_has_what_the_hub_reads(small, folders, tmp_path):
+    card = ModelCard.load(folders["exact"] / "README.md")
+    assert "**The same function.** The output and what reaches 5 norms agree to rounding" in card.text
+    assert re.search(r"\| KL, nats \(as stored, float32\)( \| [\d.e+-]+){5} \|", card.text)
+    assert "from_pretrained(folder, trust_remote_code=True)" in card.text and "normswap report" in card.text
+    shutil.copytree(small["gpt2"], tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text(
+        "---\nlicense: mit\nlanguage: [en, fr]\ntags: [poetry, gguf, normswap]\nmetrics: [secret]\n---\n# It\n"
+    )
+    source = dataclasses.replace(Source.open(tmp_path / "model"), name="org/model")
+    for trained in (False, True):
+        kept = ModelCardData(**yaml.safe_load(metadata(source, trained))).to_dict()
+        assert kept == {
+            "library_name": "transformers",
+            "base_model": "org/model",
+            "license": "mit",
+            "language": ["en", "fr"],
+            "tags": ["normswap", "poetry"],
+        } | ({"base_model_relation": "finetune"} if trained else {})
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

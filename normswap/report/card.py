@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import transformers
-from huggingface_hub import ModelCardData, metadata_load
-from yaml import YAMLError
 
 from normswap.adapters.publish import ADAPTERS
 from normswap.checkpoint.kept import KEPT
@@ -17,6 +15,7 @@ from normswap.planning.plans import Plan
 from normswap.report.claims import MEANINGS
 from normswap.report.findings.words import verdict
 from normswap.report.kinds import kind_name
+from normswap.report.metadata import metadata
 from normswap.report.moved import moved_markdown
 from normswap.report.proof import proof_markdown, reports_markdown
 from normswap.verification.proof import Proof
@@ -24,11 +23,6 @@ from normswap.verification.run import Report
 
 if TYPE_CHECKING:
     from normswap.tune.run import Finetuned
-
-#: what a source's card says that holds for the converted model as well
-_CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
-#: tags of a source that name a form of its weights, which is left behind
-_FORMS = {"gguf", "onnx", "pytorch", "tf", "jax", "flax", "rust", "coreml", "openvino", "tflite", "mlx"}
 
 
 def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command: str, hub: str | None = None) -> None:
@@ -150,7 +144,7 @@ SCORES = {
 
 
 def _write(folder: Path, source: Source, lines: list[str], trained: bool = False) -> None:
-    text = f"---\n{_metadata(source, trained)}\n---\n\n" + "\n".join(lines)
+    text = f"---\n{metadata(source, trained)}\n---\n\n" + "\n".join(lines)
     (folder / README).write_text(text, encoding="utf-8")
 
 
@@ -231,27 +225,3 @@ def with_words(plan: Plan) -> str:
     parts += [f"{kind_name(request.qk_norm)} on queries and keys"] if request.qk_norm else []
     parts += ["its stream in another basis"] if request.rotate else []
     return f" with {' and '.join(parts) or 'norms'}"
-
-
-def _texts(value: object) -> list[str]:
-    """Texts of a list, or the one text that there is; YAML takes a language such as `no` for something else."""
-    values = value if isinstance(value, list) else [value]
-    return values if all(isinstance(text, str) for text in values) else []
-
-
-def _metadata(source: Source, trained: bool) -> str:
-    """YAML for the top of the card; what the source's says of licence, language, task and tags holds on."""
-    known = {"library_name": "transformers", "tags": ["normswap"]}
-    if source.title == source.name:
-        known["base_model"] = source.name
-        # of the relations that the Hub knows, a conversion without training is none
-        known |= {"base_model_relation": "finetune"} if trained else {}
-    card = source.folder / README
-    try:
-        found = (metadata_load(card) if card.is_file() else None) or {}
-    except (ValueError, YAMLError, OSError):  # a card that nobody can read says nothing
-        found = {}
-    known |= {key: found[key] for key in _CARRIED if key in found}
-    known["tags"] += [tag for tag in _texts(found.get("tags")) if tag.lower() not in _FORMS and tag != "normswap"]
-    known |= {"language": found["language"]} if _texts(found.get("language")) else {}
-    return ModelCardData(**known).to_yaml()
