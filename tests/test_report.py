@@ -145,8 +145,10 @@ def test_costs_are_counted(found, folders):
     assert found["exact"].sizes.parameters_after == sum(p.numel() for p in model.parameters())
     assert found["exact"].sizes.parameters_before == found["exact"].sizes.parameters_after
     assert 0 < found["exact"].sizes.bytes_rewritten < found["exact"].sizes.bytes_after
-    assert found["exact"].sizes.minutes is None
-    assert "It took 90 seconds." in page(of_folder(folders["exact"], minutes=1.5))
+    assert not found["exact"].sizes.seconds
+    seconds = {"writing": 0.5, "verifying": 240.0}
+    words = "It took 4.01 minutes: writing 0.5 seconds, verifying 4 minutes."
+    assert words in page(of_folder(folders["exact"], seconds=seconds))
 
 
 # -- the drawing -------------------------------------------------------------------------------------------------------
@@ -270,6 +272,27 @@ def test_a_folder_of_an_older_version_says_what_was_not_measured(folders, tmp_pa
         "The command was not kept",
     ):
         assert words in text
+
+
+def test_a_source_that_is_not_known_here_has_no_drawing(folders, tmp_path):
+    folder = _copied(folders["exact"], tmp_path / "out", lambda r: r["source_config"].update(model_type="nosuch"))
+    text = _Checked(page(of_folder(folder))).text
+    assert "The same function" in text and "The block" not in text
+    assert "The source's norms could not be looked at" in text and "nosuch" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["report"]["stored"].pop("comparison"),
+        lambda record: record.update(written=[1]),
+        lambda record: record.update(training={"tokens": 1}),
+        lambda record: record.update(adapters=[{"name": "x"}]),
+    ],
+)
+def test_a_damaged_record_is_refused(folders, tmp_path, change):
+    with pytest.raises(SourceError, match="the record in .* is damaged"):
+        of_folder(_copied(folders["exact"], tmp_path / "out", change))
 
 
 def test_weights_that_are_others_now_are_found_out(folders, tmp_path):

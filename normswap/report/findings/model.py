@@ -107,7 +107,7 @@ class Sizes(Record):
     Attributes:
         tensors: of the files, by what happened to them.
         bytes_rewritten: of tensors that are other ones now; the rest was copied.
-        minutes: of work, where the page is made in the same run.
+        seconds: of work, by stage, where the page is made in the same run.
     """
 
     parameters_before: int | None = None
@@ -117,7 +117,7 @@ class Sizes(Record):
     bytes_rewritten: int | None = None
     tensors: dict[str, int] = {}
     untied: tuple[str, ...] = ()
-    minutes: float | None = None
+    seconds: dict[str, float] = {}
 
 
 class Training(Record):
@@ -177,6 +177,7 @@ class Findings(Record):
         reports: the measurements by name, in the order in which they count: `mathematics`, `as stored`, `compared`.
         before, after: the norms as drawn; None where they could not be, as `notes` say.
         advice: what to do next.
+        adapters: what became of the adapters that were carried over, a line each.
         notes: what is not in this report, and why.
     """
 
@@ -194,6 +195,7 @@ class Findings(Record):
     generation: Generation | None = None
     sizes: Sizes = Sizes()
     training: Training | None = None
+    adapters: tuple[str, ...] = ()
     plan: Plan | None = None
     provenance: Provenance = Provenance()
     notes: tuple[str, ...] = ()
