@@ -9,8 +9,8 @@ folder of its own that is removed afterwards. Each contender runs in a process o
 - `normswap convert --norm rmsnorm` and `--fold`, unverified; and the first with `--verify fast`;
 - transformers: load in bfloat16, centre the writers, `save_pretrained` in the same shards.
 
-Before each run the source leaves the page cache, as a checkpoint that was not just fetched; `--warm` reads it in instead.
-Peak memory is the largest resident set of the process. The table goes to scripts/results/convert.md.
+Before each run the source leaves the page cache, as a checkpoint that was not just fetched; `--warm` reads it in
+instead. Peak memory is the largest resident set of the process. The table goes to scripts/results/convert.md.
 """
 
 from __future__ import annotations

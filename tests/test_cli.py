@@ -144,11 +144,11 @@ def test_partial_lists_what_stays(checkpoints):
 def test_verify_finds_no_difference_in_a_conversion(checkpoints, out):
     shown = run("verify", checkpoints / GPT2, out, "--tokens", 512)
     assert shown.exit_code == 0 and shown.stderr == ""
-    header = re.search(r" mean +median +p99\.9 +worst +at", shown.stdout)
+    header = re.search(r" mean +median +p99 +p99\.9 +worst +at", shown.stdout)
     assert header
     for row in ("relative error", r"KL \(nats\)", "cross-entropy A", "cross-entropy B", "its change"):
-        # four numbers and the token where it is worst
-        assert re.search(rf"{row}( +[\d.e+-]+){{4}} +.*‹.+›", shown.stdout), row
+        # five numbers and the token where it is worst
+        assert re.search(rf"{row}( +[\d.e+-]+){{5}} +.*‹.+›", shown.stdout), row
     assert re.search(r"same top-1 +100\.00%", shown.stdout)
     assert "No difference beyond rounding in the output and in what reaches 13 norms" in shown.stdout
 

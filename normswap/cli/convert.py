@@ -130,7 +130,7 @@ def command(
     for line in adapter_lines(done.adapters):
         err().print(line)
     if page is not None:
-        _write_page(page, done, sum(done.seconds.values()) / 60)
+        _write_page(page, done)
     if done.skipped:
         err().print(f"left behind (other formats hold the unconverted weights): {one_line(done.skipped)}")
     if options["verify"] == "none":
@@ -140,11 +140,11 @@ def command(
         err().print(f"pushed to {target.push(done.folder)}", style="bold")
 
 
-def _write_page(page: Path, done, minutes: float) -> None:
+def _write_page(page: Path, done) -> None:
     from normswap.report.findings.gather import of_folder
     from normswap.report.page.write import write_page
 
-    write_page(of_folder(done.folder, proof=done.report, minutes=minutes), page)
+    write_page(of_folder(done.folder, proof=done.report, seconds=done.seconds), page)
     err().print(f"wrote {page}", style="bold")
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import transformers
-from huggingface_hub import ModelCardData, metadata_load
-from yaml import YAMLError
 
 from normswap.adapters.publish import ADAPTERS
 from normswap.checkpoint.kept import KEPT
@@ -15,7 +13,9 @@ from normswap.checkpoint.publish import README
 from normswap.checkpoint.source import Source
 from normswap.planning.plans import Plan
 from normswap.report.claims import MEANINGS
+from normswap.report.findings.words import verdict
 from normswap.report.kinds import kind_name
+from normswap.report.metadata import metadata
 from normswap.report.moved import moved_markdown
 from normswap.report.proof import proof_markdown, reports_markdown
 from normswap.verification.proof import Proof
@@ -23,9 +23,6 @@ from normswap.verification.run import Report
 
 if TYPE_CHECKING:
     from normswap.tune.run import Finetuned
-
-#: what a source's card says that holds for the converted model as well
-_CARRIED = ("license", "license_name", "license_link", "pipeline_tag")
 
 
 def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command: str, hub: str | None = None) -> None:
@@ -40,11 +37,13 @@ def write_card(folder: Path, source: Source, plan: Plan, report: Proof, command:
         "",
         f"Made from `{source.title}` by normswap. Claim: **{plan.claim}**{unmeasured}. {MEANINGS[plan.claim]}",
         "",
+        *_verdict(plan, report),
         *_done(plan),
     ]
     lines += _moved(plan) if plan.moved else []
     lines += ["", "## Measured", "", *proof_markdown(report), *_use(folder, plan, hub)]
     lines += ["## Made by", "", "```", command, "```", ""]
+    lines += ["`normswap report path/to/this/folder` shows all that was measured, as a page with drawings.", ""]
     if plan.claim == "exact" and (folder / KEPT).exists():
         lines += [
             "`normswap convert path/to/this/folder path/to/another --undo` gives the source's own class back, with the "
@@ -94,7 +93,17 @@ def write_trained_card(folder: Path, source: Source, plan: Plan, report: Report,
         "",
         *_changes(done),
     ]
-    _write(folder, source, lines)
+    _write(folder, source, lines, trained=True)
+
+
+def _verdict(plan: Plan, proof: Proof) -> list[str]:
+    """What was measured, in a sentence."""
+    reports = {"mathematics": proof.mathematics, "as stored": proof.stored}
+    known = {name: report for name, report in reports.items() if report is not None}
+    if not known:
+        return []
+    told = verdict(plan.claim, known, known.get("as stored") or known["mathematics"])
+    return [f"**{told.headline}.** {told.sentence}", ""]
 
 
 def _done(plan: Plan) -> list[str]:
@@ -134,8 +143,8 @@ SCORES = {
 }
 
 
-def _write(folder: Path, source: Source, lines: list[str]) -> None:
-    text = f"---\n{_metadata(source)}\n---\n\n" + "\n".join(lines)
+def _write(folder: Path, source: Source, lines: list[str], trained: bool = False) -> None:
+    text = f"---\n{metadata(source, trained)}\n---\n\n" + "\n".join(lines)
     (folder / README).write_text(text, encoding="utf-8")
 
 
@@ -216,17 +225,3 @@ def with_words(plan: Plan) -> str:
     parts += [f"{kind_name(request.qk_norm)} on queries and keys"] if request.qk_norm else []
     parts += ["its stream in another basis"] if request.rotate else []
     return f" with {' and '.join(parts) or 'norms'}"
-
-
-def _metadata(source: Source) -> str:
-    """YAML for the top of the card."""
-    known = {"library_name": "transformers", "tags": ["normswap"]}
-    if source.title == source.name:
-        known["base_model"] = source.name
-    card = source.folder / README
-    try:
-        found = (metadata_load(card) if card.is_file() else None) or {}
-    except (ValueError, YAMLError, OSError):  # a card that nobody can read says nothing
-        found = {}
-    known |= {key: found[key] for key in _CARRIED if key in found}
-    return ModelCardData(**known).to_yaml()

@@ -58,7 +58,7 @@ def output_table(found: Comparison) -> Table:
     """The output's numbers alone."""
     table = _table(f"output ({found.output_name}), {found.output.rows} rows")
     table.add_column("")
-    for name in ("mean", "median", "p99.9", "worst"):
+    for name in ("mean", "median", "p99", "p99.9", "worst"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("at", overflow="fold")
     metrics = found.output
@@ -78,7 +78,8 @@ def output_table(found: Comparison) -> Table:
 
 def _add(table: Table, name: str, stat: Stat | None, form: str) -> None:
     if stat is not None:
-        numbers = (format(value, form) for value in (stat.mean, stat.median, stat.p999, stat.max))
+        values = (stat.mean, stat.median, stat.p99, stat.p999, stat.max)
+        numbers = ("" if value is None else format(value, form) for value in values)
         table.add_row(name, *numbers, _place(stat.worst))
 
 

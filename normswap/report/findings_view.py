@@ -33,6 +33,7 @@ def findings_view(found: Findings) -> RenderableType:
     parts += _generation(found)
     parts += [_scores(found)] if found.training else []
     parts += [_sites(found), *_streams(found)]
+    parts += [Text(line) for line in found.adapters]
     parts += [Text(note, style="dim") for note in found.notes]
     if found.provenance.command:
         parts.append(Text(f"made by: {found.provenance.command}"))

@@ -46,7 +46,7 @@ def proof_markdown(proof: Proof) -> list[str]:
 
 def reports_markdown(reports: Mapping[str, Report | None]) -> list[str]:
     """Lines of Markdown: a table of what was measured under each name, and on what."""
-    rows = ["| | mean | median | p99.9 | worst |", "|---|---|---|---|---|"]
+    rows = ["| | mean | median | p99 | p99.9 | worst |", "|---|---|---|---|---|---|"]
     lines = []
     for what, report in reports.items():
         if report is None:
@@ -59,7 +59,8 @@ def reports_markdown(reports: Mapping[str, Report | None]) -> list[str]:
             ("change of cross-entropy, nats", output.cross_entropy_change),
         ):
             if stat is not None:
-                numbers = " | ".join(f"{n:.1e}" for n in (stat.mean, stat.median, stat.p999, stat.max))
+                values = (stat.mean, stat.median, stat.p99, stat.p999, stat.max)
+                numbers = " | ".join("" if n is None else f"{n:.1e}" for n in values)
                 rows.append(f"| {name} ({what}, {stored}) | {numbers} |")
         if output.top1 is not None:
             lines.append(f"- {what}: the same token is most probable at {output.top1:.2%} of the positions")

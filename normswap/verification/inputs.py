@@ -16,6 +16,8 @@ from normswap.verification.text import batches as batches_of_text
 
 # Long enough to reach every row of most position tables, short enough for eager attention in float64.
 _LENGTH = 1024
+# Some configurations count positions that no token gets: those before the first.
+_SPARE = 8
 #: how the description of inputs begins that are of no data
 RANDOM = "random inputs"
 # How many batches are made where there is no text to take them from.
@@ -64,8 +66,9 @@ def evaluation_inputs(
         )
     if tokens < 2:
         raise VerificationError(f"tokens must be at least 2, found {tokens}: a token is needed to predict the next.")
-    length = min(_positions(model.config), tokens, window or tokens, most_tokens(vocabulary))
-    length = _longest(model, example, length) if runs else length
+    positions = _positions(model.config) - (0 if runs else _SPARE)
+    length = min(positions, tokens, window or tokens, most_tokens(vocabulary))
+    length = _longest(model, example, length) if runs else max(2, length)
     count = max(1, tokens // length)
     found = batches_of_text(tokenizer, text, vocabulary, length, count, part, spread=window is not None)
     parts = [part for ids in found.ids for part in (ids.split(1) if takes_one_row(model) else [ids])]

@@ -35,6 +35,8 @@ from normswap.verification.text import MEASURED, WHOLE
 Progress = Callable[[str, int, int], None]
 VerifyMode = Literal["full", "fast", "none"]
 TOKENS = {"full": 4096, "fast": 512}
+#: of a model that is read from disk as it runs, every part of which takes longer
+TOKENS_ON_DISK = {"full": 4096, "fast": 128}
 
 
 class Proof(Record):
@@ -96,8 +98,9 @@ def _prove(
     tokenizer = tokenizer_of(source)
     # what a plan was calibrated on is nothing to measure it on
     part = MEASURED if plan.calibrated_on and (text is not None or tokenizer is None) else WHOLE
+    tokens = (TOKENS_ON_DISK if models.on_disk else TOKENS)[mode]
     batches, shape, described = evaluation_inputs(
-        models.structures[0], tokenizer, text, TOKENS[mode], part, runs=not models.on_disk
+        models.structures[0], tokenizer, text, tokens, part, runs=not models.on_disk
     )
     if text is not None and tokenizer is not None:
         described = Path(text).name  # of the user's folders nothing is published

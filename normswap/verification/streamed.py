@@ -9,6 +9,7 @@ looks up, and of experts stacked in one parameter those are read that are chosen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -61,8 +62,9 @@ class Reading(TorchFunctionMode):
     def read(self, placeholder: torch.Tensor, rows: range | None = None) -> torch.Tensor:
         """Its values, or those of some rows, in its dtype."""
         held = self._held[id(placeholder)]
-        value = held.weights.read(held.name, rows)
-        return (value if held.through is None else value.to(held.through)).to(placeholder.dtype)
+        with _unheard():
+            value = held.weights.read(held.name, rows)
+            return (value if held.through is None else value.to(held.through)).to(placeholder.dtype)
 
     def by_rows(self, placeholder: torch.Tensor) -> Iterator[tuple[range, torch.Tensor]]:
         """Some rows at a time, from the first to the last."""
@@ -73,6 +75,18 @@ class Reading(TorchFunctionMode):
 
     def _value(self, value: Any) -> Any:
         return self.read(value) if self.is_held(value) else value
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What reads files and computes weights is no part of the model: no mode that the model runs under changes it."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch._C.DisableTorchFunction():
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _linear(mode: Reading, x: Any, weight: Any, bias: Any = None) -> Any:

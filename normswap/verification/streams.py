@@ -6,7 +6,7 @@ Unlike the comparison of sites this takes no two vectors to be the same, so it s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -102,13 +102,19 @@ def _rows(x: torch.Tensor, spec: NormSpec) -> torch.Tensor:
     return x.reshape(-1, math.prod(x.shape[-len(spec.axes) :]))
 
 
-def side_by_side(a: Stats, b: Stats) -> tuple[SiteStream, ...]:
-    """The statistics of both models by site, in A's order of execution; what only B has stands where it runs there."""
+def interleaved(a: Iterable[str], b: Iterable[str]) -> list[str]:
+    """All of `a` in its order; what only `b` has follows what it follows there."""
     paths, at = list(a), 0
     for path in b:
-        if path not in a:
+        if path not in paths:
             paths.insert(at, path)
         at = paths.index(path) + 1
+    return paths
+
+
+def side_by_side(a: Stats, b: Stats) -> tuple[SiteStream, ...]:
+    """The statistics of both models by site, in A's order of execution; what only B has stands where it runs there."""
+    paths = interleaved(a, b)
     none = Sums()
     found = (SiteStream(site=path, a=a.get(path, none).stat(), b=b.get(path, none).stat()) for path in paths)
     return tuple(site for site in found if site.a or site.b)

@@ -56,9 +56,13 @@ def lines(found: Findings) -> list[str]:
         made.append(f"Tensors of the files: {counts}{rewritten}.")
     if s.untied:
         made.append(f"No longer tied, and stored twice: {', '.join(s.untied)}.")
-    if s.minutes is not None:
-        took = f"{s.minutes * 60:.0f} seconds" if s.minutes < 2 else f"{s.minutes:.1f} minutes"
-        made.append(f"It took {took}.")
+    if s.seconds:
+        stages = ", ".join(f"{stage} {_time(seconds)}" for stage, seconds in s.seconds.items())
+        made.append(f"It took {_time(sum(s.seconds.values()))}{f': {stages}' if len(s.seconds) > 1 else ''}.")
     elif found.kind == "conversion":
         made.append("How long it took is not kept with the result: convert --report FILE says it.")
     return made
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} seconds" if seconds < 120 else f"{seconds / 60:.3g} minutes"

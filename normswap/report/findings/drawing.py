@@ -16,7 +16,8 @@ _REACH = 12
 
 def drawing(normmap: NormMap) -> MapDrawing:
     """What is drawn of `normmap`."""
-    stored = [name for name in normmap.parameters if name in normmap.stored]
+    buffers = {value.name for value in normmap.trace.values if value.kind == "buffer"}
+    stored = [name for name in normmap.parameters if name in normmap.stored and name not in buffers]
     return MapDrawing(
         architecture=normmap.architecture,
         streams=tuple(_stream(normmap, stream) for stream in normmap.streams),

@@ -83,6 +83,7 @@ class SiteRow(Record):
     Attributes:
         shown: their paths, folded; `count`: how many.
         before, after: what stands there; None: nothing. In a report of one model `after` is None throughout.
+        slot_before, slot_after: where in its block: `N_in`, `N_branch`, `N_out`; None: in no block of a stream.
         error_mean, error_max: relative error of what reaches them, where that was compared.
     """
 
@@ -93,6 +94,8 @@ class SiteRow(Record):
     width: int
     before: SiteForm | None
     after: SiteForm | None
+    slot_before: str | None = None
+    slot_after: str | None = None
     read_by: tuple[str, ...] = ()
     error_mean: float | None = None
     error_max: float | None = None
@@ -104,7 +107,7 @@ class Sizes(Record):
     Attributes:
         tensors: of the files, by what happened to them.
         bytes_rewritten: of tensors that are other ones now; the rest was copied.
-        minutes: of work, where the page is made in the same run.
+        seconds: of work, by stage, where the page is made in the same run.
     """
 
     parameters_before: int | None = None
@@ -114,7 +117,7 @@ class Sizes(Record):
     bytes_rewritten: int | None = None
     tensors: dict[str, int] = {}
     untied: tuple[str, ...] = ()
-    minutes: float | None = None
+    seconds: dict[str, float] = {}
 
 
 class Training(Record):
@@ -174,6 +177,7 @@ class Findings(Record):
         reports: the measurements by name, in the order in which they count: `mathematics`, `as stored`, `compared`.
         before, after: the norms as drawn; None where they could not be, as `notes` say.
         advice: what to do next.
+        adapters: what became of the adapters that were carried over, a line each.
         notes: what is not in this report, and why.
     """
 
@@ -191,6 +195,7 @@ class Findings(Record):
     generation: Generation | None = None
     sizes: Sizes = Sizes()
     training: Training | None = None
+    adapters: tuple[str, ...] = ()
     plan: Plan | None = None
     provenance: Provenance = Provenance()
     notes: tuple[str, ...] = ()

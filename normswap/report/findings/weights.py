@@ -16,7 +16,8 @@ _MOST = 2**31
 def changed_since(folder: Path, record: Record) -> Iterator[Advice]:
     """What to know where files are others than those whose hashes the record holds."""
     hashes = record.raw.get("files", {})
-    paths = {name: folder / name for name in hashes}
+    # a record may say anything; files of a checkpoint lie in its folder
+    paths = {name: folder / name for name in hashes if Path(name).name == name}
     odd = [name for name, path in paths.items() if not path.is_file()]
     present = [path for path in paths.values() if path.is_file()]
     if sum(path.stat().st_size for path in present) > _MOST:

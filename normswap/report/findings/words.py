@@ -134,6 +134,13 @@ def of_text(report: Report) -> bool:
     )
 
 
+def answer(report: Report) -> str:
+    """What an output says first: the `next token` of a causal model, a `token` of another, else an `answer`."""
+    if not of_text(report):
+        return "answer"
+    return "token" if report.comparison.output.cross_entropy_a is None else "next token"
+
+
 def tokens(report: Report) -> str:
     """How many rows were compared, in words."""
     rows = report.comparison.output.rows
@@ -162,7 +169,7 @@ def _distance(report: Report, words: tuple[tuple[Level, str], ...]) -> Verdict:
         measured = f"outputs differ by {error:.1%} on average"
     else:
         far = max(_beyond(output.kl.mean, output.top1, CLOSE), 2 * _beyond(output.kl.mean, output.top1, FAR))
-        what, each = ("next token", "token") if of_text(report) else ("answer", "row")
+        what, each = answer(report), "token" if of_text(report) else "row"
         measured = (
             f"the most probable {what} is the same in {output.top1:.1%} of all cases, and the predictions differ by "
             f"{output.kl.mean:.2g} nats (KL) per {each} on average"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from normswap.report.findings.model import Findings, SiteForm
+from normswap.report.findings.model import Findings, SiteForm, SiteRow
 from normswap.report.kinds import kind_name
 from normswap.report.page.chart import figure
 
@@ -23,6 +23,8 @@ def parts(found: Findings) -> dict[str, Any]:
                 "after": _form(row.after),
                 "changed": found.kind != "map" and row.before != row.after,
                 "role": row.role,
+                "slot": _slot(row, found.kind == "map"),
+                "moved": found.kind != "map" and row.slot_before != row.slot_after,
                 "width": row.width,
                 "read_by": _readers(row.read_by),
                 "error": "\u2013" if row.error_max is None else figure(row.error_max),
@@ -45,6 +47,12 @@ def _form(form: SiteForm | None) -> str:
     # neither at the space nor at the minus the number is to break
     eps = f", eps\u00a0{form.eps:g}".replace("-", "\u2011") if form.eps else ""
     return f"{kind_name(form.kind)}, {' and '.join(held) or 'weightless'}{eps}"
+
+
+def _slot(row: SiteRow, alone: bool) -> str:
+    """Where in its block a norm stands, and stood."""
+    before, after = row.slot_before or "\u2013", row.slot_after or "\u2013"
+    return before if alone or before == after else f"{before} \u2192 {after}"
 
 
 def _readers(names: tuple[str, ...]) -> str:

@@ -38,9 +38,9 @@ def _comparison(name: str, report: Report, found: Findings) -> dict[str, Any]:
     stats = {
         "relative error": output.error,
         "KL, nats": output.kl,
-        "change of cross-entropy, nats": output.cross_entropy_change,
         f"cross-entropy, {names[0]}": output.cross_entropy_a,
         f"cross-entropy, {names[1]}": output.cross_entropy_b,
+        "change of that": output.cross_entropy_change,
     }
     title = "The result against the source" if found.kind == "finetune" else _TITLES[name]
     return {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from normswap.report.findings.costs import size
 from normswap.report.findings.model import Findings
-from normswap.report.findings.words import of_text
+from normswap.report.findings.words import answer, of_text
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,8 @@ def _measured(found: Findings) -> list[Tile]:
         return made
     output = found.main.comparison.output
     if output.top1 is not None:
-        text = of_text(found.main)
-        name, more = ("same next token", "the most probable one") if text else ("same answer", "the most probable one")
-        made.append(Tile(name, f"{output.top1:.2%}", f"{more}, of {output.rows:,}"))
+        what = f"same {answer(found.main)}"
+        made.append(Tile(what, f"{output.top1:.2%}", f"the most probable one, of {output.rows:,}"))
     if output.kl is not None:
         name = "KL per token" if of_text(found.main) else "KL"
         made.append(Tile(name, f"{output.kl.mean:.2g}", f"nats; 1 in 1000 above {output.kl.p999:.2g}"))

@@ -1,0 +1,29 @@
+"""All rules together, the worst that they find first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from normswap.report.advice import measurements, plans, training
+from normswap.report.findings.model import Advice, Findings
+
+_ORDER = ("bad", "warn", "note", "good")
+_RULES = (*measurements.RULES, *plans.RULES, *training.RULES)
+
+
+def advice(found: Findings) -> tuple[Advice, ...]:
+    """Everything that a reader should know or do, the worst first."""
+    said = [item for rule in _RULES for item in rule(found)]
+    worst = {item.level for item in said} | ({found.verdict.level} if found.verdict is not None else set())
+    if not worst & {"bad", "warn"}:
+        said += _use(found)
+    return tuple(sorted(said, key=lambda item: _ORDER.index(item.level)))
+
+
+def _use(found: Findings) -> Iterator[Advice]:
+    if found.kind == "comparison":
+        if found.main is not None and found.main.comparison.first_divergence is None:
+            yield Advice(level="good", what="Either checkpoint can stand for the other.")
+    elif found.kind in ("conversion", "finetune"):
+        what = "Nothing here speaks against using it."
+        yield Advice(level="good", what=what, attempt="Load it as the model card shows, and try it on your own task.")
