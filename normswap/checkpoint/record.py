@@ -18,6 +18,7 @@ from normswap.checkpoint.demands import check_demands
 from normswap.checkpoint.documents import brief, check_narrow, read_json
 from normswap.checkpoint.folder import check_inside
 from normswap.errors import SourceError
+from normswap.limits import limited
 from normswap.planning.plans import Plan
 
 RECORD = "normswap.json"
@@ -86,7 +87,8 @@ class Record:
                 "not have; install the version it was converted with."
             )
         try:
-            return stock, config_class.from_dict(copy.deepcopy(self.source_config))
+            with limited():
+                return stock, config_class.from_dict(copy.deepcopy(self.source_config))
         except Exception as error:  # a configuration raises what it likes
             raise SourceError(
                 f"{self.folder / RECORD} is damaged: source_config: {brief(error)}. Convert the source again."
