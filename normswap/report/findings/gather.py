@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from normswap.checkpoint.record import PLAIN, RECORD, Record
 from normswap.checkpoint.source import Source
 from normswap.errors import NormswapError, SourceError
@@ -141,8 +139,7 @@ def _before(record: Record, notes: list[str]) -> NormMap | None:
     """The source's norms, found from its configuration alone."""
     try:
         stock, config = record.stock()
-        with torch.device("meta"):
-            model = stock._from_config(config).eval()
+        model = Source(record.folder.name, record.folder, config, stock).build()
         return NormMap.of(model, example_inputs(model))
     except NormswapError as error:
         notes.append(f"The source's norms could not be looked at: {error}")
