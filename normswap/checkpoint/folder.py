@@ -21,7 +21,8 @@ _KINDS = {stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR
 def check_folder(folder: Path) -> None:
     """Refuse a folder with entries that lead out of it, or that are neither files nor folders.
 
-    Links that lead nowhere are let be: whoever needs the file misses it. Hidden folders are not looked into.
+    Looked at is what transformers reads: the folder and those in it, but for hidden ones. What lies deeper is looked at
+    when it is copied. Links that lead nowhere are let be: whoever needs the file misses it.
 
     Raises:
         SourceError: naming the entry, and what to do.
@@ -42,7 +43,8 @@ def check_folder(folder: Path) -> None:
                     f"{path} has {found.st_size} bytes, expected at most {MAX_JSON_BYTES}, more than any configuration "
                     "or tokenizer has. Fetch it again, or take it away."
                 )
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(parent) == Path(folder)
+        folders[:] = [name for name in folders if below and not name.startswith(".")]
 
 
 def check_inside(folder: Path, path: Path) -> None:

@@ -16,7 +16,7 @@ from normswap.apply.live import apply_structure
 from normswap.checkpoint.demands import check_demands
 from normswap.checkpoint.documents import brief, read_json
 from normswap.checkpoint.files import Checkpoint, has_weights
-from normswap.checkpoint.folder import check_folder
+from normswap.checkpoint.folder import check_folder, check_inside
 from normswap.checkpoint.record import RECORD, Record, stock_class
 from normswap.errors import NormswapError, SourceError
 from normswap.limits import TooMuch, limited
@@ -61,7 +61,10 @@ class Source:
         folder = _locate(str(name), revision, weights)
         if revision is not None and Path(name).expanduser().exists():
             raise SourceError(f"{name} is a local folder; a revision ({revision}) can be had of a Hub id only.")
-        check_folder(folder)
+        if _local(str(name)).is_file():  # a configuration alone, which lies among anything
+            check_inside(folder, folder / "config.json")
+        else:
+            check_folder(folder)
         raw = _read_json(folder / "config.json")
         check_demands(str(name), raw, trust_remote_code)
         record = Record.read(folder) if (folder / RECORD).exists() else None
