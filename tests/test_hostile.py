@@ -395,6 +395,11 @@ def test_names_in_files_do_not_reach_the_terminal(tmp_path, name):
         assert (alone or documents.shown(name)[:100]) in converting(folder)
 
 
+def test_a_refused_file_is_named_on_one_line(folder):
+    (folder / "a\nError: \x1b[2J.json").symlink_to("/etc/hostname")
+    assert r"a\nError: \x1b[2J.json is a link to /etc/hostname" in converting(folder)
+
+
 def test_names_of_files_do_not_reach_the_terminal(folder):
     for name in ("\x1b[2J\n.bin", "\u202e.onnx", os.fsdecode(b"\xff\xfe.gguf")):
         (folder / name).write_bytes(b"")
