@@ -217,7 +217,8 @@ def _loader(architecture: str) -> str:
 def with_words(plan: Plan) -> str:
     """What a plan made, in words behind the name of the source: ` with post RMSNorm`."""
     request = plan.request
-    kind = " and ".join(dict.fromkeys(kind_name(choice.kind) for choice in request.norms))
+    kinds = (kind_name(choice.kind).replace("frozen scale", "frozen scales") for choice in request.norms)
+    kind = " and ".join(dict.fromkeys(kinds))
     places = " and ".join(dict.fromkeys(placement.name for placement in request.placements))
     parts = [f"{'weightless ' if request.fold else ''}{f'{places} ' if places else ''}{kind or 'norms'}"]
     if not (request.fold or places or kind):

@@ -59,7 +59,7 @@ def of_folder(
         title=kept.title,
         changed=changed(plan, rows),
         claim=plan.claim,
-        meaning=MEANINGS[plan.claim] if plan.claim != "calibrated" else _FITTED,
+        meaning=MEANINGS[plan.claim],
         before=drawing(before) if before else None,
         after=drawing(after) if after else None,
         sites=tuple(rows),
@@ -79,10 +79,6 @@ def of_folder(
     told = trained_verdict(training) if training else verdict(plan.claim, reports, found.main)
     found = found.model_copy(update={"verdict": told})
     return found.model_copy(update={"advice": (*changed_since(folder, record), *advice(found))})
-
-
-#: what a calibrated claim means beside the measurements: these say how close it came
-_FITTED = "Constants and weights are fitted to what the model does on data; how close that came is measured here."
 
 
 def of_comparison(report: Report, trust_remote_code: bool = False) -> Findings:
