@@ -121,6 +121,7 @@ def test_an_exact_conversion_says_so_from_the_top(pages):
         "The same function",
         "claim: exact",
         "Nothing here speaks against using it.",
+        "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
         "All 32 tokens are the same.",
         "normswap convert",
         "above this line it is more than rounding",
@@ -319,7 +320,7 @@ def test_a_fine_tune_shows_its_curves_beside_the_control(folders, tmp_path):
         return [*steps, *held_out]
 
     def trained(record):
-        record["report"] = record["report"]["stored"]
+        record["report"] = record["report"]["stored"] | {"generation": record["report"]["generation"]}
         scores = {"source": 5.0, "start": 5.2, "healed": 4.2, "control": 4.1}
         record["training"] = {
             "recipe": {"objective": [{"kind": "lm", "weight": 1.0}]},
@@ -339,6 +340,7 @@ def test_a_fine_tune_shows_its_curves_beside_the_control(folders, tmp_path):
     text = page(findings)
     words = _Checked(text).text
     assert "0.1000 above the unconverted model, trained as much" in words and "stages.0.learning_rate" in words
+    assert "All 32 tokens are the same." in words
     assert len(re.findall('aria-label="[^"]* over tokens"', text)) == 5  # the distribution, and four that were logged
     assert text.count("the source</text>") == 2 and "control: the source, trained as much" in words
 
@@ -405,7 +407,7 @@ def test_verify_and_inspect_draw_pages(small, folders, tmp_path):
     assert done.exit_code == 0 and "wrote" in done.stderr
     text = _Checked((tmp_path / "both.html").read_text()).text
     assert "The same function" in text and "5 of 5 norms are of another kind" in text
-    assert "Either checkpoint can stand for the other." in text
+    assert "Either checkpoint can stand for the other." in text and "All 32 tokens are the same." in text
     done = run("inspect", small["llama"], "--report", tmp_path / "map.html")
     text = _Checked((tmp_path / "map.html").read_text()).text
     assert done.exit_code == 0 and "5 norms on 1 residual stream; placement pre." in text and "read by" in text

@@ -152,7 +152,6 @@ def _use(folder: Path, plan: Plan, hub: str | None = None) -> list[str]:
     """How to load the folder."""
     loader = _loader(plan.architecture)
     tokenizer = any(folder.glob("tokenizer*"))
-    trusted = ", trust_remote_code=True" if plan.module_edits() else ""
     lines = [
         "",
         "## Use",
@@ -161,7 +160,7 @@ def _use(folder: Path, plan: Plan, hub: str | None = None) -> list[str]:
         f"from transformers import {loader}{', AutoTokenizer' if tokenizer else ''}",
         "",
         f'folder = "{hub or "path/to/this/folder"}"',
-        f"model = {loader}.from_pretrained(folder{trusted})",
+        f"model = {loading(plan)}",
         *(["tokenizer = AutoTokenizer.from_pretrained(folder)"] if tokenizer else []),
         "```",
         "",
@@ -205,6 +204,12 @@ def _moved(plan: Plan) -> list[str]:
     left = "What is left of the difference (below, KL in nats per token) heals in a fine-tune."
     lines += ["", f"Nothing in this folder undoes the move; the checkpoint it was made from is unchanged. {left}"]
     return lines
+
+
+def loading(plan: Plan) -> str:
+    """The call of transformers that loads what a plan made."""
+    trusted = ", trust_remote_code=True" if plan.module_edits() else ""
+    return f"{_loader(plan.architecture)}.from_pretrained(folder{trusted})"
 
 
 def _loader(architecture: str) -> str:

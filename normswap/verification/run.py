@@ -16,6 +16,7 @@ from normswap.errors import SourceError, VerificationError
 from normswap.observe.run import make_eager
 from normswap.understand.normmap import find_sites
 from normswap.verification.basis import OtherBasis
+from normswap.verification.generation import Generation, generated
 from normswap.verification.inputs import evaluation_inputs, of_text
 from normswap.verification.metrics import Record
 from normswap.verification.models import TOLERANCES, Comparison, Progress, compare_models
@@ -36,6 +37,7 @@ class Report(Record):
         device: where both ran.
         versions: of torch and transformers.
         comparison: the measurements.
+        generation: what both write after the same beginnings; of `verify` alone.
     """
 
     a: str
@@ -46,6 +48,7 @@ class Report(Record):
     device: str
     versions: dict[str, str]
     comparison: Comparison
+    generation: Generation | None = None
 
 
 def verify(
@@ -87,7 +90,7 @@ def verify(
     batches, shape, described = evaluation_inputs(models[0], tokenizer, text, tokens)
     plans = [source.record.plan for source in sources if source.record is not None]
     turned, basis = (OtherBasis.of(source.record and source.record.plan) for source in sources)
-    return report_on(
+    report = report_on(
         (str(a), str(b)),
         models,
         [find_sites(model) for model in models],
@@ -100,6 +103,7 @@ def verify(
         decode=None if tokenizer is None else tokenizer.decode,
         progress=progress,
     )
+    return report.model_copy(update={"generation": generated(*models, tokenizer, batches)})
 
 
 def report_on(

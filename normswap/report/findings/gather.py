@@ -97,6 +97,7 @@ def of_comparison(report: Report, trust_remote_code: bool = False) -> Findings:
         after=drawing(b) if b else None,
         sites=tuple(rows),
         reports={"compared": report},
+        generation=report.generation,
         sizes=Sizes(
             **{f"parameters_{when}": drawing(m).parameters for when, m in (("before", a), ("after", b)) if m},
             **{f"bytes_{when}": m.files["bytes"] for when, m in (("before", a), ("after", b)) if m and m.files},
