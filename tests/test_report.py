@@ -1,5 +1,6 @@
 """Reports of folders, comparisons and models: what a page says, that it is one safe file, and the same as JSON."""
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -60,6 +61,15 @@ def pages(found) -> dict[str, str]:
     return {name: page(findings) for name, findings in found.items()}
 
 
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory) -> Path:
+    """An encoder and a decoder, of which some norms are converted."""
+    root = tmp_path_factory.mktemp("streams")
+    tiny("bart").save_pretrained(root / "bart")
+    normswap.convert(root / "bart", root / "out", norm="rmsnorm", partial=True, verify="fast")
+    return root / "out"
+
+
 class _Checked(HTMLParser):
     """Every tag is closed in its order; what is fetched, and what runs, is noted."""
 
@@ -111,6 +121,7 @@ def test_an_exact_conversion_says_so_from_the_top(pages):
         "The same function",
         "claim: exact",
         "Nothing here speaks against using it.",
+        "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
         "All 32 tokens are the same.",
         "normswap convert",
         "above this line it is more than rounding",
@@ -191,10 +202,8 @@ def test_every_stream_is_drawn(name, steps):
         assert len(drawn.streams[0].layers[0].steps[0].n_in) == 2 and set(names[0].split(" + ")) == {"attention", "mlp"}
 
 
-def test_several_streams_are_told_apart(tmp_path):
-    tiny("bart").save_pretrained(tmp_path / "bart")
-    normswap.convert(tmp_path / "bart", tmp_path / "out", norm="rmsnorm", partial=True, verify="fast")
-    findings = of_folder(tmp_path / "out")
+def test_several_streams_are_told_apart(streams):
+    findings = of_folder(streams)
     text = _Checked(page(findings)).text
     assert text.count("Stream model.encoder.layers") == text.count("Stream model.decoder.layers") == 1
     assert len(re.findall("relative error of what reaches each norm of model", page(findings), re.I)) == 2
@@ -311,7 +320,7 @@ def test_a_fine_tune_shows_its_curves_beside_the_control(folders, tmp_path):
         return [*steps, *held_out]
 
     def trained(record):
-        record["report"] = record["report"]["stored"]
+        record["report"] = record["report"]["stored"] | {"generation": record["report"]["generation"]}
         scores = {"source": 5.0, "start": 5.2, "healed": 4.2, "control": 4.1}
         record["training"] = {
             "recipe": {"objective": [{"kind": "lm", "weight": 1.0}]},
@@ -331,6 +340,7 @@ def test_a_fine_tune_shows_its_curves_beside_the_control(folders, tmp_path):
     text = page(findings)
     words = _Checked(text).text
     assert "0.1000 above the unconverted model, trained as much" in words and "stages.0.learning_rate" in words
+    assert "All 32 tokens are the same." in words
     assert len(re.findall('aria-label="[^"]* over tokens"', text)) == 5  # the distribution, and four that were logged
     assert text.count("the source</text>") == 2 and "control: the source, trained as much" in words
 
@@ -397,7 +407,7 @@ def test_verify_and_inspect_draw_pages(small, folders, tmp_path):
     assert done.exit_code == 0 and "wrote" in done.stderr
     text = _Checked((tmp_path / "both.html").read_text()).text
     assert "The same function" in text and "5 of 5 norms are of another kind" in text
-    assert "Either checkpoint can stand for the other." in text
+    assert "Either checkpoint can stand for the other." in text and "All 32 tokens are the same." in text
     done = run("inspect", small["llama"], "--report", tmp_path / "map.html")
     text = _Checked((tmp_path / "map.html").read_text()).text
     assert done.exit_code == 0 and "5 norms on 1 residual stream; placement pre." in text and "read by" in text
@@ -456,35 +466,42 @@ def test_a_page_of_24_layers_is_small_and_quick(found):
 
 
 _MEASURE = """<!doctype html><body><script>
-const widths = [1280, 390], found = [];
-widths.forEach((w, i) => {{
+const pages = PAGES, widths = [1280, 390], found = [];
+pages.forEach((page, i) => widths.forEach((width, j) => {
   const frame = document.createElement("iframe");
-  frame.style.cssText = `width:${{w}}px;height:900px;border:0`;
-  frame.srcdoc = document.querySelector ? atob("{page}") : "";
-  frame.onload = () => {{
+  frame.style.cssText = `width:${width}px;height:900px;border:0`;
+  frame.srcdoc = atob(page);
+  frame.onload = () => {
     const inside = frame.contentDocument, root = inside.documentElement;
     const drawings = inside.querySelectorAll("svg").length;
-    found[i] = [root.scrollWidth - root.clientWidth, drawings, root.scrollHeight].join(",");
+    found[2 * i + j] = [root.scrollWidth - root.clientWidth, drawings, root.scrollHeight].join(",");
     document.title = found.join(";");
-  }};
+  };
   document.body.append(frame);
-}});
+}));
 </script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_a_browser_shows_it_without_anything_out_of_place(pages, tmp_path):
-    """At the width of a desk and of a phone nothing is wider than the window, and the page has its drawings."""
-    import base64
-
-    plain = pages["exact"].encode("ascii", "xmlcharrefreplace")
-    plain = re.sub(rb'<meta http-equiv="Content-Security-Policy"[^>]*>', b"", plain)
-    (tmp_path / "frames.html").write_text(_MEASURE.format(page=base64.b64encode(plain).decode()))
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    command += ["--window-size=1400,2000", "--virtual-time-budget=3000", "--dump-dom", f"file://{tmp_path}/frames.html"]
+def measured(texts: list[str], folder: Path) -> list[tuple[int, int, int]]:
+    """Of each page, on a desk and on a phone: by how much it is too wide, its drawings, its height."""
+    # without its own policy, which lets no script look into it
+    plain = [re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text) for text in texts]
+    coded = [base64.b64encode(text.encode("ascii", "xmlcharrefreplace")).decode() for text in plain]
+    (folder / "frames.html").write_text(_MEASURE.replace("PAGES", json.dumps(coded)))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile"]
+    command += ["--window-size=1400,2000", "--virtual-time-budget=4000", "--dump-dom", f"file://{folder}/frames.html"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    measured = re.search(r"<title>(.*?)</title>", shown.stdout)
-    assert measured, shown.stderr[-1000:]
-    frames = [tuple(map(int, frame.split(","))) for frame in measured[1].split(";")]
-    assert [overflow for overflow, _, _ in frames] == [0, 0]
-    assert all(drawings == pages["exact"].count("<svg") > 5 and height > 1000 for _, drawings, height in frames)
+    found = re.search(r"<title>(.*?)</title>", shown.stdout)
+    assert found, shown.stderr[-1000:]
+    return [tuple(map(int, frame.split(","))) for frame in found[1].split(";")]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_shows_it_without_anything_out_of_place(pages, streams, tmp_path):
+    """At the width of a desk and of a phone nothing is wider than the window, and pages have their drawings."""
+    texts = [*pages.values(), page(of_folder(streams))]
+    frames = measured(texts, tmp_path)
+    assert len(frames) == 2 * len(texts) == 8
+    for number, (too_wide, drawings, height) in enumerate(frames):
+        assert too_wide == 0 and height > 1000
+        assert drawings == texts[number // 2].count("<svg") >= 2

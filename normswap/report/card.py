@@ -152,7 +152,6 @@ def _use(folder: Path, plan: Plan, hub: str | None = None) -> list[str]:
     """How to load the folder."""
     loader = _loader(plan.architecture)
     tokenizer = any(folder.glob("tokenizer*"))
-    trusted = ", trust_remote_code=True" if plan.module_edits() else ""
     lines = [
         "",
         "## Use",
@@ -161,7 +160,7 @@ def _use(folder: Path, plan: Plan, hub: str | None = None) -> list[str]:
         f"from transformers import {loader}{', AutoTokenizer' if tokenizer else ''}",
         "",
         f'folder = "{hub or "path/to/this/folder"}"',
-        f"model = {loader}.from_pretrained(folder{trusted})",
+        f"model = {loading(plan)}",
         *(["tokenizer = AutoTokenizer.from_pretrained(folder)"] if tokenizer else []),
         "```",
         "",
@@ -207,6 +206,12 @@ def _moved(plan: Plan) -> list[str]:
     return lines
 
 
+def loading(plan: Plan) -> str:
+    """The call of transformers that loads what a plan made."""
+    trusted = ", trust_remote_code=True" if plan.module_edits() else ""
+    return f"{_loader(plan.architecture)}.from_pretrained(folder{trusted})"
+
+
 def _loader(architecture: str) -> str:
     """The Auto class that gives the model with its head."""
     task = "CausalLM" if architecture.endswith("LMHeadModel") else architecture.rpartition("For")[2]
@@ -217,7 +222,8 @@ def _loader(architecture: str) -> str:
 def with_words(plan: Plan) -> str:
     """What a plan made, in words behind the name of the source: ` with post RMSNorm`."""
     request = plan.request
-    kind = " and ".join(dict.fromkeys(kind_name(choice.kind) for choice in request.norms))
+    kinds = (kind_name(choice.kind).replace("frozen scale", "frozen scales") for choice in request.norms)
+    kind = " and ".join(dict.fromkeys(kinds))
     places = " and ".join(dict.fromkeys(placement.name for placement in request.placements))
     parts = [f"{'weightless ' if request.fold else ''}{f'{places} ' if places else ''}{kind or 'norms'}"]
     if not (request.fold or places or kind):

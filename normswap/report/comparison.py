@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from normswap.report.writing import generation_view, visible
 from normswap.verification.metrics import Stat, Worst
 from normswap.verification.models import Comparison
 from normswap.verification.run import Report
@@ -22,6 +23,7 @@ def comparison_table(report: Report) -> RenderableType:
     parts: list[RenderableType] = [Text(_conditions(report), style="dim"), output_table(found)]
     if found.sites:
         parts.append(_sites_table(found.sites))
+    parts.extend([generation_view(report.generation)] if report.generation is not None else [])
     parts.extend(Text(note, style="yellow") for note in _notes(found))
     parts.append(Text(verdict(report), style="bold green" if found.first_divergence is None else "bold red"))
     return Group(*parts)
@@ -87,12 +89,8 @@ def _place(worst: Worst) -> Text:
     """Where a row is: its token marked in the text around it, or its sequence and position."""
     if worst.token is None:
         return Text(f"sequence {worst.sequence}, position {worst.position}")
-    token = (f"\u2039{_visible(worst.token)}\u203a", "bold")
-    return Text.assemble((_visible(worst.before), "dim"), token, (_visible(worst.after), "dim"))
-
-
-def _visible(text: str | None) -> str:
-    return (text or "").replace("\n", "\u21b5").replace("\t", "\u21e5")
+    token = (f"\u2039{visible(worst.token)}\u203a", "bold")
+    return Text.assemble((visible(worst.before), "dim"), token, (visible(worst.after), "dim"))
 
 
 def _sites_table(sites: tuple[SiteMetrics, ...]) -> Table:

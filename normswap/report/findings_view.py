@@ -13,6 +13,7 @@ from normswap.report.comparison import output_table
 from normswap.report.findings.costs import UNKNOWN, lines, rows
 from normswap.report.findings.model import Advice, Findings, Level, SiteForm
 from normswap.report.kinds import kind_name
+from normswap.report.writing import generation_view, visible
 from normswap.verification.metrics import WorstToken
 
 _STYLES: dict[Level, str] = {"good": "green", "note": "cyan", "warn": "yellow", "bad": "bold red"}
@@ -30,7 +31,7 @@ def findings_view(found: Findings) -> RenderableType:
         parts += [output_table(report.comparison)]
     if found.main is not None and found.main.comparison.output.worst_tokens:
         parts.append(_worst(found.main.comparison.output.worst_tokens))
-    parts += _generation(found)
+    parts += [generation_view(found.generation)] if found.generation is not None else []
     parts += [_scores(found)] if found.training else []
     parts += [_sites(found), *_streams(found)]
     parts += [Text(line) for line in found.adapters]
@@ -62,30 +63,10 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
 def _worst(tokens: tuple[WorstToken, ...]) -> Table:
     table = _table("the worst tokens", "at", "after reading", "original expects", "this one", "value", left=4)
     for token in tokens:
-        words = [_visible(text) for text in (token.before, token.token, token.chosen_a, token.chosen_b)]
+        words = [visible(text) for text in (token.before, token.token, token.chosen_a, token.chosen_b)]
         read = f"{words[0]}\u2039{words[1]}\u203a" if token.token is not None else ""
         table.add_row(f"{token.sequence}:{token.position}", read, words[2], words[3], f"{token.value:.2g}")
     return table
-
-
-def _visible(text: str | None) -> str:
-    return (text or "").replace("\n", "\u21b5").replace("\t", "\u21e5")
-
-
-def _generation(found: Findings) -> list[RenderableType]:
-    if found.generation is None:
-        return []
-    if found.generation.why_not:
-        return [Text(f"no text was generated: {found.generation.why_not}", style="dim")]
-    table = _table("what they write", "tokens alike", "original", "this one", left=3)
-    for sample in found.generation.samples:
-        same = "all" if sample.first_difference is None else str(sample.first_difference)
-        sides = [
-            Text.assemble((_visible(sample.same), "dim"), (_visible(text), "bold"))
-            for text in (sample.text_a, sample.text_b)
-        ]
-        table.add_row(f"{same} of {sample.tokens}", *sides)
-    return [table]
 
 
 def _scores(found: Findings) -> Table:

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from normswap.report.comparison import comparison_table, output_table
+from normswap.report.writing import generation_view
 from normswap.verification.proof import Proof
 from normswap.verification.run import Report
 
@@ -33,6 +34,8 @@ def proof_view(proof: Proof) -> RenderableType:
             change = after.mean - before.mean
             what = "Rounding" if proof.claim == "exact" else "The conversion"
             parts.append(Text(f"{what} moved the mean cross-entropy by {change:+.1e} nats.", style="bold"))
+    if proof.generation is not None and proof.generation.samples:
+        parts.append(generation_view(proof.generation))
     return Group(*parts)
 
 

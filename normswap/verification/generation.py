@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from normswap.verification.precision import LiftFloat32
 from normswap.verification.record import Record
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 32
@@ -103,15 +105,17 @@ def _prompts(batches: Sequence[Mapping[str, Any]]) -> torch.Tensor:
 @torch.no_grad()
 def _greedy(model: nn.Module, prompts: torch.Tensor) -> list[list[int]]:
     """The new ids of each row."""
-    prompts = prompts.to(next(model.parameters()).device)
-    found = model.generate(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=_padding(model),
-    )
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    prompts = prompts.to(parameter.device)
+    with LiftFloat32() if parameter.dtype == torch.float64 else nullcontext():
+        found = model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=_padding(model),
+        )
     # a decoder of its own begins with a token of its own
     start = 1 if model.config.is_encoder_decoder else prompts.shape[1]
     ends = _ends(model)

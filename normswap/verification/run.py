@@ -15,6 +15,7 @@ from normswap.checkpoint.source import Source
 from normswap.errors import VerificationError
 from normswap.understand.normmap import find_sites
 from normswap.verification.basis import OtherBasis
+from normswap.verification.generation import Generation, generated
 from normswap.verification.inputs import evaluation_inputs, of_text
 from normswap.verification.loaded import coarsest_dtype, tokenizer_of
 from normswap.verification.metrics import Record
@@ -37,6 +38,7 @@ class Report(Record):
         device: where both ran.
         versions: of torch and transformers.
         comparison: the measurements.
+        generation: what both write after the same beginnings; of `verify` alone.
     """
 
     a: str
@@ -47,6 +49,7 @@ class Report(Record):
     device: str
     versions: dict[str, str]
     comparison: Comparison
+    generation: Generation | None = None
 
 
 def verify(
@@ -93,7 +96,7 @@ def verify(
         batches, shape, described = evaluation_inputs(
             models[0] if not found[0].on_disk else found[0].like, tokenizer, text, tokens, runs=not found[0].on_disk
         )
-        return report_on(
+        report = report_on(
             (str(a), str(b)),
             models,
             [find_sites(each.like) for each in found],
@@ -106,6 +109,8 @@ def verify(
             decode=None if tokenizer is None else tokenizer.decode,
             progress=progress,
         )
+        on_disk = any(each.on_disk for each in found)
+        return report.model_copy(update={"generation": generated(*models, tokenizer, batches, on_disk=on_disk)})
 
 
 def report_on(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from normswap.report.advice import measurements, plans, training
+from normswap.report.card import loading
 from normswap.report.findings.model import Advice, Findings
 
 _ORDER = ("bad", "warn", "note", "good")
@@ -25,5 +26,6 @@ def _use(found: Findings) -> Iterator[Advice]:
         if found.main is not None and found.main.comparison.first_divergence is None:
             yield Advice(level="good", what="Either checkpoint can stand for the other.")
     elif found.kind in ("conversion", "finetune"):
-        what = "Nothing here speaks against using it."
-        yield Advice(level="good", what=what, attempt="Load it as the model card shows, and try it on your own task.")
+        how = f"`{loading(found.plan)}` loads it" if found.plan is not None else "The model card says how to load it"
+        attempt = f"{how}; try it on your own task."
+        yield Advice(level="good", what="Nothing here speaks against using it.", attempt=attempt)

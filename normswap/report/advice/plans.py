@@ -23,7 +23,8 @@ def not_calibrated(found: Findings) -> Iterator[Advice]:
 
 def shipped_text(found: Findings) -> Iterator[Advice]:
     plan = found.plan
-    if plan is not None and plan.calibrated_on and "shipped" in plan.calibrated_on and found.kind == "conversion":
+    fitted = plan is not None and plan.calibrated_on and found.claim != "exact" and found.kind == "conversion"
+    if fitted and "shipped" in plan.calibrated_on:
         yield Advice(
             level="note",
             what=f"It was calibrated on {plan.calibrated_on}, and fits that kind of text best.",

@@ -87,6 +87,7 @@ def _norms(normmap: NormMap, paths: Sequence[str], root: str) -> tuple[SlotNorm,
         SlotNorm(
             name=path.removeprefix(f"{root}.") if root else path,
             kind=normmap.sites[path].spec.kind,
+            eps=normmap.sites[path].spec.eps,
             weightless=not (normmap.sites[path].spec.gain or normmap.sites[path].spec.bias),
         )
         for path in paths

@@ -59,7 +59,7 @@ def of_folder(
         title=kept.title,
         changed=changed(plan, rows),
         claim=plan.claim,
-        meaning=MEANINGS[plan.claim] if plan.claim != "calibrated" else _FITTED,
+        meaning=MEANINGS[plan.claim],
         before=drawing(before) if before else None,
         after=drawing(after) if after else None,
         sites=tuple(rows),
@@ -81,10 +81,6 @@ def of_folder(
     return found.model_copy(update={"advice": (*changed_since(folder, record), *advice(found))})
 
 
-#: what a calibrated claim means beside the measurements: these say how close it came
-_FITTED = "Constants and weights are fitted to what the model does on data; how close that came is measured here."
-
-
 def of_comparison(report: Report, trust_remote_code: bool = False) -> Findings:
     """Of two checkpoints that `verify` compared; both are looked at again for their norms."""
     notes: list[str] = []
@@ -101,6 +97,7 @@ def of_comparison(report: Report, trust_remote_code: bool = False) -> Findings:
         after=drawing(b) if b else None,
         sites=tuple(rows),
         reports={"compared": report},
+        generation=report.generation,
         sizes=Sizes(
             **{f"parameters_{when}": drawing(m).parameters for when, m in (("before", a), ("after", b)) if m},
             **{f"bytes_{when}": m.files["bytes"] for when, m in (("before", a), ("after", b)) if m and m.files},

@@ -13,10 +13,11 @@ Level = Literal["good", "note", "warn", "bad"]
 
 
 class SlotNorm(Record):
-    """A norm in a drawing: its path below the layer, its kind, and whether it has neither gain nor bias."""
+    """A norm in a drawing: its path below the layer, its kind, its eps, and whether it has neither gain nor bias."""
 
     name: str
     kind: str
+    eps: float = 0.0
     weightless: bool = False
 
 

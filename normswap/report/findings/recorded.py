@@ -73,7 +73,8 @@ def _measured(record: Record, proof: Proof | None):
     """The reports by name, the generated texts, and how much was measured."""
     raw = record.raw.get("report")
     if proof is None and isinstance(raw, Mapping) and "mode" not in raw:
-        return {"compared": Report.model_validate(raw)}, None, "full"
+        report = Report.model_validate(raw)
+        return {"compared": report}, report.generation, "full"
     proof = proof or (Proof.model_validate(raw) if raw is not None else None)
     if proof is None:
         return {}, None, "none"

@@ -65,7 +65,7 @@ def _draw(canvas: Canvas, top: float, step: Step, other: Step | None, compared: 
         if slot:
             _slot(canvas, left, y, _BOX, height, slot, step, other, compared)
         else:
-            _function(canvas, left, y, height, step)
+            _function(canvas, left, y, height, step, other, compared)
         y += height + _GAP
     _factor(canvas, (top + sum_at) / 2, step, other, compared)
     if step.branch != 1:
@@ -103,12 +103,13 @@ def _slot(canvas: Canvas, x, y, width, height, slot: str, step: Step, other: Ste
         canvas.text(middle, y + 26 + 12 * line, shortened(words, int(width / 5.6)), "path", "middle")
 
 
-def _forms(norms: Sequence[SlotNorm]) -> list[tuple[str, bool]]:
-    return [(norm.kind, norm.weightless) for norm in norms]
+def _forms(norms: Sequence[SlotNorm]) -> list[tuple[str, bool, float]]:
+    return [(norm.kind, norm.weightless, norm.eps) for norm in norms]
 
 
-def _function(canvas: Canvas, left: float, y: float, height: float, step: Step) -> None:
-    canvas.rect(left, y, _BOX, height, "function", 6, f"F: {step.name}")
+def _function(canvas: Canvas, left, y, height, step: Step, other: Step | None, compared: bool) -> None:
+    same = not compared or (other is not None and _forms(step.inside) == _forms(other.inside))
+    canvas.rect(left, y, _BOX, height, "function" if same else "function changed", 6, f"F: {step.name}")
     canvas.text(_BRANCH, y + 19, shortened(step.name, 20), "kind", "middle")
     for line, kind in enumerate(dict.fromkeys(norm.kind for norm in step.inside)):
         count = sum(norm.kind == kind for norm in step.inside)

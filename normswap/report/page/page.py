@@ -15,6 +15,7 @@ from normswap.report.findings.words import of_text
 from normswap.report.page import differences, drawings, maps, plans, same, tiles
 from normswap.report.page.curves import training_charts
 from normswap.report.printable import printable
+from normswap.report.writing import visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _ICONS = {"good": "\u2713", "note": "i", "warn": "!", "bad": "\u2715"}
@@ -39,11 +40,6 @@ def _environment() -> jinja2.Environment:
     environment.globals |= {"icon": _ICONS.__getitem__, "visible": visible, "parted": parted, "coded": coded}
     environment.globals |= {"breaking": breaking}
     return environment
-
-
-def visible(text: str | None) -> str:
-    """Text of a model with its line ends and tabs shown."""
-    return (text or "").replace("\n", "\u21b5").replace("\t", "\u21e5")
 
 
 def parted(text: str | None) -> Markup:
