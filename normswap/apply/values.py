@@ -192,10 +192,10 @@ class Values:
             read = self._read_for_edits
             if part is not None:
                 read = edit.of_part(read, part.axis, part.start, value.shape[part.axis])
-            if keeper is not None:
-                keeper.note(edit, number, value, read, part)
             before = None if value is None else tuple(value.shape)
             try:
+                if keeper is not None:
+                    keeper.note(edit, number, value, read, part)
                 value = edit.apply(value, read)
             except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise _misfit(name, edit, before, brief(error)) from error
