@@ -21,8 +21,8 @@ from normswap.checkpoint.record import RECORD, Record, stock_class
 from normswap.errors import NormswapError, SourceError
 from normswap.limits import TooMuch, limited
 
-#: of a model without stored tensors; the largest that transformers has are of some thousands
-MAX_MODULES = 200_000
+#: of a model without stored tensors; one of 671B parameters has 1215, some code has one for each of 15,000 experts
+MAX_MODULES = 100_000
 #: for each stored tensor a model has about one module; not many times as many
 MODULES_PER_TENSOR, MODULES_BESIDE = 50, 1000
 _OTHER_WEIGHTS = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.tflite", "*.ot"]
