@@ -11,12 +11,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from torch.nn.modules.module import register_module_module_registration_hook
 
-#: of building a model without weights; the largest that transformers has takes 4 s and 0.5 GiB
-SECONDS, BYTES = 8.0, 3 * 2**29
+#: of building a model without weights; one of 671B parameters took 0.05 s and 0.01 GiB
+SECONDS, BYTES = 5.0, 2**30
 _EVERY = 0.05
 
 
@@ -51,11 +51,15 @@ def limited(modules: int | None = None, seconds: float = SECONDS, nbytes: int = 
 
     hook = register_module_module_registration_hook(count)
     try:
-        with watch:
-            yield
+        watch.begin()
+        yield
     except _Stop as stop:
         raise TooMuch(watch.why or str(stop)) from None
     finally:
+        try:
+            watch.end()
+        except _Stop:  # it came just as the end began; the next one is `_EVERY` away
+            watch.end()
         hook.remove()
 
 
@@ -68,24 +72,24 @@ class _Watch:
         self._now = _clock_of(self.caller)
         self._seconds, self._nbytes = seconds, nbytes
         self._until, self._size = self._now() + seconds, _resident() + nbytes
-        self._done, self._lock = threading.Event(), threading.Lock()
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> None:
+    def begin(self) -> None:
         self._thread.start()
 
-    def __exit__(self, *_) -> None:
-        # what was raised last may come only now; nothing is raised any more once the lock was had
-        try:
-            with self._lock:
+    def end(self) -> None:
+        """Nothing is raised any more once this is done."""
+        while True:
+            try:
                 self._done.set()
-        finally:
-            self._done.set()
-        with suppress(_Stop):
-            self._thread.join()
-            if self.why is not None:
-                for _ in range(1000):
+                if self._thread.ident is not None:
+                    self._thread.join()
+                for _ in range(100):  # what was raised last comes here
                     pass
+                return
+            except _Stop:
+                continue
 
     def _run(self) -> None:
         while not self._done.wait(_EVERY):
@@ -95,11 +99,9 @@ class _Watch:
                 self._raise(f"more than {self._nbytes / 2**30:g} GiB of memory")
 
     def _raise(self, why: str) -> None:
-        with self._lock:
-            # again and again, as what runs may have taken the last one for something else
-            if not self._done.is_set():
-                self.why = self.why or why
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.caller), ctypes.py_object(_Stop))
+        # again and again, as what runs may have taken the last one for something else
+        self.why = self.why or why
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.caller), ctypes.py_object(_Stop))
 
 
 def _clock_of(thread: int) -> Callable[[], float]:

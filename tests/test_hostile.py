@@ -97,6 +97,18 @@ def test_a_folder_of_the_hubs_cache_gives_files(tmp_path):
     assert "out of the folder" in refused("inspect", snapshot)
 
 
+def test_a_configuration_alone_may_lie_among_anything(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "data").symlink_to(tmp_path / "elsewhere")
+    assert run("inspect", folder / "config.json").exit_code == 0
+    assert "data is a link to" in refused("inspect", folder)
+    (folder / "data").unlink()
+    (folder / "deep" / "er" / "est").mkdir(parents=True)
+    (folder / "deep" / "er" / "est" / "x.txt").symlink_to("/etc/hostname")
+    assert run("inspect", folder).exit_code == 0  # it is nothing that is read
+    assert "x.txt is a link to" in converting(folder)
+
+
 def test_pipes_and_sockets_are_refused(folder, monkeypatch):
     os.mkfifo(folder / "tokenizer.json")
     assert "tokenizer.json is a named pipe" in converting(folder)
@@ -381,6 +393,11 @@ def test_names_in_files_do_not_reach_the_terminal(tmp_path, name):
         weight_map = index["weight_map"] | {name if where == "key" else "a": "x" if where == "key" else name}
         edit(folder / "model.safetensors.index.json", weight_map=weight_map)
         assert (alone or documents.shown(name)[:100]) in converting(folder)
+
+
+def test_a_refused_file_is_named_on_one_line(folder):
+    (folder / "a\nError: \x1b[2J.json").symlink_to("/etc/hostname")
+    assert r"a\nError: \x1b[2J.json is a link to /etc/hostname" in converting(folder)
 
 
 def test_names_of_files_do_not_reach_the_terminal(folder):

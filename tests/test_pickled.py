@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import normswap
 from normswap.checkpoint.files import Checkpoint
 from normswap.errors import SourceError
-from normswap.verification import opened
+from normswap.verification import on_disk
 from test_cli import run
 
 LEGACY = {"_use_new_zipfile_serialization": False}
@@ -91,7 +91,7 @@ def as_pickled(source: Path, to: Path, shards: int) -> Path:
 def test_a_conversion_gives_the_same_as_of_safetensors(converted, tmp_path, monkeypatch, shards):
     source, expected = converted
     monkeypatch.setattr(
-        opened, "IN_MEMORY", 0
+        on_disk, "IN_MEMORY", 0
     )  # weights are read from the files where they are used, as of a large one
     done = normswap.convert(
         as_pickled(source, tmp_path / "m", shards),

@@ -15,6 +15,7 @@ import torch
 
 from normswap.apply.keeper import Keeper, Part
 from normswap.apply.layout import Job, Layout
+from normswap.checkpoint.documents import brief
 from normswap.checkpoint.files import Checkpoint
 from normswap.checkpoint.keymap import SAVE_MERGED, Group, KeyMap, Tensors
 from normswap.errors import PlanError
@@ -191,9 +192,15 @@ class Values:
             read = self._read_for_edits
             if part is not None:
                 read = edit.of_part(read, part.axis, part.start, value.shape[part.axis])
-            if keeper is not None:
-                keeper.note(edit, number, value, read, part)
-            value = edit.apply(value, read)
+            before = None if value is None else tuple(value.shape)
+            try:
+                if keeper is not None:
+                    keeper.note(edit, number, value, read, part)
+                value = edit.apply(value, read)
+            except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+                raise _misfit(name, edit, before, brief(error)) from error
+            if part is not None and tuple(value.shape) != before:  # it mixes no parts, so each keeps its shape
+                raise _misfit(name, edit, before, f"it gives shape {tuple(value.shape)}")
         rounded = value.to(dtype)
         if not _all_finite(rounded) and value.isfinite().all():
             raise PlanError(
@@ -233,6 +240,11 @@ def free_axis(edits: Sequence[TensorEdit], ndim: int) -> int | None:
         return None
     taken = {axis for axes in mixed for axis in axes}
     return next((axis for axis in range(ndim) if axis not in taken), None)
+
+
+def _misfit(name: str, edit: TensorEdit, shape: tuple[int, ...] | None, why: str) -> PlanError:
+    found = "no value yet" if shape is None else f"values of shape {shape}"
+    return PlanError(f"{name}: {edit.edit} does not fit it, found with {found} ({why}). Make the plan again.")
 
 
 def _all_finite(values: torch.Tensor) -> bool:

@@ -70,8 +70,9 @@ def check_narrow(values: Iterable[Any], names: int = 64, items: int = 65_536) ->
 
 
 def shown(name: object) -> str:
-    """A name from a file, as it may stand in a message: in ASCII, of 200 characters at most."""
-    return ascii(name)[1:-1][:200] if isinstance(name, str) else ascii(name)[:200]
+    """A name from elsewhere as it may stand in a message: on one line, with nothing in it that moves a cursor."""
+    text = str(name)
+    return (text if text.isprintable() else ascii(text)[1:-1])[:500]
 
 
 def brief(error: Exception | str) -> str:

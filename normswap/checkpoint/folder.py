@@ -11,6 +11,7 @@ import os
 import stat
 from pathlib import Path
 
+from normswap.checkpoint.documents import shown
 from normswap.errors import SourceError
 
 #: of one JSON file at the top, which transformers may read whole; a tokenizer of 256k tokens has 35 MB
@@ -21,7 +22,8 @@ _KINDS = {stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR
 def check_folder(folder: Path) -> None:
     """Refuse a folder with entries that lead out of it, or that are neither files nor folders.
 
-    Links that lead nowhere are let be: whoever needs the file misses it. Hidden folders are not looked into.
+    Looked at is what transformers reads: the folder and those in it, but for hidden ones. What lies deeper is looked at
+    when it is copied. Links that lead nowhere are let be: whoever needs the file misses it.
 
     Raises:
         SourceError: naming the entry, and what to do.
@@ -36,13 +38,14 @@ def check_folder(folder: Path) -> None:
                 continue  # a link that leads nowhere, or round in a circle
             kind = next((what for is_it, what in _KINDS.items() if is_it(found.st_mode)), None)
             if kind is not None:
-                raise SourceError(f"{path} is {kind}, expected files and folders alone. Take it away.")
+                raise SourceError(f"{shown(path)} is {kind}, expected files and folders alone. Take it away.")
             if name.endswith(".json") and Path(parent) == Path(folder) and found.st_size > MAX_JSON_BYTES:
                 raise SourceError(
-                    f"{path} has {found.st_size} bytes, expected at most {MAX_JSON_BYTES}, more than any configuration "
-                    "or tokenizer has. Fetch it again, or take it away."
+                    f"{shown(path)} has {found.st_size} bytes, expected at most {MAX_JSON_BYTES}, more than any "
+                    "configuration or tokenizer has. Fetch it again, or take it away."
                 )
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(parent) == Path(folder)
+        folders[:] = [name for name in folders if below and not name.startswith(".")]
 
 
 def check_inside(folder: Path, path: Path) -> None:
@@ -52,8 +55,8 @@ def check_inside(folder: Path, path: Path) -> None:
     target = os.path.realpath(path)
     if not any(Path(target).is_relative_to(place) for place in _allowed(folder)):
         raise SourceError(
-            f"{path} is a link to {target}, out of the folder. If you want that file to be part of the checkpoint, put "
-            "a copy of it in the link's place."
+            f"{shown(path)} is a link to {shown(target)}, out of the folder. If you want that file to be "
+            "part of the checkpoint, put a copy of it in the link's place."
         )
 
 

@@ -16,13 +16,13 @@ from normswap.apply.live import apply_structure
 from normswap.checkpoint.demands import check_demands
 from normswap.checkpoint.documents import brief, read_json
 from normswap.checkpoint.files import Checkpoint, has_weights
-from normswap.checkpoint.folder import check_folder
+from normswap.checkpoint.folder import check_folder, check_inside
 from normswap.checkpoint.record import RECORD, Record, stock_class
 from normswap.errors import NormswapError, SourceError
 from normswap.limits import TooMuch, limited
 
-#: of a model without stored tensors; the largest that transformers has are of some thousands
-MAX_MODULES = 200_000
+#: of a model without stored tensors; one of 671B parameters has 1215, some code has one for each of 15,000 experts
+MAX_MODULES = 100_000
 #: for each stored tensor a model has about one module; not many times as many
 MODULES_PER_TENSOR, MODULES_BESIDE = 50, 1000
 _OTHER_WEIGHTS = ["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.pt", "*.pth", "*.ckpt", "*.tflite", "*.ot"]
@@ -61,7 +61,10 @@ class Source:
         folder = _locate(str(name), revision, weights)
         if revision is not None and Path(name).expanduser().exists():
             raise SourceError(f"{name} is a local folder; a revision ({revision}) can be had of a Hub id only.")
-        check_folder(folder)
+        if _local(str(name)).is_file():  # a configuration alone, which lies among anything
+            check_inside(folder, folder / "config.json")
+        else:
+            check_folder(folder)
         raw = _read_json(folder / "config.json")
         check_demands(str(name), raw, trust_remote_code)
         record = Record.read(folder) if (folder / RECORD).exists() else None

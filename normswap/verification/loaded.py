@@ -54,7 +54,7 @@ def _from_pretrained(source: Source, options: dict[str, Any]) -> tuple[PreTraine
     except Exception as error:  # of transformers and torch, which raise what they like for a damaged file
         raise SourceError(
             f"the weights of {source.name} cannot be loaded into {source.model_class.__name__}: {brief(error)}. "
-            f"Expected *.safetensors that fit its config.json."
+            f"Expected weights that fit its config.json."
         ) from error
 
 

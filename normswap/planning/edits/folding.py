@@ -74,6 +74,8 @@ class FoldBias(TensorEdit):
             carried = torch.tensordot(reader, own, dims=([self.axis], [0]))
             carried = carried.reshape([n for axis, n in enumerate(reader.shape) if axis not in sums])
             parts.append(carried if carried.is_meta else apart(carried, torch.float64))
+        if self.axis == 0 and start != len(bias):
+            raise ValueError(f"expected a bias of {start} values, found {len(bias)}")
         return torch.stack(parts).sum(0) if 0 in sums else torch.cat(parts)
 
     def apply(self, value, read):
