@@ -48,7 +48,7 @@ def tried(model_type: str, folder: Path) -> str:
     """What came of one model, in words."""
     import normswap
     from normswap.errors import NormswapError
-    from normswap.verification import opened, streamed
+    from normswap.verification import on_disk, streamed
     from sweep import zoo
 
     try:
@@ -57,12 +57,12 @@ def tried(model_type: str, folder: Path) -> str:
         return f"not saved: {type(error).__name__}: {error}"
     for request in REQUESTS:
         try:
-            opened.IN_MEMORY, opened.SMALL = 2**40, 2**15
+            on_disk.IN_MEMORY, on_disk.SMALL = 2**40, 2**15
             whole = normswap.convert(folder / "source", folder / "whole", verify="fast", partial=True, **request)
         except NormswapError as error:
             reason = " ".join(str(error).split())
             continue
-        opened.IN_MEMORY, opened.SMALL = 0, 64
+        on_disk.IN_MEMORY, on_disk.SMALL = 0, 64
         read = set()
         reading = streamed.Reading.read
 

@@ -18,7 +18,7 @@ from normswap.planning.edits import SwapNorm
 from normswap.understand.normmap import find_sites
 from normswap.verification.inputs import evaluation_inputs
 from normswap.verification.live import measure_live
-from normswap.verification.run import open_model, tokenizer_of
+from normswap.verification.loaded import open_model, tokenizer_of
 from sweep import zoo
 
 

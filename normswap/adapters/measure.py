@@ -24,12 +24,12 @@ from normswap.errors import ObserveError, RefusedError, VerificationError
 from normswap.planning.plans import Plan
 from normswap.verification.basis import OtherBasis
 from normswap.verification.inputs import evaluation_inputs
+from normswap.verification.loaded import open_model, tokenizer_of
 from normswap.verification.metrics import Record
 from normswap.verification.models import TOLERANCES
 from normswap.verification.opened import open_published
 from normswap.verification.outputs import Inputs, Outputs, check_alike, outputs_of, row_errors
 from normswap.verification.proof import VerifyMode
-from normswap.verification.run import open_model, tokenizer_of
 from normswap.verification.text import MEASURED, WHOLE
 
 #: how many tokens are run; each output is kept until its counterpart comes

@@ -29,7 +29,7 @@ from normswap.planning.edits import FITTED, AnyEdit, Initialise, ModuleEdit, Ref
 from normswap.planning.plans import Plan
 from normswap.understand.eps_keys import eps_keys
 from normswap.understand.normmap import NormMap, Site
-from normswap.verification.run import coarsest_dtype
+from normswap.verification.loaded import coarsest_dtype
 
 #: of float32, half a unit in the last place
 _UNSEEN = 2.0**-25

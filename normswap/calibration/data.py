@@ -14,7 +14,7 @@ from normswap.checkpoint.source import Source
 from normswap.errors import RefusedError
 from normswap.observe.run import make_eager
 from normswap.verification.inputs import RANDOM, evaluation_inputs
-from normswap.verification.run import open_model, tokenizer_of
+from normswap.verification.loaded import open_model, tokenizer_of
 from normswap.verification.text import CALIBRATED, MEASURED, WHOLE, calibration_text
 from normswap.verification.text import read as read_text
 

@@ -28,7 +28,7 @@ from normswap.tune.surgery import Surgery, plan_surgery
 from normswap.tune.training_arguments import BATCH
 from normswap.understand.normmap import find_sites
 from normswap.verification.inputs import of_text
-from normswap.verification.run import open_model, tokenizer_of
+from normswap.verification.loaded import open_model, tokenizer_of
 
 
 @dataclass(frozen=True)

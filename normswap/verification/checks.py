@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,8 +17,10 @@ from normswap.planning.plans import Plan
 from normswap.understand.normmap import find_sites
 from normswap.verification.basis import OtherBasis
 from normswap.verification.outputs import check_alike, outputs_of, row_errors
-from normswap.verification.run import Report
 from normswap.verification.sites import SiteSpec
+
+if TYPE_CHECKING:
+    from normswap.verification.run import Report
 
 # float32 casts inside float64 models, over many layers
 _PLAIN_TOLERANCE = 1e-3

@@ -26,10 +26,11 @@ from normswap.verification.basis import OtherBasis
 from normswap.verification.checks import check_exact, check_kinds, check_plain, sites_now
 from normswap.verification.generation import Generation, generated
 from normswap.verification.inputs import evaluation_inputs
+from normswap.verification.loaded import coarsest_dtype, tokenizer_of
 from normswap.verification.metrics import Record
 from normswap.verification.opened import Opened, open_both
 from normswap.verification.placement import check_moved
-from normswap.verification.run import Report, coarsest_dtype, report_on, tokenizer_of
+from normswap.verification.run import Report, report_on
 from normswap.verification.text import MEASURED, WHOLE
 
 Progress = Callable[[str, int, int], None]

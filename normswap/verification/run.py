@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from normswap.checkpoint.documents import brief
 from normswap.checkpoint.source import Source
-from normswap.errors import SourceError, VerificationError
-from normswap.observe.run import make_eager
+from normswap.errors import VerificationError
 from normswap.understand.normmap import find_sites
 from normswap.verification.basis import OtherBasis
 from normswap.verification.generation import Generation, generated
 from normswap.verification.inputs import evaluation_inputs, of_text
+from normswap.verification.loaded import coarsest_dtype, tokenizer_of
 from normswap.verification.metrics import Record
 from normswap.verification.models import TOLERANCES, Comparison, Progress, compare_models
+from normswap.verification.on_disk import open_either
 from normswap.verification.outputs import Inputs
 from normswap.verification.sites import SiteSpec
 
@@ -81,29 +82,35 @@ def verify(
     """
     sources = [Source.open(name, trust_remote_code=trust_remote_code) for name in (a, b)]
     _check_vocabularies(*sources)
-    models = [open_model(source) for source in sources]
-    stored = [coarsest_dtype(model) for model in models]
-    halves = any(torch.finfo(found).bits < 32 for found in stored)
-    run = _parse_dtype(dtype) or (torch.float32 if halves else torch.float64)
-    _place(models, device or ("cuda" if torch.cuda.is_available() else "cpu"), run)
+    place = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = tokenizer_of(sources[0])
-    batches, shape, described = evaluation_inputs(models[0], tokenizer, text, tokens)
     plans = [source.record.plan for source in sources if source.record is not None]
     turned, basis = (OtherBasis.of(source.record and source.record.plan) for source in sources)
-    report = report_on(
-        (str(a), str(b)),
-        models,
-        [find_sites(model) for model in models],
-        batches,
-        shape=shape,
-        text=described,
-        stored=stored,
-        moved=set().union(*(plan.moved_norms() for plan in plans), turned.sites, turned.hidden, basis.hidden),
-        basis=basis,
-        decode=None if tokenizer is None else tokenizer.decode,
-        progress=progress,
-    )
-    return report.model_copy(update={"generation": generated(*models, tokenizer, batches)})
+    with ExitStack() as opened:
+        found = [open_either(source, opened, in_memory=place != "cpu") for source in sources]
+        stored = [coarsest_dtype(each.like) for each in found]
+        halves = any(torch.finfo(dtype).bits < 32 for dtype in stored)
+        run = _parse_dtype(dtype) or (torch.float32 if halves else torch.float64)
+        models = [each.model(run) for each in found]
+        _place([model for model, each in zip(models, found, strict=True) if not each.on_disk], place, run)
+        batches, shape, described = evaluation_inputs(
+            models[0] if not found[0].on_disk else found[0].like, tokenizer, text, tokens, runs=not found[0].on_disk
+        )
+        report = report_on(
+            (str(a), str(b)),
+            models,
+            [find_sites(each.like) for each in found],
+            batches,
+            shape=shape,
+            text=described,
+            stored=stored,
+            moved=set().union(*(plan.moved_norms() for plan in plans), turned.sites, turned.hidden, basis.hidden),
+            basis=basis,
+            decode=None if tokenizer is None else tokenizer.decode,
+            progress=progress,
+        )
+        writing = generated(*models, tokenizer, batches, on_disk=any(each.on_disk for each in found))
+    return report.model_copy(update={"generation": writing})
 
 
 def report_on(
@@ -152,46 +159,6 @@ def report_on(
     )
 
 
-def open_model(source: Source) -> PreTrainedModel:
-    """The model with its weights as stored, in eager attention and eval mode.
-
-    Raises:
-        SourceError: weights are missing or do not fit, so that the model would be partly random.
-    """
-    source.build_stock()  # what a file or a number in it would break, it breaks here, within bounds
-    if source.record is not None:
-        from normswap.loading import load
-
-        model = load(source.folder, dtype="auto", attn_implementation="eager")
-    else:
-        model, info = _from_pretrained(source)
-        missing = sorted(info["missing_keys"])
-        missing += [f"{key} {tuple(a)}, expected {tuple(b)}" for key, a, b in sorted(info["mismatched_keys"])]
-        if missing:
-            raise SourceError(
-                f"{source.name} does not hold all weights of {source.model_class.__name__}: {len(missing)} are missing "
-                f"or of another shape ({'; '.join(missing[:3])}), which would be random. Get the complete checkpoint."
-            )
-    make_eager(model)
-    return model.eval()
-
-
-def _from_pretrained(source: Source) -> tuple[PreTrainedModel, dict]:
-    try:
-        return source.model_class.from_pretrained(
-            source.folder,
-            dtype="auto",
-            attn_implementation="eager",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are listed then, and refused with the missing ones
-        )
-    except Exception as error:  # of transformers and torch, which raise what they like for a damaged file
-        raise SourceError(
-            f"the weights of {source.name} cannot be loaded into {source.model_class.__name__}: {brief(error)}. "
-            f"Expected *.safetensors that fit its config.json."
-        ) from error
-
-
 def _place(models: list[PreTrainedModel], device: str | torch.device, dtype: torch.dtype) -> None:
     """Move the models, in place."""
     try:
@@ -217,26 +184,9 @@ def _vocabulary(source: Source) -> int | None:
     return of_text(source.config, "vocab_size")
 
 
-def coarsest_dtype(model: nn.Module) -> torch.dtype:
-    """The coarsest floating dtype among the parameters."""
-    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return min(found, key=lambda dtype: torch.finfo(dtype).bits)
-
-
 def _parse_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     found = getattr(torch, name, None) if isinstance(name, str) else name
     if name is not None and found not in TOLERANCES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TOLERANCES)
         raise VerificationError(f"dtype must be one of {known}, found {name!r}.")
     return found
-
-
-def tokenizer_of(source: Source):
-    """The checkpoint's tokenizer, None if it has none."""
-    try:
-        # with the configuration given, and a plain no: transformers would ask on the terminal whether to run code
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, config=source.config, trust_remote_code=False)
-    except Exception:  # where its files are not there, each class raises what it likes
-        return None
-    # without tokenizer files some classes come up all the same, with special tokens alone
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
