@@ -32,7 +32,7 @@ def test_what_once_failed(name):
 
 
 def test_the_seeds_are_good_before_they_are_spoilt():
-    kinds = {(seed, file): command for seed, file, _, command in CASES if not command.startswith("verify")}
+    kinds = {(seed, file): command for seed, file, _, command in reversed(CASES)}  # the first of each is the shortest
     for (seed, file), command in kinds.items():
         assert done(Case(seed, file, command, (CORPUS / seed / file).read_bytes())) == 0, (seed, file)
 
@@ -40,14 +40,14 @@ def test_the_seeds_are_good_before_they_are_spoilt():
 def test_spoilt_checkpoints_are_refused_or_work():
     outcomes: list[int] = []
 
-    @settings(max_examples=200, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=120, derandomize=True, deadline=None, database=None)
     @given(st.randoms(use_true_random=False))
     def check(random: Random) -> None:
         outcomes.append(done(draw(CORPUS, random)))
 
     check()
     # not everything is refused at the door: some of what is spoilt is still a model
-    assert outcomes.count(0) > 10 and outcomes.count(2) > 60, (outcomes.count(0), outcomes.count(2))
+    assert outcomes.count(0) > 10 and outcomes.count(2) > 40, (outcomes.count(0), outcomes.count(2))
 
 
 def test_a_traceback_is_a_failure(tmp_path, monkeypatch):

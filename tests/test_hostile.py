@@ -141,10 +141,10 @@ def test_documents_have_bounds(folder, monkeypatch, tmp_path):
 
 
 def test_names_twice_are_found_in_no_time():
-    """Of a million names the last is there twice; each was once looked for among all."""
-    text = json.dumps({str(n): 0 for n in range(300_000)})[:-1] + ', "299999": 1}'
+    """Of many names the last is there twice; each was once looked for among all."""
+    text = json.dumps({str(n): 0 for n in range(100_000)})[:-1] + ', "99999": 1}'
     begun = time.process_time()
-    with pytest.raises(ValueError, match="'299999' stands twice"):
+    with pytest.raises(ValueError, match="'99999' stands twice"):
         load_json(text.encode())
     assert time.process_time() - begun < 5  # measured: 0.2
 
@@ -164,7 +164,7 @@ CONFIGS = {
     "activation": (dict(activation_function="__import__"), "cannot be built"),
     "dtype": (dict(dtype="os.system"), ""),
     "classes": (dict(architectures="GPT2LMHeadModel"), "expected names of classes"),
-    "class of another kind": (dict(architectures=["Trainer"]), "which cannot be built"),
+    "class of another kind": (dict(architectures=["GPT2Config"]), "which cannot be built"),
     "no class at all": (dict(architectures=["__version__"]), "which cannot be built"),
     "class of another model": (dict(architectures=["BertModel"]), ""),
     "type": (dict(model_type=["gpt2"]), "cannot be loaded"),
@@ -188,10 +188,10 @@ def test_configurations_with_wrong_values_are_refused(folder, name):
     assert message in converting(folder)
 
 
-@pytest.mark.parametrize("changes", [dict(num_labels=10**9), dict(layer_types=None, n_layer=10**9)])
+@pytest.mark.parametrize("changes", [dict(num_labels=10**9), dict(n_layer=10**9)])
 def test_without_weights_a_number_is_bounded_too(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(source, "limited", partial(limits.limited, nbytes=2**27, seconds=4))
-    monkeypatch.setattr(source, "MAX_MODULES", 5000)
+    monkeypatch.setattr(source, "MAX_MODULES", 500)
     shutil.copy(CORPUS / "whole" / "config.json", tmp_path)
     said = refused("inspect", edit(tmp_path / "config.json", **changes))
     assert "far too large" in said and "more than " in said
@@ -209,8 +209,8 @@ def test_work_is_stopped_at_its_bounds():
     with pytest.raises(limits.TooMuch, match="more than 0.2 seconds"), limits.limited(seconds=0.2):
         while True:
             pass
-    with pytest.raises(limits.TooMuch, match="of memory"), limits.limited(nbytes=2**26):
-        kept = [[0] for _ in range(10**9)]
+    with pytest.raises(limits.TooMuch, match="of memory"), limits.limited(nbytes=2**25):
+        kept = [b"x" * (2**16 + n % 2) for n in range(10**6)]
     with pytest.raises(limits.TooMuch, match="more than 3 modules"), limits.limited(modules=3):
         torch.nn.Sequential(*(torch.nn.ReLU() for _ in range(4)))
     with limits.limited(modules=3):
@@ -339,6 +339,26 @@ def test_saved_plans_are_held_to_the_same(tmp_path):
         Plan.load(tmp_path / "plan.json")
 
 
+MANY = {
+    "edits": (lambda p: p.update(edits=[{}] * 70_000), "edits.0: Unable to extract tag"),
+    "fields": (lambda p: p.update({str(n): n for n in range(70_000)}), "expected an object with the fields of a plan"),
+    "names": (lambda p: p["edits"].append({str(n): n for n in range(70_000)}), "an object has 70000 names"),
+    "items": (lambda p: p["edits"][0].update(sums=[[]] * 70_000), "a list has 70000 items, expected at most 65536"),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_what_does_not_fit_many_times_is_told_once(tmp_path, name):
+    """Each of so many errors was noted, a kilobyte for three bytes."""
+    change, message = MANY[name]
+    plan = json.loads((CORPUS / "plans" / "kind.json").read_text())
+    change(plan)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(PlanError, match=message) as found:
+        Plan.load(tmp_path / "plan.json")
+    assert len(str(found.value)) < 1000
+
+
 # -- the terminal ------------------------------------------------------------------------------------------------------
 
 NAMES = ["h." + "9" * 5000, "\x1b[2J\x1b]0;owned\x07", "a\nError: b", "\u202egnp.exe", "\ud800", "\x9b31m", "a\x00b"]
@@ -402,7 +422,7 @@ def test_code_of_tokenizers_and_of_generation_is_copied_and_not_run(small, tmp_p
         chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}",
     )
     edit(folder / "generation_config.json", custom_generate="custom_generate", trust_remote_code=True)
-    done = run("convert", folder, tmp_path / "out", "--norm", "rmsnorm", "--verify", "full")
+    done = run("convert", folder, tmp_path / "out", "--norm", "rmsnorm", "--verify", "fast")
     assert done.exit_code == 0, done.output
     assert not spring.exists()
     for name in ("tokenization_evil.py", "custom_generate/generate.py", "tokenizer_config.json"):

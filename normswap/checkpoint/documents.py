@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 #: bytes of one document; the index of a model of 671B parameters in one tensor per expert has 9 MB
 MAX_BYTES = 100_000_000
 #: numbers, texts, lists, objects in one; each takes about 100 bytes of memory
-MAX_VALUES = 8_000_000
+MAX_VALUES = 4_000_000
 
 
 def load_json(text: bytes) -> Any:
@@ -48,6 +49,24 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the name {name!r:.200} stands twice")
         found[name] = value
     return found
+
+
+def check_narrow(values: Iterable[Any], names: int = 64, items: int = 65_536) -> None:
+    """Raise ValueError for an object with more names, or a list with more items, than records of one thing have.
+
+    Pydantic notes every one that does not fit, with a kilobyte each.
+    """
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if len(value) > names:
+                raise ValueError(f"an object has {len(value)} names, expected at most {names}")
+            waiting += value.values()
+        elif isinstance(value, list):
+            if len(value) > items:
+                raise ValueError(f"a list has {len(value)} items, expected at most {items}")
+            waiting += value
 
 
 def shown(name: object) -> str:

@@ -15,9 +15,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from normswap.checkpoint.demands import check_demands
-from normswap.checkpoint.documents import brief, read_json
+from normswap.checkpoint.documents import brief, check_narrow, read_json
 from normswap.checkpoint.folder import check_inside
 from normswap.errors import SourceError
+from normswap.limits import limited
 from normswap.planning.plans import Plan
 
 RECORD = "normswap.json"
@@ -50,8 +51,9 @@ class Record:
         check_inside(folder, path)
         try:
             raw = read_json(path)
-            plan, source_config = Plan.model_validate(raw["plan"]), raw["source_config"]
+            plan, source_config = Plan.of(raw["plan"]), raw["source_config"]
             version = str(raw.get("normswap", ""))
+            check_narrow([raw.get("report"), raw.get("adapters")], names=65_536)
         except OSError as error:
             raise SourceError(
                 f"{folder} is not a folder that normswap wrote: cannot read {path}: {error.strerror}. "
@@ -85,7 +87,8 @@ class Record:
                 "not have; install the version it was converted with."
             )
         try:
-            return stock, config_class.from_dict(copy.deepcopy(self.source_config))
+            with limited():
+                return stock, config_class.from_dict(copy.deepcopy(self.source_config))
         except Exception as error:  # a configuration raises what it likes
             raise SourceError(
                 f"{self.folder / RECORD} is damaged: source_config: {brief(error)}. Convert the source again."

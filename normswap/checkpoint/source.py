@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,15 +65,11 @@ class Source:
         raw = _read_json(folder / "config.json")
         check_demands(str(name), raw, trust_remote_code)
         record = Record.read(folder) if (folder / RECORD).exists() else None
-        try:
-            with limited():
-                if record is not None:
-                    model_class, config = record.stock()
-                else:
-                    config = _load_config(name, folder, trust_remote_code, raw)
-                    model_class = _find_class(name, folder, config, raw, trust_remote_code)
-        except TooMuch as error:
-            raise SourceError(_beyond(name, error)) from error
+        if record is not None:
+            model_class, config = record.stock()
+        else:
+            config = _load_config(name, folder, trust_remote_code, raw)
+            model_class = _find_class(name, folder, config, raw, trust_remote_code)
         return cls(str(name), folder, config, model_class, record)
 
     @property
@@ -195,7 +191,11 @@ def _read_json(path: Path) -> dict:
 
 def _load_config(name: str | Path, folder: Path, trust_remote_code: bool, raw: dict) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # code that is trusted may take its time
+        with limited() if not trust_remote_code else nullcontext():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except TooMuch as error:
+        raise SourceError(_beyond(name, error)) from error
     except Exception as error:  # of transformers, or of the checkpoint's own code
         if "auto_map" in raw and not trust_remote_code:
             ours = str(raw.get("model_type")).startswith("normswap_")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, PrivateAttr, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from normswap.checkpoint.documents import brief, read_json
+from normswap.checkpoint.documents import brief, check_narrow, read_json
 from normswap.errors import DestinationError, PlanError
 from normswap.norms.kinds import OFFERED
 from normswap.planning.edits import (
@@ -32,6 +32,9 @@ from normswap.planning.edits import (
 from normswap.planning.orthogonal import Rotation
 from normswap.planning.request import Request
 
+T = TypeVar("T")
+#: of these there may be as many as a model has tensors; the first that does not fit is told
+Many = Annotated[tuple[T, ...], FailFast()]
 Claim = Literal["exact", "calibrated", "untrained"]
 
 
@@ -135,14 +138,14 @@ class Plan(BaseModel):
     model_type: str
     request: Request
     claim: Claim
-    reasons: tuple[str, ...]
-    converted: tuple[str, ...]
-    refused: tuple[Refusal, ...] = ()
+    reasons: Many[str]
+    converted: Many[str]
+    refused: Many[Refusal] = ()
     base_output_unchanged: bool = True
-    edits: tuple[AnyEdit, ...]
-    moved: tuple[MovedBlock, ...] = ()
-    fitted_norms: tuple[FittedNorm, ...] = ()
-    rotated: tuple[RotatedStream, ...] = ()
+    edits: Many[AnyEdit]
+    moved: Many[MovedBlock] = ()
+    fitted_norms: Many[FittedNorm] = ()
+    rotated: Many[RotatedStream] = ()
     calibrated_on: str | None = None
     _fitted: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
 
@@ -280,10 +283,18 @@ class Plan(BaseModel):
         return [Path(path), _beside(path)] if self._fitted else [Path(path)]
 
     @classmethod
+    def of(cls, raw: Any) -> Plan:
+        """The plan that a JSON document says. Raises ValueError where it is none."""
+        if not isinstance(raw, dict) or len(raw) > 64:
+            raise ValueError("expected an object with the fields of a plan")
+        check_narrow(item for value in raw.values() for item in (value if isinstance(value, list) else [value]))
+        return cls.model_validate(raw)
+
+    @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a saved plan. Raises PlanError naming every field that does not fit."""
         try:
-            plan = cls.model_validate(read_json(Path(path)))
+            plan = cls.of(read_json(Path(path)))
             wanted = plan.asks_for()
             if wanted:
                 plan._fitted = load_file(_beside(path))

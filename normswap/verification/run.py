@@ -109,8 +109,8 @@ def verify(
             decode=None if tokenizer is None else tokenizer.decode,
             progress=progress,
         )
-        writing = generated(*models, tokenizer, batches, on_disk=any(each.on_disk for each in found))
-    return report.model_copy(update={"generation": writing})
+        on_disk = any(each.on_disk for each in found)
+        return report.model_copy(update={"generation": generated(*models, tokenizer, batches, on_disk=on_disk)})
 
 
 def report_on(

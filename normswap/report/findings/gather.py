@@ -136,8 +136,10 @@ def _before(record: Record, notes: list[str]) -> NormMap | None:
     """The source's norms, found from its configuration alone."""
     try:
         stock, config = record.stock()
-        model = Source(record.folder.name, record.folder, config, stock).build()
-        return NormMap.of(model, example_inputs(model))
+        source = Source(str(record.folder), record.folder, config, stock, record)
+        with source.carried_out():
+            model = source.build_stock().eval()
+            return NormMap.of(model, example_inputs(model))
     except NormswapError as error:
         notes.append(f"The source's norms could not be looked at: {error}")
         return None
@@ -145,8 +147,10 @@ def _before(record: Record, notes: list[str]) -> NormMap | None:
 
 def _after(folder: Path, record: Record, notes: list[str]) -> NormMap | None:
     try:
-        model = Source.open(folder, weights=False).build()
-        return NormMap.of(model, example_inputs(model))
+        source = Source.open(folder, weights=False)
+        with source.carried_out():
+            model = source.build()
+            return NormMap.of(model, example_inputs(model))
     except NormswapError as error:
         notes.append(f"The result's norms could not be looked at: {error}")
         return None
