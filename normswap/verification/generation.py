@@ -13,7 +13,7 @@ from normswap.verification.precision import LiftFloat32
 from normswap.verification.record import Record
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 32
-# Every token takes all weights once: so many values, in memory and read from disk, are some ten seconds on a CPU.
+# Every token takes all weights once: so many values, in memory and read from disk, take a CPU up to a minute.
 _READS, _READS_ON_DISK = 6.4e10, 6.4e9
 # With fewer new tokens there is nothing to see.
 _FEWEST = 8
