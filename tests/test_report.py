@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import normswap
 from models import tiny
-from normswap.checkpoint.record import RECORD
+from normswap.checkpoint.record import PLAIN, RECORD
 from normswap.checkpoint.source import Source
 from normswap.cli import main
 from normswap.errors import DestinationError, SourceError
@@ -347,6 +347,20 @@ def test_a_fine_tune_shows_its_curves_beside_the_control(folders, tmp_path):
     assert "All 32 tokens are the same." in words
     assert len(re.findall('aria-label="[^"]* over tokens"', text)) == 5  # the distribution, and four that were logged
     assert text.count("the source</text>") == 2 and "control: the source, trained as much" in words
+
+
+def test_a_training_without_a_conversion_has_a_page(small, folders, tmp_path):
+    shutil.copytree(small["gpt2"], tmp_path / "out")
+    record = json.loads((folders["exact"] / RECORD).read_text())
+    plan = {"request": {}, "reasons": [], "converted": [], "edits": []}
+    scores = {name: {"mean": 4.0, "p99.9": 9.0} for name in ("source", "start", "healed")}
+    training = {"data": "corpus.txt", "scores": scores, "tokens": 900, "minutes": 1.0, "history": {}}
+    kept = {key: record[key] for key in ("normswap", "source", "source_config")}
+    kept |= {"plan": record["plan"] | plan, "training": training, "report": record["report"]["stored"]}
+    (tmp_path / "out" / PLAIN).write_text(json.dumps(kept))
+    words = _Checked(page(of_folder(tmp_path / "out"))).text
+    assert "No norm was changed." in words and "Trained on 900 tokens." in words and "As good as the original" in words
+    assert "AutoModelForCausalLM.from_pretrained(folder) loads it" in words.replace("folder )", "folder)")
 
 
 # -- the model card ---------------------------------------------------------------------------------------------

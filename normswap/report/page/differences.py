@@ -20,7 +20,7 @@ def parts(found: Findings) -> dict[str, Any]:
     sites = {site.site: site for site in streams}
     by_name = {name: [sites[path] for path in paths] for name, paths in split.items()}
     return {
-        "divergence": verdict(found.local) if found.local and found.claim in (None, "exact") else "",
+        "divergence": verdict(found.local) if found.local and found.to_be_same else "",
         "moved": _moved(found),
         "errors": errors,
         "no_errors": no_errors,
@@ -64,7 +64,7 @@ def _errors(found: Findings) -> tuple[list[dict[str, Any]], str]:
         )
         return [], why
     made = []
-    tolerance = comparison.tolerance if found.claim in (None, "exact") else None
+    tolerance = comparison.tolerance if found.to_be_same else None
     split = depth.by_stream(list(sites), _streams_of(found))
     for name, paths in split.items():
         made.append(
