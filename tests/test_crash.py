@@ -95,6 +95,16 @@ def test_what_another_run_left_is_not_taken_up(tmp_path, source, written, other)
     assert os.listdir(out.parent) == ["out"]
 
 
+def test_permissions_are_the_users_own(tmp_path, source):
+    old = os.umask(0o027)
+    try:
+        out = convert(source, tmp_path / "out").folder
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert "normswap.undo" in modes and set(modes.values()) == {0o640}
+
+
 def test_a_refusal_leaves_nothing(tmp_path, source):
     interrupted(source, tmp_path / "runs" / "out", error=SourceError)
     assert not (tmp_path / "runs").exists()
