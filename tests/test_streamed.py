@@ -10,6 +10,7 @@ from models import tiny
 from normswap.errors import VerificationError
 from normswap.verification import on_disk, streamed
 from normswap.verification.streamed import Held, Reading, placeholder, read_on_use
+from normswap.verification.weights import Part, ranges
 
 
 @pytest.fixture
@@ -18,14 +19,20 @@ def from_disk(monkeypatch):
     monkeypatch.setattr(on_disk, "IN_MEMORY", 0)
     monkeypatch.setattr(on_disk, "SMALL", 64)
     monkeypatch.setattr(streamed, "_AT_ONCE", 500)
-    found, read = [], Reading.read
+    found, read, parts = [], Reading.read, Reading.parts
 
     def spy(self, own, rows=None):
         value = read(self, own, rows)
         found.append((tuple(own.shape), tuple(value.shape)))
         return value
 
+    def spy_on_parts(self, own):
+        for part in parts(self, own):
+            found.append((tuple(own.shape), tuple(part.values.shape)))
+            yield part
+
     monkeypatch.setattr(Reading, "read", spy)
+    monkeypatch.setattr(Reading, "parts", spy_on_parts)
     return found
 
 
@@ -92,12 +99,17 @@ def test_undoing_is_measured_as_well(tmp_path, from_disk):
 class Weights:
     """Weights in memory, that are asked for as those on disk are."""
 
-    def __init__(self, **tensors):
-        self.tensors = tensors
+    def __init__(self, axis=0, **tensors):
+        self.axis, self.tensors = axis, tensors
 
     def read(self, name, rows=None):
         value = self.tensors[name]
         return value if rows is None else value[rows.start : rows.stop]
+
+    def parts(self, name, most):
+        value, axis = self.tensors[name], self.axis
+        for part in ranges(value.shape, axis, most):
+            yield Part(axis, part, value.narrow(axis, part.start, len(part)))
 
 
 class Net(nn.Module):
@@ -135,15 +147,16 @@ USES = {
 }
 
 
+@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("use", USES)
-def test_every_use_of_a_weight_gets_its_values(use, monkeypatch):
+def test_every_use_of_a_weight_gets_its_values(use, axis, monkeypatch):
     monkeypatch.setattr(streamed, "_AT_ONCE", 20)  # three rows
     weight = torch.randn(10, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.set_default_dtype(torch.float64)
     try:
         net = Net(placeholder((10, 6), torch.float64))
-        read_on_use(net, {id(net.weight): Held(Weights(weight=weight), "weight", None)})
+        read_on_use(net, {id(net.weight): Held(Weights(axis, weight=weight), "weight", None)})
         found, expected = net(use, x), Net(nn.Parameter(weight))(use, x)
     finally:
         torch.set_default_dtype(torch.float32)
