@@ -48,7 +48,7 @@ def tried(model_type: str, folder: Path) -> str:
     """What came of one model, in words."""
     import normswap
     from normswap.errors import NormswapError
-    from normswap.verification import on_disk, streamed
+    from normswap.verification import on_disk
     from sweep import zoo
 
     try:
@@ -63,29 +63,23 @@ def tried(model_type: str, folder: Path) -> str:
             reason = " ".join(str(error).split())
             continue
         on_disk.IN_MEMORY, on_disk.SMALL = 0, 64
-        read = set()
-        reading = streamed.Reading.read
-
-        def spy(self, placeholder, rows=None, reading=reading, read=read):
-            read.add(id(placeholder))
-            return reading(self, placeholder, rows)
-
-        streamed.Reading.read = spy
+        held, begin = set(), on_disk.read_on_use
+        on_disk.read_on_use = lambda model, own, begin=begin, held=held: held.update(own) or begin(model, own)
         try:
             parts = normswap.convert(folder / "source", folder / "parts", verify="fast", partial=True, **request)
         except Exception as error:  # whatever it is, it is what this looks for
             return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         finally:
-            streamed.Reading.read = reading
+            on_disk.read_on_use = begin
         a, b = (done.report.mathematics.comparison for done in (whole, parts))
         same = [site.site for site in a.sites] == [site.site for site in b.sites] and a.unmatched == b.unmatched
         same &= whole.report.tensors_checked >= parts.report.tensors_checked > 0
         close = abs(a.worst_error - b.worst_error) < TOLERANCE or whole.plan.claim != "exact"
         if not (same and close and a.dtype == b.dtype):
             return f"differs: {a.worst_error:.1e} {b.worst_error:.1e} {a.dtype} {b.dtype} {len(a.sites)} {len(b.sites)}"
-        if not read:
+        if not held:
             return "in memory: not all of it is stored"
-        return f"agrees: {len(read)} weights read as they were used, {b.worst_error:.1e}"
+        return f"agrees: {len(held)} weights read as they were used, {b.worst_error:.1e}"
     return f"not converted: {reason:.100}"
 
 

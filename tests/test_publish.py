@@ -219,6 +219,7 @@ def test_side_files_come_along(tmp_path, source):
         "m.gguf": b"w",
         "original/consolidated.00.pth": b"w",
         "2_Dense/model.safetensors": b"w",
+        "adapter_config.json": b"{}",  # or transformers would load the base that it names
     }
     for name, content in (files | stays | weights).items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)

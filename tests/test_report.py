@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import normswap
 from models import tiny
-from normswap.checkpoint.record import RECORD
+from normswap.checkpoint.record import PLAIN, RECORD
 from normswap.checkpoint.source import Source
 from normswap.cli import main
 from normswap.errors import DestinationError, SourceError
@@ -27,6 +27,7 @@ from normswap.report.findings.drawing import drawing
 from normswap.report.findings.gather import of_folder, of_model
 from normswap.report.findings.model import Findings
 from normswap.report.metadata import metadata
+from normswap.report.page.chart import linear_scale
 from normswap.report.page.page import page
 
 BROWSER = next(
@@ -207,6 +208,9 @@ def test_several_streams_are_told_apart(streams):
     text = _Checked(page(findings)).text
     assert text.count("Stream model.encoder.layers") == text.count("Stream model.decoder.layers") == 1
     assert len(re.findall("relative error of what reaches each norm of model", page(findings), re.I)) == 2
+    # each stream's chart has the norms before its first layer too
+    caption = re.search("model.decoder.layers : mean worst token. (.*?) The input", text)[1]
+    assert caption.startswith("\u25cf model.decoder.layernorm_embedding") and "encoder.layers" not in caption
     assert "random ids" in text and any("Not all that was asked for" in item.what for item in findings.advice)
 
 
@@ -240,7 +244,7 @@ def test_names_and_texts_of_a_checkpoint_cannot_do_anything(folders, tmp_path):
 
 def test_texts_of_the_user_are_in_the_page_and_not_in_the_folder(small, tmp_path):
     secret = "The quick brown fox jumps over the lazy dog of Mister Xylophant.\n"
-    (tmp_path / "text.txt").write_text(secret * 120)
+    (tmp_path / "text.txt").write_text(secret * 40)
     made, shown = tmp_path / "out", tmp_path / "page.html"
     done = run("convert", small["gpt2"], made, "--norm", "rmsnorm", "--text", tmp_path / "text.txt", "--report", shown)
     assert done.exit_code == 0 and f"wrote {shown}" in done.stderr
@@ -343,6 +347,20 @@ def test_a_fine_tune_shows_its_curves_beside_the_control(folders, tmp_path):
     assert "All 32 tokens are the same." in words
     assert len(re.findall('aria-label="[^"]* over tokens"', text)) == 5  # the distribution, and four that were logged
     assert text.count("the source</text>") == 2 and "control: the source, trained as much" in words
+
+
+def test_a_training_without_a_conversion_has_a_page(small, folders, tmp_path):
+    shutil.copytree(small["gpt2"], tmp_path / "out")
+    record = json.loads((folders["exact"] / RECORD).read_text())
+    plan = {"request": {}, "reasons": [], "converted": [], "edits": []}
+    scores = {name: {"mean": 4.0, "p99.9": 9.0} for name in ("source", "start", "healed")}
+    training = {"data": "corpus.txt", "scores": scores, "tokens": 900, "minutes": 1.0, "history": {}}
+    kept = {key: record[key] for key in ("normswap", "source", "source_config")}
+    kept |= {"plan": record["plan"] | plan, "training": training, "report": record["report"]["stored"]}
+    (tmp_path / "out" / PLAIN).write_text(json.dumps(kept))
+    words = _Checked(page(of_folder(tmp_path / "out"))).text
+    assert "No norm was changed." in words and "Trained on 900 tokens." in words and "As good as the original" in words
+    assert "AutoModelForCausalLM.from_pretrained(folder) loads it" in words.replace("folder )", "folder)")
 
 
 # -- the model card ---------------------------------------------------------------------------------------------
@@ -505,3 +523,13 @@ def test_a_browser_shows_it_without_anything_out_of_place(pages, streams, tmp_pa
     for number, (too_wide, drawings, height) in enumerate(frames):
         assert too_wide == 0 and height > 1000
         assert drawings == texts[number // 2].count("<svg") >= 2
+
+
+@pytest.mark.parametrize(
+    "values", [(0.0, 1.0), (-0.3, 0.36), (3.99, 4.13), (1e-5, 2.1e-5), (-4e-3, 7e-4), (0.0, 1234.0), (5.0, 5.0)]
+)
+def test_axes_have_ticks_within_their_range(values):
+    scale = linear_scale(values)
+    ticks = scale.ticks(4)
+    assert 2 <= len(ticks) <= 9 and all(scale.low - 1e-12 <= tick <= scale.high + 1e-12 for tick in ticks)
+    assert all(0 <= scale.at(tick) <= 1 for tick in ticks)

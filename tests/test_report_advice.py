@@ -178,6 +178,13 @@ def test_a_fine_tune_is_judged_by_its_control(scores, headline, level, words):
     assert any(kind == level and words in text for kind, text in found), found
 
 
+def test_a_fine_tune_may_write_something_else():
+    texts = Generation(samples=(Sample(tokens=32, first_difference=1),))
+    training = trained(source=4, start=4, healed=4, control=4)
+    found = said("finetune", main=CLOSE, training=training, plan=plan(), generation=texts)
+    assert not any("greedy" in text for _, text in found)
+
+
 @pytest.mark.parametrize(
     ("kl", "top1", "level"), [(0.001, 0.97, "note"), (0.07, 0.95, "warn"), (0.001, 0.8, "warn"), (0.2, 0.9, "bad")]
 )

@@ -2,18 +2,21 @@
 
 import copy
 import math
+from contextlib import ExitStack
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-import normswap
 from models import tiny
+from normswap.checkpoint.source import Source
 from normswap.understand.normmap import find_sites
 from normswap.verification.generation import NEW_TOKENS, generated
 from normswap.verification.histogram import histogram
+from normswap.verification.loaded import open_model
 from normswap.verification.metrics import Stat, TokenComparison, compare_logits
 from normswap.verification.models import compare_models
+from normswap.verification.on_disk import FromDisk
 from normswap.verification.proof import Proof
 
 IDS = torch.randint(3, 90, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -110,7 +113,7 @@ def _received(model, path):
 
 @pytest.fixture(scope="module")
 def pair(small):
-    model = normswap.verification.run.open_model(normswap.checkpoint.source.Source.open(small["gpt2"]))
+    model = open_model(Source.open(small["gpt2"]))
     return model, AutoTokenizer.from_pretrained(small["gpt2"])
 
 
@@ -147,6 +150,21 @@ def test_greedy_text_is_the_most_probable_token_each_time(pair):
     assert alike and all(s.first_difference is None and s.text_a == "" for s in alike)
 
 
+def test_a_large_model_writes_less(pair):
+    model, tokenizer = pair
+    size = sum(p.numel() for p in model.parameters())
+    found = generated(model, model, tokenizer, _batches(tokenizer), reads=10.5 * size)
+    assert found.new_tokens == 10 and found.samples[0].tokens == 10
+
+
+def test_models_that_read_weights_from_disk_write_the_same(small, pair):
+    source, tokenizer = Source.open(small["gpt2"]), pair[1]
+    with ExitStack() as opened:
+        found = FromDisk(open_model(source, device_map="meta"), source.folder, opened)
+        writing = generated(found.model(torch.float64), pair[0].double(), tokenizer, _batches(tokenizer), on_disk=True)
+    assert writing.why_not is None and [sample.first_difference for sample in writing.samples] == [None, None]
+
+
 def test_an_encoder_decoder_writes_too(small):
     model, tokenizer = tiny("bart"), AutoTokenizer.from_pretrained(small["gpt2"])
     ids = IDS[:, :12]
@@ -158,8 +176,7 @@ def test_an_encoder_decoder_writes_too(small):
     ("options", "why"),
     [
         ({"tokenizer": None}, "no tokenizer"),
-        ({"on_disk": True}, "read all of them again"),
-        ({"most_parameters": 10}, "too long here"),
+        ({"reads": 10}, "too long here"),
         ({"batches": [{"input_ids": IDS, "pixel_values": torch.rand(3, 3)}]}, "not measured on text alone"),
     ],
 )

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from normswap.adapters.carry import Carried
 from normswap.adapters.folder import CONFIG, WEIGHTS
 from normswap.adapters.measure import AdapterProof, measure
 from normswap.calibration.data import Progress
+from normswap.checkpoint.saving import save_tensors
 from normswap.checkpoint.source import Source
 from normswap.errors import DestinationError, PlanError
 from normswap.planning.plans import Plan
@@ -61,7 +61,7 @@ def _write(one: Carried, place: Path, base: str | None) -> dict[str, str]:
     try:
         place.mkdir(parents=True)
         (place / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, place / WEIGHTS, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise DestinationError(f"{place}: cannot be written: {error}. Free the space and run again.") from error
     return {name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in (CONFIG, WEIGHTS)}

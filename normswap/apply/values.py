@@ -160,7 +160,9 @@ class Values:
         start: int = 0,
         shape: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
-        """What `edits` make of `value`: the tensor `name` or, from row `start` on, some rows of it, of `shape` then.
+        """What `edits` make of `value`: the tensor `name`, or a part of it.
+
+        A part is cut along the axis that `free_axis` gives, from `start` on, out of a tensor of `shape`.
 
         Rounded once, to `dtype`. Raises PlanError when a value does not fit it.
         """
@@ -173,7 +175,7 @@ class Values:
         for begin in range(0, length, size):
             count = min(size, length - begin)
             part = value.narrow(axis, begin, count)
-            at = Part(axis, begin + (start if axis == 0 else 0), (shape or value.shape)[axis])
+            at = Part(axis, start + begin, (shape or value.shape)[axis])
             result.narrow(axis, begin, count).copy_(self._compute(name, part, edits, dtype, at))
         return result
 

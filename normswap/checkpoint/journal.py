@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 FOLDER = ".resume"
 _LINES = "journal.jsonl"
@@ -83,8 +83,10 @@ class Journal:
         """`done` is on the disk, and `kept` is what undoing will need of it."""
         if self._folder is not None:
             if kept:
-                save_file({key: value.contiguous() for key, value in kept.items()}, _kept_path(self._folder, done.file))
-                _sync(_kept_path(self._folder, done.file))
+                with open(_kept_path(self._folder, done.file), "wb") as file:
+                    file.write(save({key: value.contiguous() for key, value in kept.items()}))
+                    file.flush()
+                    os.fsync(file.fileno())
             _sync(self._folder)
             self._append(done.model_dump())
         self.keep(kept, done.why_not)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from normswap.checkpoint.saving import save_tensors
 from normswap.errors import DestinationError, SourceError
 
 KEPT = "normswap.undo"
@@ -21,7 +22,7 @@ def save_kept(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, objec
     """Write the file; what the record says of it. Raises DestinationError."""
     path = folder / KEPT
     try:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+        save_tensors({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     except (OSError, SafetensorError) as error:
         raise DestinationError(f"{path}: cannot be written: {error}. Free the space and run again.") from error
     with open(path, "rb") as file:

@@ -19,6 +19,8 @@ from normswap.checkpoint.lock import Lock
 from normswap.errors import DestinationError
 
 README = "README.md"
+# transformers loads the base that it names, and not the weights beside it.
+ADAPTER = "adapter_config.json"
 # Weights in whatever form: they hold the unconverted model, and loaders would find them.
 WEIGHT_SUFFIXES = frozenset(
     ".bin .ckpt .gguf .ggml .h5 .msgpack .npz .onnx .onnx_data .ot .pkl .pt .pth .safetensors .tflite".split()
@@ -194,7 +196,8 @@ def copy_side_files(source: Checkpoint, folder: Path) -> list[str]:
     Subfolders are copied with the same rules, except hidden ones. Raises SourceError for a link out of the source.
 
     Returns:
-        Paths relative to the source of what was left behind: weights of another form, and links that lead nowhere.
+        Paths relative to the source of what was left behind: weights of another form, settings of an adapter that is
+        among them, and links that lead nowhere.
     """
     elsewhere = {CONFIG, README, *source.read_files}
     skipped: list[str] = []
@@ -204,7 +207,7 @@ def copy_side_files(source: Checkpoint, folder: Path) -> list[str]:
             continue
         if any(part.startswith(".") for part in relative.parent.parts):
             continue
-        if not path.is_file() or _holds_weights(path):
+        if not path.is_file() or _holds_weights(path) or path.name == ADAPTER:
             skipped.append(str(relative))
             continue
         check_inside(source.folder, path)

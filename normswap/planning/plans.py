@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, PrivateAttr, ValidationError, field_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from normswap.checkpoint.documents import brief, check_narrow, read_json
+from normswap.checkpoint.saving import save_tensors
 from normswap.errors import DestinationError, PlanError
 from normswap.norms.kinds import OFFERED
 from normswap.planning.edits import (
@@ -275,7 +276,7 @@ class Plan(BaseModel):
             raise DestinationError(f"the plan cannot be saved as {path}, where its tensors go: name it *.json.")
         try:
             if self._fitted:
-                save_file(self._fitted, _beside(path))
+                save_tensors(self._fitted, _beside(path))
             Path(path).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
             why = getattr(error, "strerror", None) or error

@@ -23,7 +23,7 @@ def comparison_table(report: Report) -> RenderableType:
     parts: list[RenderableType] = [Text(_conditions(report), style="dim"), output_table(found)]
     if found.sites:
         parts.append(_sites_table(found.sites))
-    parts.extend([generation_view(report.generation)] if report.generation is not None else [])
+    parts.extend([generation_view(report.generation, ("A", "B"))] if report.generation is not None else [])
     parts.extend(Text(note, style="yellow") for note in _notes(found))
     parts.append(Text(verdict(report), style="bold green" if found.first_divergence is None else "bold red"))
     return Group(*parts)

@@ -15,14 +15,14 @@ def visible(text: str | None) -> str:
     return (text or "").replace("\n", "\u21b5").replace("\t", "\u21e5")
 
 
-def generation_view(found: Generation) -> RenderableType:
+def generation_view(found: Generation, names: tuple[str, str] = ("original", "this one")) -> RenderableType:
     """A row for each beginning: how many tokens are alike, and both texts, what differs in bold."""
     if found.why_not is not None:
         return Text(f"no text was generated: {found.why_not}", style="dim")
     table = Table(
         title="what they write", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    for name in ("tokens alike", "original", "this one"):
+    for name in ("tokens alike", *names):
         table.add_column(name, overflow="fold")
     for sample in found.samples:
         alike = "all" if sample.first_difference is None else str(sample.first_difference)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
-from safetensors.torch import save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from normswap.checkpoint.saving import save_tensors
 from normswap.errors import RecipeError
 from normswap.tune import checkpoints
 from normswap.tune.objectives import Losses
@@ -173,7 +173,7 @@ class StagedTrainer(Trainer):
             if tensor.data_ptr() not in seen or not tensor.numel():
                 alone[name] = tensor.contiguous()
             seen.add(tensor.data_ptr())
-        save_file(alone, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(alone, folder / WEIGHTS, metadata={"format": "pt"})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         _check_loaded(self.model, load_result)

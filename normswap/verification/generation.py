@@ -13,8 +13,10 @@ from normswap.verification.precision import LiftFloat32
 from normswap.verification.record import Record
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 32
-# Weights read for every token: 96 times this many are some seconds on a CPU.
-_MOST_PARAMETERS = 2e9
+# Every token takes all weights once: so many values, in memory and read from disk, take a CPU up to a minute.
+_READS, _READS_ON_DISK = 6.4e10, 6.4e9
+# With fewer new tokens there is nothing to see.
+_FEWEST = 8
 
 
 class Sample(Record):
@@ -53,7 +55,7 @@ def generated(
     batches: Sequence[Mapping[str, Any]],
     *,
     on_disk: bool = False,
-    most_parameters: float = _MOST_PARAMETERS,
+    reads: float | None = None,
 ) -> Generation:
     """Let both models go on from a few beginnings of the text that they are measured on.
 
@@ -61,22 +63,27 @@ def generated(
         model_a, model_b: in eval mode, of one dtype and device.
         tokenizer: of both; None: there is no text.
         batches: keyword arguments of `forward`; their ids are the text.
-        on_disk: weights are read from disk where they are used, so that each token would read all of them again.
-        most_parameters: larger models are left out, as this would take too long.
+        on_disk: weights are read from disk where they are used, again for each token.
+        reads: how many values of weights may be read for it; a large model writes fewer tokens, or none.
     """
-    why_not = _why_not(model_a, tokenizer, batches, on_disk, most_parameters)
-    if why_not is not None:
+    if (why_not := _why_not(model_a, tokenizer, batches)) is not None:
         return Generation(why_not=why_not)
+    size = sum(p.numel() for p in model_a.parameters())
+    allowed = (_READS_ON_DISK if on_disk else _READS) if reads is None else reads
+    count = min(NEW_TOKENS, int(allowed // max(size, 1)))
+    if count < _FEWEST:
+        return Generation(why_not=f"with {size / 1e9:.2g} billion parameters it would take too long here")
     prompts = _prompts(batches)
     try:
-        written = [_greedy(model, prompts) for model in (model_a, model_b)]
+        written = [_greedy(model, prompts, count) for model in (model_a, model_b)]
     except Exception as error:  # a model's own code for generation raises what it likes
         reason = " ".join(str(error).split())
         return Generation(why_not=f"generation failed: {type(error).__name__}: {reason:.200}")
-    return Generation(samples=tuple(_sample(tokenizer, *row) for row in zip(prompts.tolist(), *written, strict=True)))
+    samples = (_sample(tokenizer, *row) for row in zip(prompts.tolist(), *written, strict=True))
+    return Generation(samples=tuple(samples), new_tokens=count)
 
 
-def _why_not(model: nn.Module, tokenizer, batches, on_disk: bool, most_parameters: float) -> str | None:
+def _why_not(model: nn.Module, tokenizer, batches) -> str | None:
     can = getattr(model, "can_generate", None)
     if tokenizer is None:
         return "the checkpoint has no tokenizer"
@@ -84,11 +91,6 @@ def _why_not(model: nn.Module, tokenizer, batches, on_disk: bool, most_parameter
         return f"{type(model).__name__} does not generate text"
     if not batches or {n for n, v in batches[0].items() if isinstance(v, torch.Tensor)} - _OF_TEXT:
         return "it was not measured on text alone"
-    if on_disk:
-        return "weights were read from disk as they were used, and every token would read all of them again"
-    size = sum(p.numel() for p in model.parameters())
-    if size > most_parameters:
-        return f"with {size / 1e9:.1f} billion parameters it would take too long here"
     return None
 
 
@@ -103,7 +105,7 @@ def _prompts(batches: Sequence[Mapping[str, Any]]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _greedy(model: nn.Module, prompts: torch.Tensor) -> list[list[int]]:
+def _greedy(model: nn.Module, prompts: torch.Tensor, count: int) -> list[list[int]]:
     """The new ids of each row."""
     parameter = next(p for p in model.parameters() if p.is_floating_point())
     prompts = prompts.to(parameter.device)
@@ -111,7 +113,7 @@ def _greedy(model: nn.Module, prompts: torch.Tensor) -> list[list[int]]:
         found = model.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=count,
             do_sample=False,
             num_beams=1,
             pad_token_id=_padding(model),

@@ -112,14 +112,14 @@ def is_large(source: Source) -> bool:
 
 def _same(planned: Planned, stored: Stored, names: tuple[str, ...]) -> bool:
     """Whether a tensor of the published folder is what the plan makes, rounded once."""
-    name, wanted = names[0], planned.name_of(names)
-    shape = stored.shape(name)
-    count = max(1, _VALUES_AT_ONCE // max(1, math.prod(shape[1:])))
-    alone = shape and math.prod(shape) > _VALUES_AT_ONCE and planned.rows_alone(wanted)
-    parts = [range(i, min(i + count, shape[0])) for i in range(0, shape[0], count)] if alone else [None]
-    for part in parts:
-        have = stored.read(name, part)
-        if not torch.equal(planned.read(wanted, part).to(have.dtype), have):
+    whole = None
+    for part in planned.parts(planned.name_of(names), _VALUES_AT_ONCE):
+        if part.axis == 0 and part.range:
+            have = stored.read(names[0], part.range)
+        else:
+            whole = stored.read(names[0]) if whole is None else whole
+            have = whole.narrow(part.axis, part.range.start, len(part.range)) if part.range else whole
+        if not torch.equal(part.values.to(have.dtype), have):
             return False
     return True
 

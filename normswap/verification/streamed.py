@@ -2,7 +2,7 @@
 
 Large parameters are placeholders, NaN in every place and without storage of their size, so that whatever could pass the
 reading by would show. While the model runs, a mode hears every torch call (`TorchFunctionMode`) and hands it values in
-the place of placeholders. A linear map goes through its weight some rows at a time, an embedding reads the rows that it
+the place of placeholders. A linear map goes through its weight a part at a time, an embedding reads the rows that it
 looks up, and of experts stacked in one parameter those are read that are chosen; any other operation gets the whole.
 """
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_map
 
-from normswap.verification.weights import Weights
+from normswap.verification.weights import Part, Weights
 
 # Parameters with fewer values are in memory like any other.
 SMALL = 2**15
@@ -66,12 +66,19 @@ class Reading(TorchFunctionMode):
             value = held.weights.read(held.name, rows)
             return (value if held.through is None else value.to(held.through)).to(placeholder.dtype)
 
-    def by_rows(self, placeholder: torch.Tensor) -> Iterator[tuple[range, torch.Tensor]]:
-        """Some rows at a time, from the first to the last."""
-        count = max(1, _AT_ONCE * len(placeholder) // placeholder.numel())
-        for start in range(0, len(placeholder), count):
-            rows = range(start, min(start + count, len(placeholder)))
-            yield rows, self.read(placeholder, rows)
+    def parts(self, placeholder: torch.Tensor) -> Iterator[Part]:
+        """Its values a part at a time, from the first to the last along whichever axis that goes."""
+        held = self._held[id(placeholder)]
+        with _unheard():
+            parts = iter(held.weights.parts(held.name, _AT_ONCE))
+        while True:
+            with _unheard():
+                part = next(parts, None)
+                if part is None:
+                    return
+                value = part.values if held.through is None else part.values.to(held.through)
+                part = part._replace(values=value.to(placeholder.dtype))
+            yield part
 
     def _value(self, value: Any) -> Any:
         return self.read(value) if self.is_held(value) else value
@@ -90,21 +97,31 @@ def _unheard() -> Iterator[None]:
 
 
 def _linear(mode: Reading, x: Any, weight: Any, bias: Any = None) -> Any:
-    """`x W^T + b`, W some rows at a time."""
+    """`x W^T + b`, W a part at a time: rows give outputs, columns add up."""
     if mode.is_held(x) or not mode.is_held(weight):
         return NotImplemented
-    made = torch.cat([F.linear(x, part) for _, part in mode.by_rows(weight)], -1)
+    made = _in_parts(x, mode.parts(weight), out=0)
     return made if bias is None else made + (mode.read(bias) if mode.is_held(bias) else bias)
 
 
+def _in_parts(x: torch.Tensor, parts: Iterator[Part], out: int) -> torch.Tensor:
+    """`x` times a matrix that comes in parts; `out` is the matrix' axis of outputs."""
+    columns, made = [], None
+    for part in parts:
+        values = part.values.mT if out == 0 else part.values
+        if part.axis == out:
+            columns.append(x @ values)
+        else:
+            product = x[..., part.range.start : part.range.stop] @ values
+            made = product if made is None else made + product
+    return torch.cat(columns, -1) if made is None else made
+
+
 def _addmm(mode: Reading, bias: Any, x: Any, weight: Any, **scales: Any) -> Any:
-    """`b + x W`, W some rows at a time."""
+    """`b + x W`, W a part at a time."""
     if scales or not mode.is_held(weight) or mode.is_held(x):
         return NotImplemented
-    made = mode.read(bias) if mode.is_held(bias) else bias
-    for rows, part in mode.by_rows(weight):
-        made = torch.addmm(made, x[:, rows.start : rows.stop], part)
-    return made
+    return (mode.read(bias) if mode.is_held(bias) else bias) + _in_parts(x, mode.parts(weight), out=1)
 
 
 def _embedding(mode: Reading, ids: torch.Tensor, weight: Any, *rest: Any, **options: Any) -> Any:

@@ -131,7 +131,7 @@ def parting(found: Findings) -> Iterator[Advice]:
 def writes_otherwise(found: Findings) -> Iterator[Advice]:
     samples = found.generation.samples if found.generation else ()
     differing = [s.first_difference for s in samples if s.first_difference is not None]
-    if not differing:
+    if not differing or found.kind == "finetune":  # which is to write something else
         return
     exact = found.claim == "exact"
     what = f"{len(differing)} of {len(samples)} greedy texts differ, the first after {min(differing)} tokens."

@@ -43,7 +43,7 @@ def sites_left_out(found: Findings) -> Iterator[Advice]:
         )
     if found.local is not None and (unmatched := found.local.comparison.unmatched):
         yield Advice(
-            level="warn" if found.claim == "exact" else "note",
+            level="warn" if found.to_be_same else "note",
             what=f"{len(unmatched)} norms run in one model only, or not alike: {', '.join(unmatched[:3])}.",
             attempt="They are in no number here: compare the models' outputs on your own task.",
         )

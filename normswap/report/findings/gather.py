@@ -171,7 +171,7 @@ def _plan_of(name: str):
 
 
 def _differing(rows) -> str:
-    found = [row for row in rows if row.before != row.after]
+    found = [row for row in rows if (row.before, row.slot_before) != (row.after, row.slot_after)]
     if not found:
         return f"Both have the same {sum(row.count for row in rows)} norms."
     count = sum(row.count for row in found)

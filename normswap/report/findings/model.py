@@ -202,6 +202,11 @@ class Findings(Record):
     notes: tuple[str, ...] = ()
 
     @property
+    def to_be_same(self) -> bool:
+        """Whether the two models are to compute the same function, so that only rounding may differ."""
+        return self.kind == "comparison" or (self.kind == "conversion" and self.claim == "exact")
+
+    @property
     def main(self) -> Report | None:
         """The measurement that says how the result does as it is used."""
         return self.reports.get("as stored") or self.reports.get("compared") or self.reports.get("mathematics")

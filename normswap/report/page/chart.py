@@ -38,9 +38,15 @@ class Scale:
             return [self.low]
         rough = span / count
         unit = 10.0 ** math.floor(math.log10(rough))
-        step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
-        first = math.ceil(self.low / step - 1e-9)
-        return [n * step for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        steps = [unit * m for m in (10, 5, 2, 1, 0.5)]
+        fits = [step for step in steps if step >= rough * 0.999]
+        found = self._multiples(fits[-1])
+        # a span just above a step has one tick of it, which says nothing
+        return found if len(found) > 2 else self._multiples(steps[len(fits)])
+
+    def _multiples(self, step: float) -> list[float]:
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [n * step for n in range(first, last + 1)]
 
 
 def log_scale(values: Sequence[float], least: float = 1e-18) -> Scale:

@@ -15,6 +15,8 @@ from normswap.verification.streams import SiteStream
 
 # An error of 0 is drawn at this size: rounding in float64, squared.
 _LEAST = 1e-17
+# Values that are so many times another are drawn by their logarithm.
+_WIDE = 20
 
 
 def by_stream(paths: Sequence[str], stream_of: dict[str, str]) -> dict[str, list[str]]:
@@ -81,14 +83,19 @@ def moved_chart(blocks: Sequence[MovedBlock]) -> Markup:
 
 
 def stream_chart(streams: Sequence[SiteStream], what: str, y_name: str, log: bool = False) -> Markup:
-    """One statistic (`mean`, `rms`, `cv`) of what each norm receives, in both models."""
+    """One statistic (`mean`, `rms`, `cv`) of what each norm receives, in both models.
+
+    Args:
+        log: draw it by its logarithm, where values of many sizes are among them.
+    """
     lines: dict[str, list[tuple[int, float]]] = {"a": [], "b": []}
     for i, site in enumerate(streams):
         for kind, stat in (("a", site.a), ("b", site.b)):
             if stat is not None:
                 lines[kind].append((i, getattr(stat, what)))
     values = [value for line in lines.values() for _, value in line]
-    scale = log_scale(values) if log else linear_scale([0.0, *values], from_zero=all(v >= 0 for v in values))
+    wide = log and min(values, default=1) > 0 and max(values) > _WIDE * min(values)
+    scale = log_scale(values) if wide else linear_scale([0.0, *values], from_zero=all(v >= 0 for v in values))
     chart = Chart(
         f"{y_name} of what each norm receives", Scale(-0.5, len(streams) - 0.5), scale, 160,
         x_name="norms in order; number of the layer", y_name=y_name,

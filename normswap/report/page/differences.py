@@ -20,7 +20,7 @@ def parts(found: Findings) -> dict[str, Any]:
     sites = {site.site: site for site in streams}
     by_name = {name: [sites[path] for path in paths] for name, paths in split.items()}
     return {
-        "divergence": verdict(found.local) if found.local and found.claim in (None, "exact") else "",
+        "divergence": verdict(found.local) if found.local and found.to_be_same else "",
         "moved": _moved(found),
         "errors": errors,
         "no_errors": no_errors,
@@ -36,16 +36,17 @@ _OLD = "What the norms receive was not measured by the version of normswap that 
 
 
 def _streams_of(found: Findings) -> dict[str, str]:
-    """By path of a site the stream that it stands on: the one whose name its path begins with, the longest."""
-    drawn = found.before or found.after
-    names = sorted((s.name for s in drawn.streams), key=len, reverse=True) if drawn else []
-    paths = (
-        [site.site for site in (*found.local.comparison.sites, *found.local.comparison.streams)] if found.local else []
-    )
+    """By path of a site the stream that it stands on: at its ends, or in a module that the stream is named by."""
+    streams = [stream for drawn in (found.before, found.after) if drawn for stream in drawn.streams]
+    # of names of which one begins with the other, the longer one says more
+    streams.sort(key=lambda stream: len(stream.name), reverse=True)
+    ends = {norm.name: stream.name for stream in streams for norm in (*stream.embedding, *stream.final)}
+    comparison = found.local.comparison if found.local else None
+    paths = [site.site for site in (*comparison.sites, *comparison.streams)] if comparison else []
     held: dict[str, str] = {}
     for path in paths:
-        name = next((name for name in names if path.startswith(f"{name.partition('#')[0]}.")), None)
-        if name is not None:
+        within = (stream.name for stream in streams if path.startswith(f"{stream.name.partition('#')[0]}."))
+        if name := ends.get(path) or next(within, None):
             held[path] = name
     return held
 
@@ -63,7 +64,7 @@ def _errors(found: Findings) -> tuple[list[dict[str, Any]], str]:
         )
         return [], why
     made = []
-    tolerance = comparison.tolerance if found.claim in (None, "exact") else None
+    tolerance = comparison.tolerance if found.to_be_same else None
     split = depth.by_stream(list(sites), _streams_of(found))
     for name, paths in split.items():
         made.append(

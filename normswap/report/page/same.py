@@ -121,7 +121,7 @@ def _worst(found: Findings, output: TokenMetrics | None) -> dict[str, Any] | Non
         "text": any(token.token is not None for token in tokens),
         "chosen": any(token.chosen_a is not None for token in tokens),
         "why": why,
-        "rounding": found.claim == "exact" and tokens[0].value < 1e-6,
+        "rounding": found.to_be_same and tokens[0].value < 1e-6,
     }
 
 
