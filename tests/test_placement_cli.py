@@ -136,7 +136,9 @@ def test_the_card_tells_what_moved_and_what_it_cost(converted):
         assert f"| {block.name} | {block.layer} | pre -> post | {block.scale:.4g} |" in card
     assert "Calibrated on 512 tokens of shipped Shakespeare." in card and "heals in a fine-tune" in card
     output = done.report.mathematics.comparison.output
-    numbers = " | ".join(f"{n:.1e}" for n in (output.kl.mean, output.kl.median, output.kl.p999, output.kl.max))
+    numbers = " | ".join(
+        f"{n:.1e}" for n in (output.kl.mean, output.kl.median, output.kl.p99, output.kl.p999, output.kl.max)
+    )
     assert f"| KL, nats (mathematics, float64) | {numbers} |" in card
     assert f"the same token is most probable at {output.top1:.2%} of the positions" in card
     assert "--placement post --layers 0-1 --tokens 512" in card
