@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from normswap.checkpoint.saving import sync
+
 FOLDER = ".resume"
 _LINES = "journal.jsonl"
 
@@ -87,7 +89,7 @@ class Journal:
                     file.write(save({key: value.contiguous() for key, value in kept.items()}))
                     file.flush()
                     os.fsync(file.fileno())
-            _sync(self._folder)
+            sync(self._folder)
             self._append(done.model_dump())
         self.keep(kept, done.why_not)
         self.finished[done.file] = done
@@ -116,7 +118,7 @@ class Journal:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        _sync(self._folder / FOLDER)
+        sync(self._folder / FOLDER)
 
 
 def forget(folder: Path) -> None:
@@ -163,11 +165,3 @@ def _kept(folder: Path, name: str) -> dict[str, torch.Tensor]:
         return load_file(_kept_path(folder, name))
     except (FileNotFoundError, SafetensorError):
         return {}
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -16,6 +16,7 @@ from normswap.checkpoint.files import CONFIG, Checkpoint
 from normswap.checkpoint.folder import check_inside
 from normswap.checkpoint.journal import Journal, forget
 from normswap.checkpoint.lock import Lock
+from normswap.checkpoint.saving import sync
 from normswap.errors import DestinationError
 
 README = "README.md"
@@ -121,7 +122,7 @@ class Staging:
                 if old is not None:
                     os.rename(old, self.destination)
                 raise
-            _sync(self.destination.parent)
+            sync(self.destination.parent)
         except OSError as error:
             raise DestinationError(
                 f"{self.destination}: cannot be published: {error.strerror}. It is as it was; free the name or the "
@@ -223,13 +224,5 @@ def _holds_weights(path: Path) -> bool:
 def sync_tree(folder: Path, deep: bool = True) -> None:
     """Have a folder on the disk, with all that is in it (`deep`) or its own entries alone."""
     for path in folder.rglob("*") if deep else ():
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        sync(path)
+    sync(folder)

@@ -1,4 +1,4 @@
-"""safetensors files with the permissions that any other new file would have."""
+"""Files that are on the disk, and safetensors files with the permissions that any other new file would have."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     save_file(dict(tensors), path, metadata=metadata)
     os.chmod(path, mode)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder's own entries, on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -177,7 +177,7 @@ class _Bytes(ProgressColumn):
         if task.description not in BYTES:
             return Text()
         speed = "?" if task.speed is None else f"{decimal(int(task.speed))}/s"
-        return Text(f"{decimal(int(task.completed))} of {decimal(int(task.total))}, {speed}")
+        return Text(f"{decimal(int(task.completed))} of {decimal(int(task.total))}, {speed}", no_wrap=True)
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def progress_bars(enabled: bool = True):
     """A callback `(what, done, total)` that draws one bar per `what` on stderr while the block runs."""
     columns = [
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         TaskProgressColumn(),
         _Bytes(),
         TimeElapsedColumn(),
