@@ -10,6 +10,7 @@ rounding. Prints one line for each, and at the end how many agree; exits with 1 
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import tempfile
 import warnings
@@ -34,6 +35,8 @@ def main() -> int:
 
     disable_progress_bar()
     torch.set_num_threads(1)
+    # inputs that a model was not made for may have its code ask for any amount of memory
+    resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     counts: Counter[str] = Counter()
     for model_type in sys.argv[1:] or zoo.model_types():
         with tempfile.TemporaryDirectory() as folder:
