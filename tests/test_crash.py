@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import normswap
 from models import tiny
 from normswap.apply import shard
 from normswap.apply.crew import Crew
+from normswap.checkpoint.files import Checkpoint
+from normswap.cli import main
 from normswap.conversion import WRITING
 from normswap.errors import DestinationError, SourceError
 
@@ -167,6 +170,25 @@ def test_a_disk_that_fills_up_midway_is_told_and_gone_on_from(tmp_path, source, 
             convert(source, disk / "other")
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_ctrl_c_says_how_to_go_on_and_v_names_each_tensor(tmp_path, source, monkeypatch):
+    command = ["convert", str(source), str(tmp_path / "out"), "--norm", "rmsnorm", "--verify", "none"]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(normswap.conversion, "prove", interrupt)
+        stopped = CliRunner().invoke(main, command)
+    assert stopped.exit_code == 130 and not (tmp_path / "out").exists()
+    assert "Interrupted.\n" in stopped.stderr and "the same command goes on from there" in stopped.stderr
+    again = CliRunner().invoke(main, [*command, "-v"])
+    assert again.exit_code == 0, again.stderr
+    lines = again.stdout.splitlines()
+    for key, info in Checkpoint.open(source).tensors.items():
+        assert any(key in line and "x".join(map(str, info.shape)) in line and info.shard in line for line in lines), key
+    assert sum(line.split()[:1] == ["edited"] for line in lines) > 5
 
 
 @pytest.mark.long
