@@ -6,6 +6,7 @@ from torch.utils._pytree import tree_map
 
 from normswap.errors import ObserveError
 from normswap.observe.inputs import example_inputs
+from normswap.observe.placeholders import check_gathered
 from normswap.verification.run import evaluation_inputs
 from sweep.zoo import build, model_class, tiny_config
 
@@ -97,3 +98,12 @@ def test_what_cannot_be_known_is_named():
 def test_a_model_without_a_forward_is_refused():
     with pytest.raises(ObserveError, match="BarkModel has no forward of its own"):
         example_inputs(model_class("bark")(tiny_config("bark")))
+
+
+def test_a_mask_of_integers_taken_for_row_numbers_is_stopped():
+    """Each of its entries would be a row: of an image of 224 x 224, 35 GiB."""
+    image, mask = torch.empty(5, 3, 224, 224), torch.ones(5, 224, 224, dtype=torch.long)
+    with pytest.raises(IndexError, match="more than small inputs are for"):
+        check_gathered("__getitem__", (image, mask))
+    check_gathered("__getitem__", (image, mask[0, 0]))
+    check_gathered("__getitem__", (image, torch.ones(5, 3, 224, 224, dtype=torch.bool)))

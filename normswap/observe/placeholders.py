@@ -146,6 +146,22 @@ def check_counts(name: str, args: tuple) -> None:
             torch.broadcast_to(given.to(META), places)
 
 
+# A million times what small inputs take: 1 GiB in float64.
+_MOST_VALUES = 2**27
+
+
+def check_gathered(name: str, args: tuple) -> None:
+    """Refuse a lookup that would make much more than small inputs are for: a mask of integers, taken for row numbers.
+
+    Raises:
+        IndexError: as rows that are not there would.
+    """
+    if name == "__getitem__" and isinstance(args[1], torch.Tensor) and not args[1].is_floating_point():
+        rows, index = args
+        if index.dtype != torch.bool and index.numel() * max(1, rows[:1].numel()) > _MOST_VALUES:
+            raise IndexError(f"{index.numel()} rows of {tuple(rows.shape[1:])} are more than small inputs are for")
+
+
 PLACEHOLDERS = {
     "item": _zero,
     "__bool__": lambda tensor: False,

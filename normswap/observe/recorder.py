@@ -23,6 +23,7 @@ from normswap.observe.placeholders import (
     PLACEHOLDERS,
     Hits,
     check_counts,
+    check_gathered,
     likeness,
     off_meta,
     on_meta,
@@ -220,6 +221,7 @@ class Recorder(TorchFunctionMode):
         """Call `function`, bringing real and meta tensors together. Also tells whether real results can be believed."""
         self.read_value = False
         if not any(t.is_meta for t in tensors):
+            check_gathered(getattr(function, "__name__", ""), args)
             args, kwargs = tree_map(off_meta, (args, kwargs))
             believed = all(self.trace.values[self.ids[id(t)]].kind == "constant" for t in tensors)
             return function(*args, **kwargs), believed
