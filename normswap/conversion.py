@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from normswap.adapters.carry import carry
 from normswap.adapters.folder import read_adapters
 from normswap.adapters.publish import publish_adapters
+from normswap.apply.crew import default_workers
 from normswap.apply.layout import WriteSummary
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
@@ -204,13 +205,14 @@ def convert(
             in `out/adapters`.
         hub: the repository of the Hub that the result is for, named in its card and by its adapters.
         dtype: `float32`, `bfloat16`, ... for all floating tensors of the result; None keeps each one's own.
-        verify: `full`, `fast` (fewer tokens, no comparison in the stored precision) or `none`.
+        verify: `full`, `fast` (fewer tokens, no comparison in the stored precision) or `none`, which leaves out the
+            hashes of the source's files as well.
         text: a UTF-8 file to calibrate and verify on, by default the text that ships with normswap. Where norms move,
             its first quarter is for verification and the rest for calibration.
         tokens: how many to calibrate on, about.
         window: in windows of so many; shorter ones for a model of short texts.
         overwrite: replace a model folder at `out`.
-        workers: threads that copy, compute and write the weights; None: one per processor, up to 8.
+        workers: threads that copy, compute and write the weights; None: one more than processors, up to 8.
         progress: called with (what, done, total) while long work runs; bytes, where `what` is `WRITING`.
         **words: what to do, as for `plan`; not together with a plan made before.
 
@@ -270,7 +272,8 @@ def convert(
                     "name": source.title,
                     "revision": revision,
                     "headers": checkpoint.fingerprint(),
-                    "files": {shard.file: journal.finished[shard.name].source_sha256 for shard in checkpoint.shards},
+                    # with what is verified: copying takes less time than hashing what was copied
+                    "files": {} if verify == "none" else checkpoint.hash_files(workers or default_workers()),
                 },
                 "source_config": raw,
                 "plan": plan.model_dump(mode="json"),

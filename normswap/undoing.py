@@ -40,7 +40,8 @@ class Undone:
         undone: the plan that was taken back.
         written: what happened to each tensor.
         report: the measurements of the new folder against the converted one.
-        same_files: whether its weights are the source's, byte for byte.
+        same_files: whether its weights are the source's, byte for byte; not known of a conversion that was not
+            verified, for which no hashes of the source were taken.
         adapters: adapters of the converted model, which were left behind: those that they were made of fit the result.
     """
 

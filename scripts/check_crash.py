@@ -54,9 +54,11 @@ def main(kills: int, seed: int) -> None:
         before = contents(source)
         took = [timed(source, out) for _ in range(3)][-1]
         wanted = contents(out)
-        for number in range(kills):
+        while (number := met.total()) < kills:
             shutil.rmtree(out.parent)
-            killed(lambda: convert(source, out), chance.uniform(*(took.writing if number % 2 else took.whole)))
+            moment = chance.uniform(*(took.writing if number % 2 else took.whole))
+            if not killed(lambda: convert(source, out), moment):
+                continue  # it had ended by itself
             finished, stage = stage_of(out)
             met[stage] += 1
             kept += len(finished)
@@ -112,12 +114,13 @@ def run(task: Callable[[], str]) -> str:
     return said
 
 
-def killed(task: Callable[[], str], after: float) -> None:
-    """Run `task` in a fork of this process, and kill it so many seconds later."""
+def killed(task: Callable[[], str], after: float) -> bool:
+    """Run `task` in a fork of this process, and kill it so many seconds later; whether it was still running."""
     child = forked(task, os.open(os.devnull, os.O_WRONLY))
     time.sleep(after)
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
 
 
 def forked(task: Callable[[], str], send: int) -> int:
@@ -137,7 +140,7 @@ def forked(task: Callable[[], str], send: int) -> int:
 def stage_of(out: Path) -> tuple[set[str], str]:
     """Which files a killed run has finished, and how far it was."""
     if out.exists():
-        return set(), "after the end"
+        return set(), "published, and still running"
     lines = out.with_name(f".{out.name}.normswap-partial") / FOLDER / "journal.jsonl"
     if not lines.exists():
         return set(), "before the first file"

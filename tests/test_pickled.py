@@ -116,7 +116,8 @@ def test_a_conversion_gives_the_same_as_of_safetensors(converted, tmp_path, monk
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
     assert not done.skipped and not list((tmp_path / "out").glob("*.bin*"))
     record = json.loads((tmp_path / "out" / "normswap.json").read_text())
-    assert all(name.endswith(".bin") for name in record["source"]["files"]) and len(record["source"]["files"]) == shards
+    hashed = record["source"]["files"]  # of a conversion that is not verified none are taken
+    assert all(name.endswith(".bin") for name in hashed) and len(hashed) == (shards if shards > 1 else 0)
 
 
 def test_every_command_reads_them(small, tmp_path):

@@ -16,6 +16,8 @@ from models import tiny
 from normswap.errors import RefusedError, SourceError, VerificationError
 
 GPT2, LLAMA, NEOX = "gpt2-shakespeare", "llama-shakespeare", "gpt_neox-shakespeare"
+# Of the others no hashes of the source are taken, as they are not verified.
+HASHED = "behind a gate"
 # conversion -> the worst difference of a weight from the source's, relative to the largest of its tensor
 EXACT = {
     "centred": (GPT2, dict(norm="rmsnorm"), 1e-6),  # 3.4e-8
@@ -36,7 +38,8 @@ def converted(checkpoints: Path, tmp_path_factory):
     def get(name: str) -> Path:
         if name not in made:
             source, words, _ = EXACT[name]
-            made[name] = normswap.convert(checkpoints / source, root / str(len(made)), verify="none", **words).folder
+            verify = "fast" if name == HASHED else "none"
+            made[name] = normswap.convert(checkpoints / source, root / str(len(made)), verify=verify, **words).folder
         return made[name]
 
     return get
@@ -54,7 +57,7 @@ def test_what_was_converted_comes_back(checkpoints, converted, tmp_path, name):
     assert before.keys() == after.keys()
     worst = max(float((before[k] - after[k]).abs().max() / before[k].abs().max().clamp_min(1e-30)) for k in before)
     assert worst <= tolerance
-    assert done.same_files == (worst == 0)
+    assert done.same_files == (name == HASHED) and (worst == 0 or name != HASHED)
     names = {path.name for path in done.folder.iterdir()}
     assert not names & {"normswap.json", "normswap.undo", "modeling_normswap.py", "README.md"}
     assert json.loads((done.folder / "config.json").read_text()) == json.loads(

@@ -14,8 +14,8 @@ _WAITING = 2
 
 
 def default_workers() -> int:
-    """As many as this process has processors, up to 8: beyond, disks are the limit."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """One more than this process has processors, as some wait for disks, up to 8: beyond, disks are the limit."""
+    return min(8, 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 
 
 class Crew:

@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from normswap.checkpoint.hashing import hash_from
+from normswap.checkpoint.saving import begin_writeback
+
+# Written bytes after which the disk is set to work, so that little is left for the sync at the end.
+_BEHIND = 64 * 2**20
 
 
 class Output:
@@ -26,7 +30,7 @@ class Output:
         self.path, self.size = path, size
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         os.ftruncate(self.fd, size)
-        self._front, self._ahead = 0, {}
+        self._front, self._ahead, self._begun = 0, {}, 0
         self._closed = False
         self._changed = threading.Condition()
         self._hash: str | BaseException | None = None
@@ -48,6 +52,11 @@ class Output:
             while self._front in self._ahead and self._ahead[self._front] > self._front:
                 self._front = self._ahead.pop(self._front)
             self._changed.notify_all()
+            begun, behind = self._begun, self._front - self._begun
+            if behind < _BEHIND:
+                return
+            self._begun = self._front
+        begin_writeback(self.fd, begun, behind)
 
     def finish(self) -> str:
         """Have all of it on the disk; its SHA-256. Only after everything was written."""

@@ -18,7 +18,7 @@ from normswap.apply.values import Values
 from normswap.checkpoint.files import Checkpoint, Shard
 from normswap.checkpoint.header import CODES, render_header
 from normswap.checkpoint.journal import Finished, Journal
-from normswap.errors import DestinationError, PlanError, SourceError
+from normswap.errors import DestinationError, PlanError
 
 # What the kernel is asked to copy by one task.
 _COPIED_AT_ONCE = 64 * 2**20
@@ -60,9 +60,6 @@ class ShardFile:
         self._values = values.keeping(self._keeper)
         self._path, self._journal, self._written = path, journal, written
         self._output: Output | None = None
-        self._reader = threading.Thread(target=self._hash_source, name=f"hash source {path.name}", daemon=True)
-        self._source_hash: str | BaseException | None = None
-        self._stopped = False
         self._left, self._lock = 0, threading.Lock()
 
     def open(self) -> list[Task]:
@@ -72,18 +69,14 @@ class ShardFile:
         with self._named():
             self._output = Output(self._path, len(header) + sum(entry.bytes_after for entry in self._entries))
             self._output.write(header, 0)
-        self._reader.start()
         steps = [*self._steps(len(header))] or [Task(0, lambda: None)]
         self._left = len(steps)
         return [Task(step.cost, lambda step=step: self._do(step)) for step in steps]
 
     def close(self) -> None:
         """Where it was not finished: stop what runs on its own, and leave the file as it is."""
-        self._stopped = True
         if self._output is not None:
             self._output.close()
-        if self._reader.is_alive():
-            self._reader.join()
 
     def _do(self, step: Task) -> None:
         with self._named():
@@ -105,24 +98,14 @@ class ShardFile:
 
     def _finish(self) -> None:
         digest = self._output.finish()
-        self._reader.join()
-        if isinstance(self._source_hash, BaseException):
-            raise self._source_hash
         check_written(self._path, self._entries)
         done = Finished(
             file=self._shard.name,
             size=self._output.size,
             sha256=digest,
-            source_sha256=self._source_hash,
             why_not=self._keeper.why_not,
         )
         self._journal.finish(done, self._keeper.tensors())
-
-    def _hash_source(self) -> None:
-        try:
-            self._source_hash = self._source.hash_file(self._shard.name, lambda: self._stopped)
-        except SourceError as error:
-            self._source_hash = error
 
     def _steps(self, start: int) -> Iterator[Task]:
         """In the order of the file, as far as tensors are made one by one."""

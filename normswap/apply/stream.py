@@ -9,6 +9,7 @@ group whose tensors lie in several shards is computed once for each of them, so 
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -130,13 +131,19 @@ def _jobs_by_shard(layout: Layout) -> dict[str, list[Job]]:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Tasks run beside each other as it is: torch is not to share each out among threads again."""
-    threads = torch.get_num_threads()
+    """Tasks run beside each other as it is: torch is not to share each out among threads again.
+
+    Nor is Python to look through all that transformers has imported for garbage each time some thousand buffers went.
+    """
+    threads, collects = torch.get_num_threads(), gc.isenabled()
     torch.set_num_threads(1)
+    gc.disable()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        if collects:
+            gc.enable()
 
 
 class _Progress:

@@ -27,8 +27,8 @@ from normswap.planning.plans import Plan
 AT_ONCE = 2**18
 # Columns at once, at the least: fewer make every read and write of a row a short one.
 _COLUMNS = 64
-# What is read and written at once where rows can be computed alone, as stored.
-_PIECE_BYTES = 16 * 2**20
+# What is read and written at once where rows can be computed alone, as stored: such buffers are used again and again.
+_PIECE_BYTES = 2 * 2**20
 # Tensors up to so many values are remembered: gains are read again for every part of what they are folded into.
 _SMALL = 2**17
 

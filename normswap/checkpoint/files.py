@@ -10,10 +10,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -173,13 +173,17 @@ class Checkpoint:
         while done < len(data):
             done += os.pwrite(out, data[done:], offset + done)
 
-    def hash_file(self, shard: str, stopped: Callable[[], bool] = lambda: False) -> str:
-        """SHA-256 of a shard's file; reads all of it, or until `stopped`."""
+    def hash_files(self, workers: int) -> dict[str, str]:
+        """SHA-256 of every file with weights, by its name; reads all of them, several at a time."""
+        with ThreadPoolExecutor(workers) as pool:
+            hashes = pool.map(self.hash_file, [shard.name for shard in self.shards])
+            return dict(zip((shard.file for shard in self.shards), hashes, strict=True))
+
+    def hash_file(self, shard: str) -> str:
+        """SHA-256 of a shard's file; reads all of it."""
         fd = self._files[shard].fileno()
-        size = os.fstat(fd).st_size
-        ends = (min(end, size) for end in range(CHUNK, size + CHUNK, CHUNK))
         with _readable(self._path(shard)):
-            return hash_from(fd, takewhile(lambda _: not stopped(), ends))
+            return hash_from(fd, [os.fstat(fd).st_size])
 
     def states(self) -> dict[str, list[int]]:
         """What tells whether a shard's file was written to since: its size, and when it last changed (ns)."""

@@ -34,7 +34,7 @@ class Finished(BaseModel):
     Attributes:
         file: its name.
         size: in bytes.
-        sha256, source_sha256: of it, and of the source's file that it is made of.
+        sha256: of it.
         why_not: why undoing is impossible, as far as this file's tensors say; None while it is not.
     """
 
@@ -43,7 +43,6 @@ class Finished(BaseModel):
     file: str
     size: int
     sha256: str
-    source_sha256: str
     why_not: str | None = None
 
 

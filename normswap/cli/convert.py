@@ -35,7 +35,7 @@ from normswap.cli.options import (
     type=click.Choice(["full", "fast", "none"]),
     default="full",
     show_default=True,
-    help="full: in float64 and as stored; fast: in float64 on few tokens; none.",
+    help="full: in float64 and as stored; fast: in float64 on few tokens; none: nor are the source's files hashed.",
 )
 @click.option(
     "--text",
@@ -58,7 +58,9 @@ from normswap.cli.options import (
 @click.option("--private", is_flag=True, help="Make that repository a private one.")
 @click.option("--undo", is_flag=True, help="MODEL is what normswap made: turn it back into its source's own class.")
 @click.option(
-    "--workers", type=click.IntRange(min=1), help="Threads that copy, compute and write. Default: one per processor."
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Threads that copy, compute and write. Default: one more than processors.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="List what happened to each tensor.")
 @click.option(
