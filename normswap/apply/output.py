@@ -23,13 +23,15 @@ class Output:
 
     Attributes:
         path: where it is.
-        fd: its descriptor, to write to at offsets; `written` has to be told.
+        fd: its descriptor, to write to at offsets under `lock`; `written` has to be told.
+        lock: one thread writes at a time. Others would wait for it in the kernel, which spins meanwhile.
     """
 
     def __init__(self, path: Path, size: int):
         self.path, self.size = path, size
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         os.ftruncate(self.fd, size)
+        self.lock = threading.Lock()
         self._front, self._ahead, self._begun = 0, {}, 0
         self._closed = False
         self._changed = threading.Condition()
@@ -40,9 +42,10 @@ class Output:
     def write(self, data: bytes | np.ndarray, offset: int) -> None:
         """Put `data` at `offset`."""
         view, done = memoryview(data), 0
-        while done < len(view):
-            # One call writes at most 2 GiB.
-            done += os.pwrite(self.fd, view[done:], offset + done)
+        with self.lock:
+            while done < len(view):
+                # One call writes at most 2 GiB.
+                done += os.pwrite(self.fd, view[done:], offset + done)
         self.written(offset, len(view))
 
     def written(self, offset: int, count: int) -> None:

@@ -20,8 +20,8 @@ from normswap.checkpoint.header import CODES, render_header
 from normswap.checkpoint.journal import Finished, Journal
 from normswap.errors import DestinationError, PlanError
 
-# What the kernel is asked to copy by one task.
-_COPIED_AT_ONCE = 64 * 2**20
+# What the kernel is asked to copy by one task, while which no other writes to the file.
+_COPIED_AT_ONCE = 8 * 2**20
 # A group that transformers merges is there as stored, merged, and taken apart again; any other, before and after.
 _COPIES_MERGED, _COPIES = 3, 2
 
@@ -69,6 +69,7 @@ class ShardFile:
         with self._named():
             self._output = Output(self._path, len(header) + sum(entry.bytes_after for entry in self._entries))
             self._output.write(header, 0)
+        self._source.will_read(self._shard.name)
         steps = [*self._steps(len(header))] or [Task(0, lambda: None)]
         self._left = len(steps)
         return [Task(step.cost, lambda step=step: self._do(step)) for step in steps]
@@ -131,7 +132,8 @@ class ShardFile:
             span = range(first, min(first + _COPIED_AT_ONCE, entry.bytes_after))
 
             def run(span=span) -> None:
-                self._source.copy_bytes(entry.key, self._output.fd, start + span.start, span)
+                with self._output.lock:
+                    self._source.copy_bytes(entry.key, self._output.fd, start + span.start, span)
                 self._output.written(start + span.start, len(span))
                 self._written(len(span))
 
