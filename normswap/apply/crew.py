@@ -14,8 +14,8 @@ _WAITING = 2
 
 
 def default_workers() -> int:
-    """One more than this process has processors, as some wait for disks, up to 8: beyond, disks are the limit."""
-    return min(8, 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    """As many as this process has processors, up to 8: beyond, disks are the limit."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 class Crew:
@@ -26,11 +26,12 @@ class Crew:
     Args:
         workers: how many threads.
         memory: bytes that the tasks which run or wait may take together. One that alone takes more runs alone.
+        waiting: how many tasks may wait, for each thread.
     """
 
-    def __init__(self, workers: int, memory: int):
+    def __init__(self, workers: int, memory: int, waiting: int = _WAITING):
         self._pool = ThreadPoolExecutor(workers, "normswap")
-        self._memory, self._most = memory, workers * (1 + _WAITING)
+        self._memory, self._most = memory, workers * (1 + waiting)
         self._taken = self._count = 0
         self._error: BaseException | None = None
         self._changed = threading.Condition()

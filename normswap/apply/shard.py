@@ -27,10 +27,17 @@ _COPIES_MERGED, _COPIES = 3, 2
 
 
 class Task(NamedTuple):
-    """One step of making a file: bytes of memory that it takes, and what does it."""
+    """One step of making a file.
+
+    Attributes:
+        cost: bytes of memory that it takes.
+        run: does it.
+        copies: whether all that it does is to have the kernel copy.
+    """
 
     cost: int
     run: Callable[[], None]
+    copies: bool = False
 
 
 class ShardFile:
@@ -72,7 +79,7 @@ class ShardFile:
         self._source.will_read(self._shard.name)
         steps = [*self._steps(len(header))] or [Task(0, lambda: None)]
         self._left = len(steps)
-        return [Task(step.cost, lambda step=step: self._do(step)) for step in steps]
+        return [step._replace(run=lambda step=step: self._do(step)) for step in steps]
 
     def close(self) -> None:
         """Where it was not finished: stop what runs on its own, and leave the file as it is."""
@@ -137,7 +144,7 @@ class ShardFile:
                 self._output.written(start + span.start, len(span))
                 self._written(len(span))
 
-            yield Task(0, run)
+            yield Task(0, run, copies=True)
 
     def _casts(self, entry: TensorChange, start: int) -> Iterator[Task]:
         pieces = self._values.rows_of(entry.key)

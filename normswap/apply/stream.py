@@ -36,6 +36,8 @@ Progress = Callable[[int, int], None]
 
 # What tasks may take together even where no single one needs it.
 _MEMORY = 128 * 2**20
+# Copies that may wait, 8 MiB each, while tasks after them in the file are given out.
+_COPIES_WAITING = 256
 
 
 def preview(source: Checkpoint, keymap: KeyMap, plan: Plan, dtype: torch.dtype | None = None) -> WriteSummary:
@@ -104,7 +106,12 @@ def _write_shards(
     costs = [cost_of(job, source, layout.shards[name]) for name, listed in jobs.items() for job in listed]
     begun: list[ShardFile] = []
     try:
-        with _one_thread_each(), Crew(workers, max([_MEMORY, *costs])) as crew:
+        # A file takes one copy at a time, so that copies have a thread of their own and the others compute meanwhile.
+        with (
+            _one_thread_each(),
+            Crew(1, memory=0, waiting=_COPIES_WAITING) as copier,
+            Crew(workers, max([_MEMORY, *costs])) as crew,
+        ):
             for shard in source.shards:
                 entries, path = layout.shards[shard.name], destination / shard.name
                 if shard.name in journal.finished:
@@ -114,7 +121,7 @@ def _write_shards(
                 file = ShardFile(source, shard, entries, jobs[shard.name], values, path, journal, written)
                 begun.append(file)
                 for task in file.open():
-                    crew.give(task.cost, task.run)
+                    (copier if task.copies else crew).give(task.cost, task.run)
     finally:
         for file in begun:
             file.close()
