@@ -212,7 +212,7 @@ def convert(
         tokens: how many to calibrate on, about.
         window: in windows of so many; shorter ones for a model of short texts.
         overwrite: replace a model folder at `out`.
-        workers: threads that copy, compute and write the weights; None: one more than processors, up to 8.
+        workers: threads that copy, compute and write the weights; None: one per processor, up to 8.
         progress: called with (what, done, total) while long work runs; bytes, where `what` is `WRITING`.
         **words: what to do, as for `plan`; not together with a plan made before.
 

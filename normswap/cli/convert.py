@@ -60,7 +60,7 @@ from normswap.cli.options import (
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Threads that copy, compute and write. Default: one more than processors.",
+    help="Threads that copy, compute and write. Default: one per processor.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="List what happened to each tensor.")
 @click.option(
