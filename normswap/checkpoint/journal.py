@@ -125,11 +125,6 @@ def forget(folder: Path) -> None:
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 
-def has_finished(folder: Path) -> bool:
-    """Whether a later run could go on from `folder`."""
-    return bool(_complete(folder, _lines(folder)[1:]))
-
-
 def _lines(folder: Path) -> list[Any]:
     """What the journal's lines say; the first is None where it is not to be read. A torn last line is left out."""
     found: list[Any] = []
