@@ -74,6 +74,8 @@ class Journal:
         if journal.finished:
             for name, done in journal.finished.items():
                 journal.keep(_kept(folder, name), done.why_not)
+            with open(folder / FOLDER / _LINES, "a", encoding="utf-8") as file:
+                file.write("\n")  # ends a line that was torn
         else:
             shutil.rmtree(folder / FOLDER, ignore_errors=True)
             (folder / FOLDER).mkdir()
@@ -126,13 +128,17 @@ def forget(folder: Path) -> None:
 
 
 def _lines(folder: Path) -> list[Any]:
-    """What the journal's lines say; the first is None where it is not to be read. A torn last line is left out."""
+    """What the journal's lines say; the first is None where it is not to be read. Torn lines are left out."""
     found: list[Any] = []
     try:
-        for line in (folder / FOLDER / _LINES).read_text(encoding="utf-8").splitlines():
+        lines = (folder / FOLDER / _LINES).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        try:
             found.append(json.loads(line))
-    except (OSError, ValueError):
-        pass
+        except ValueError:
+            continue
     if not found or not isinstance(found[0], dict):
         return [None]
     return [found[0].get("of"), *found[1:]]

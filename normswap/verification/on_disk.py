@@ -187,8 +187,3 @@ def _by_tensor(model: nn.Module) -> Mapping[int, tuple[str, ...]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         found.setdefault(id(tensor), []).append(name)
     return {key: tuple(names) for key, names in found.items()}
-
-
-def _all_stored(structure: PreTrainedModel, keymap: KeyMap) -> bool:
-    """Whether the files hold all of a model, so that nothing is left for transformers to make."""
-    return all(keymap.stored_group(name) is not None for name in structure.state_dict())
