@@ -1,6 +1,5 @@
 """Reading a checkpoint folder: what it finds, that reads are exact, and that every malformed file is refused."""
 
-import errno
 import hashlib
 import json
 import os
@@ -76,29 +75,6 @@ def test_a_read_is_memory_of_its_own(tmp_path):
         checkpoint.read("w").zero_()
         assert torch.equal(checkpoint.read("w"), torch.ones(4))
     assert torch.equal(load_file(tmp_path / "m" / "model.safetensors")["w"], torch.ones(4))
-
-
-@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.EOPNOTSUPP, 0])
-def test_copied_bytes_are_the_source_s(tmp_path, monkeypatch, refusal):
-    """With the kernel copying; and where it says it cannot, or copies nothing without saying so."""
-    calls = []
-
-    def refuse(*args):
-        calls.append(args)
-        if refusal:
-            raise OSError(refusal, os.strerror(refusal))
-        return 0
-
-    if refusal is not None:
-        monkeypatch.setattr(os, "copy_file_range", refuse)
-    value = torch.randn(3_000_001)
-    out = tmp_path / "out"
-    with Checkpoint.open(folder_with(tmp_path / "m", {"a": torch.ones(3), "w": value})) as checkpoint:
-        with out.open("wb+") as file:
-            checkpoint.copy_bytes("w", file.fileno(), 5)
-        # asked once, then remembered
-        assert len(calls) == (refusal is not None)
-    assert out.read_bytes() == bytes(5) + value.numpy().tobytes()
 
 
 def test_rendered_header_is_the_library_s(tmp_path):
@@ -278,9 +254,9 @@ def test_malformed_index_is_refused(tmp_path, text):
 
 def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
     folder = folder_with(tmp_path / "m", {"x": torch.zeros(100_000)})
-    with Checkpoint.open(folder) as checkpoint, (tmp_path / "out").open("wb+") as out:
+    with Checkpoint.open(folder) as checkpoint:
         os.truncate(folder / "model.safetensors", 1000)
         with pytest.raises(SourceError, match="ends inside tensor x"):
             checkpoint.read("x")
         with pytest.raises(SourceError, match="ends inside tensor x"):
-            checkpoint.copy_bytes("x", out.fileno(), 0)
+            checkpoint.read_into(memoryview(bytearray(400_000)), "x", 0)

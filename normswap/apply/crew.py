@@ -26,12 +26,11 @@ class Crew:
     Args:
         workers: how many threads.
         memory: bytes that the tasks which run or wait may take together. One that alone takes more runs alone.
-        waiting: how many tasks may wait, for each thread.
     """
 
-    def __init__(self, workers: int, memory: int, waiting: int = _WAITING):
+    def __init__(self, workers: int, memory: int):
         self._pool = ThreadPoolExecutor(workers, "normswap")
-        self._memory, self._most = memory, workers * (1 + waiting)
+        self._memory, self._most = memory, workers * (1 + _WAITING)
         self._taken = self._count = 0
         self._error: BaseException | None = None
         self._changed = threading.Condition()

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from normswap.checkpoint.hashing import hash_from
-from normswap.checkpoint.saving import begin_writeback
+from normswap.checkpoint.direct import AT_ONCE, BLOCK, Buffer, Buffers, DirectFile
+from normswap.checkpoint.hashing import pieces_of
+from normswap.checkpoint.sharing import share
 
-# Written bytes after which the disk is set to work, so that little is left for the sync at the end.
-_BEHIND = 64 * 2**20
+# Buffers in use, of all files, beyond which what waits longest for its turn to be hashed is read back from the file.
+_MOST = 24
+
+
+class _Written(NamedTuple):
+    """A span that was written: where it ends, and the buffer that still holds it."""
+
+    end: int
+    buffer: Buffer | None
 
 
 class Output:
-    """A new file of `size` bytes.
+    """A new file of `size` bytes, at `path`; `buffers` are shared with others."""
 
-    What is hashed is what the file holds, read back, rather than what was meant; just written, it comes from memory.
-
-    Attributes:
-        path: where it is.
-        fd: its descriptor, to write to at offsets under `lock`; `written` has to be told.
-        lock: one thread writes at a time. Others would wait for it in the kernel, which spins meanwhile.
-    """
-
-    def __init__(self, path: Path, size: int):
+    def __init__(self, path: Path, size: int, buffers: Buffers):
         self.path, self.size = path, size
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        os.ftruncate(self.fd, size)
-        self.lock = threading.Lock()
-        self._front, self._ahead, self._begun = 0, {}, 0
+        self._file, self._buffers = DirectFile(path, size), buffers
+        # not hashed yet, by where each begins
+        self._ahead: dict[int, _Written] = {}
         self._closed = False
         self._changed = threading.Condition()
         self._hash: str | BaseException | None = None
@@ -41,32 +41,56 @@ class Output:
 
     def write(self, data: bytes | np.ndarray, offset: int) -> None:
         """Put `data` at `offset`."""
-        view, done = memoryview(data), 0
-        with self.lock:
-            while done < len(view):
-                # One call writes at most 2 GiB.
-                done += os.pwrite(self.fd, view[done:], offset + done)
-        self.written(offset, len(view))
+        data = memoryview(data)
 
-    def written(self, offset: int, count: int) -> None:
-        """`count` bytes from `offset` on are there."""
+        def fill(view: memoryview, at: int) -> None:
+            view[:] = data[at - offset :][: len(view)]
+
+        self.fill(range(offset, offset + len(data)), fill)
+
+    def fill(self, span: range, fill: Callable[[memoryview, int], None]) -> None:
+        """Write the bytes in `span`: `fill(view, at)` is to fill `view` with those from the offset `at` on."""
+        begin = span.start
+        while begin < span.stop:
+            end = min(span.stop, begin - begin % AT_ONCE + AT_ONCE)
+            buffer = self._buffers.take()
+            view = buffer.at(begin, end - begin)
+            fill(view, begin)
+            self._file.write(view, begin)
+            self._note(begin, _Written(end, buffer))
+            begin = end
+
+    def share(self, span: range, fd: int, start: int) -> range:
+        """Have the bytes in `span` be those of another file from `start` on, without a copy; those that can be.
+
+        Returns:
+            Which ones: a part of `span`, perhaps none.
+        """
+        first = span.start + -span.start % BLOCK
+        last = max(first, span.stop - span.stop % BLOCK)
+        behind = start + first - span.start
+        if first == last or behind % BLOCK or not share(self._file.fd, first, last - first, fd, behind):
+            return range(span.start, span.start)
+        self._note(first, _Written(last, None))
+        return range(first, last)
+
+    def _note(self, begin: int, written: _Written) -> None:
         with self._changed:
-            self._ahead[offset] = offset + count
-            while self._front in self._ahead and self._ahead[self._front] > self._front:
-                self._front = self._ahead.pop(self._front)
+            self._ahead[begin] = written
+            if self._buffers.used > _MOST:
+                held = [at for at, span in self._ahead.items() if span.buffer is not None]
+                if held:
+                    end, buffer = self._ahead[max(held)]
+                    self._ahead[max(held)] = _Written(end, None)
+                    self._buffers.give_back(buffer)
             self._changed.notify_all()
-            begun, behind = self._begun, self._front - self._begun
-            if behind < _BEHIND:
-                return
-            self._begun = self._front
-        begin_writeback(self.fd, begun, behind)
 
     def finish(self) -> str:
         """Have all of it on the disk; its SHA-256. Only after everything was written."""
         self._hasher.join()
         if isinstance(self._hash, BaseException):
             raise self._hash
-        os.fsync(self.fd)
+        self._file.sync()
         self.close()
         return self._hash
 
@@ -78,21 +102,24 @@ class Output:
             self._closed = True
             self._changed.notify_all()
         self._hasher.join()
-        os.close(self.fd)
+        self._file.close()
 
     def _follow(self) -> None:
+        digest, front = hashlib.sha256(), 0
         try:
-            self._hash = hash_from(self.fd, self._fronts())
+            while front < self.size:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or front in self._ahead)  # noqa: B023
+                    if self._closed:
+                        return
+                    end, buffer = self._ahead.pop(front)
+                if buffer is None:
+                    for piece in pieces_of(self._file.fd, front, end):
+                        digest.update(piece)
+                else:
+                    digest.update(buffer.at(front, end - front))
+                    self._buffers.give_back(buffer)
+                front = end
+            self._hash = digest.hexdigest()
         except OSError as error:
             self._hash = error
-
-    def _fronts(self) -> Iterator[int]:
-        """How far the file is complete, each time that is further."""
-        front = 0
-        while front < self.size:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._front > front)  # noqa: B023
-                if self._closed:
-                    return
-                front = self._front
-            yield front

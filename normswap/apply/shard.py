@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +17,12 @@ from normswap.apply.keeper import Keeper
 from normswap.apply.layout import Job, TensorChange
 from normswap.apply.output import Output
 from normswap.apply.values import Values
+from normswap.checkpoint.direct import AT_ONCE, BLOCK, Buffers
 from normswap.checkpoint.files import Checkpoint, Shard
-from normswap.checkpoint.header import CODES, render_header
+from normswap.checkpoint.header import ALIGNMENT, CODES, render_header
 from normswap.checkpoint.journal import Finished, Journal
 from normswap.errors import DestinationError, PlanError
 
-# What the kernel is asked to copy by one task, while which no other writes to the file.
-_COPIED_AT_ONCE = 8 * 2**20
 # A group that transformers merges is there as stored, merged, and taken apart again; any other, before and after.
 _COPIES_MERGED, _COPIES = 3, 2
 
@@ -32,54 +33,72 @@ class Task(NamedTuple):
     Attributes:
         cost: bytes of memory that it takes.
         run: does it.
-        copies: whether all that it does is to have the kernel copy.
     """
 
     cost: int
     run: Callable[[], None]
-    copies: bool = False
+
+
+@dataclass(frozen=True)
+class Common:
+    """What the files of one run have in common.
+
+    Attributes:
+        source: the checkpoint to read.
+        values: computes its tensors' values.
+        folder: where the files go.
+        journal: is told of each file that is complete.
+        written: called with the number of bytes that were written.
+        shares: whether the files can share blocks with the source's.
+        buffers: to read and write with.
+    """
+
+    source: Checkpoint
+    values: Values
+    folder: Path
+    journal: Journal
+    written: Callable[[int], None]
+    shares: bool
+    buffers: Buffers = field(default_factory=Buffers)
 
 
 class ShardFile:
-    """The file at `path`, made of `shard` of `source`.
+    """The file that is made of `shard`.
 
     Args:
         entries: its tensors, in the order of their data.
         jobs: what is computed for it.
-        values: computes them.
-        journal: is told when the file is complete.
-        written: called with the number of bytes that were written.
     """
 
-    def __init__(
-        self,
-        source: Checkpoint,
-        shard: Shard,
-        entries: Sequence[TensorChange],
-        jobs: Sequence[Job],
-        values: Values,
-        path: Path,
-        journal: Journal,
-        written: Callable[[int], None],
-    ):
-        self._source, self._shard, self._entries, self._jobs = source, shard, entries, jobs
+    def __init__(self, common: Common, shard: Shard, entries: Sequence[TensorChange], jobs: Sequence[Job]):
+        self._common, self._shard, self._entries, self._jobs = common, shard, entries, jobs
+        self._source, self._written = common.source, common.written
         self._keeper = Keeper()
-        self._values = values.keeping(self._keeper)
-        self._path, self._journal, self._written = path, journal, written
+        self._values = common.values.keeping(self._keeper)
+        self._path = common.folder / shard.name
         self._output: Output | None = None
         self._left, self._lock = 0, threading.Lock()
 
     def open(self) -> list[Task]:
         """Make the file and write its header; what is to be done for the rest. `close` has to follow."""
-        described = ((entry.key, entry.dtype, entry.shape) for entry in self._entries)
-        header = render_header(described, self._shard.metadata)
+        header = self._header()
         with self._named():
-            self._output = Output(self._path, len(header) + sum(entry.bytes_after for entry in self._entries))
+            size = len(header) + sum(entry.bytes_after for entry in self._entries)
+            self._output = Output(self._path, size, self._common.buffers)
             self._output.write(header, 0)
-        self._source.will_read(self._shard.name)
+        if not self._common.shares:  # else much of it is not read
+            self._source.will_read(self._shard.name)
         steps = [*self._steps(len(header))] or [Task(0, lambda: None)]
         self._left = len(steps)
         return [step._replace(run=lambda step=step: self._do(step)) for step in steps]
+
+    def _header(self) -> bytes:
+        """Where blocks can be shared, it is of a length that puts the data where they lie in the source's blocks."""
+        described = [(entry.key, entry.dtype, entry.shape) for entry in self._entries]
+        first = min((info.offset for info in self._shard.tensors), default=0)
+        if not self._common.shares or first % ALIGNMENT:
+            return render_header(described, self._shard.metadata)
+        return render_header(described, self._shard.metadata, BLOCK, first)
 
     def close(self) -> None:
         """Where it was not finished: stop what runs on its own, and leave the file as it is."""
@@ -113,38 +132,41 @@ class ShardFile:
             sha256=digest,
             why_not=self._keeper.why_not,
         )
-        self._journal.finish(done, self._keeper.tensors())
+        self._common.journal.finish(done, self._keeper.tensors())
 
     def _steps(self, start: int) -> Iterator[Task]:
-        """In the order of the file, as far as tensors are made one by one."""
+        """In the order of the file, as far as may be: what is made together, where the first of it stands."""
         jobs = {key: job for job in self._jobs for key in job.keys}
-        offsets, together = {}, []
-        for entry in self._entries:
-            offsets[entry.key] = entry, start
+        starts = accumulate((entry.bytes_after for entry in self._entries), initial=start)
+        offsets = dict(zip(self._entries, starts, strict=False))
+        made = set()
+        for entry, start in offsets.items():
             if entry.what == "copied":
                 yield from self._copies(entry, start)
             elif entry.what == "cast":
                 yield from self._casts(entry, start)
             elif (pieces := self._values.pieces(jobs[entry.key])) is not None:
                 yield from self._pieces(jobs[entry.key], pieces, entry, start)
-            elif jobs[entry.key] not in together:
-                together.append(jobs[entry.key])
-            start += entry.bytes_after
-        for job in together:
-            here = [offsets[key] for key in job.keys if key in offsets]
-            yield Task(self._cost(job), lambda job=job, here=here: self._whole(job, here))
+            elif entry.key not in made:
+                job = jobs[entry.key]
+                here = [(other, at) for other, at in offsets.items() if other.key in job.keys]
+                made.update(job.keys)
+                yield Task(self._cost(job), lambda job=job, here=here: self._whole(job, here))
 
     def _copies(self, entry: TensorChange, start: int) -> Iterator[Task]:
-        for first in range(0, entry.bytes_after, _COPIED_AT_ONCE):
-            span = range(first, min(first + _COPIED_AT_ONCE, entry.bytes_after))
+        end = start + entry.bytes_after
+        for begin in (start, *range(start - start % AT_ONCE + AT_ONCE, end, AT_ONCE)):
+            span = range(begin, min(begin - begin % AT_ONCE + AT_ONCE, end))
+            yield Task(0, lambda span=span: self._copy(entry, start, span))
 
-            def run(span=span) -> None:
-                with self._output.lock:
-                    self._source.copy_bytes(entry.key, self._output.fd, start + span.start, span)
-                self._output.written(start + span.start, len(span))
-                self._written(len(span))
-
-            yield Task(0, run, copies=True)
+    def _copy(self, entry: TensorChange, start: int, span: range) -> None:
+        """The bytes of the file in `span`, of a tensor whose data begin at `start`; no more is read than has to be."""
+        shared, place = range(span.start, span.start), self._source.place(entry.key)
+        if self._common.shares and place is not None:
+            shared = self._output.share(span, place.fd, place.offset + span.start - start)
+        for left in (range(span.start, shared.start), range(shared.stop, span.stop)):
+            self._output.fill(left, lambda view, at: self._source.read_into(view, entry.key, at - start))
+        self._written(len(span))
 
     def _casts(self, entry: TensorChange, start: int) -> Iterator[Task]:
         pieces = self._values.rows_of(entry.key)

@@ -1,10 +1,11 @@
 """A plan applied to a checkpoint's files, shard by shard, in memory that does not grow with the model.
 
-Each shard becomes a file of the same name with its tensors in the same order. What no edit touches is copied by the
-kernel. What an edit touches is read, changed in float64, rounded once to the stored dtype and written in its place, a
-few rows at a time where rows do not meet, by several threads. Otherwise memory holds groups of tensors (a parameter, or
-the few, all experts of one projection, that transformers merges into one), no more at a time than the largest takes. A
-group whose tensors lie in several shards is computed once for each of them, so that nothing waits for a later shard.
+Each shard becomes a file of the same name with its tensors in the same order. What no edit touches shares the source's
+blocks where the file system can have that, and is copied elsewhere. What an edit touches is read, changed in float64,
+rounded once to the stored dtype and written in its place, a few rows at a time where rows do not meet, by several
+threads. Otherwise memory holds groups of tensors (a parameter, or the few, all experts of one projection, that
+transformers merges into one), no more at a time than the largest takes. A group whose tensors lie in several shards is
+computed once for each of them, so that nothing waits for a later shard.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from normswap.apply.crew import Crew, default_workers
 from normswap.apply.keeper import Keeper
 from normswap.apply.layout import Job, Layout, WriteSummary, lay_out
-from normswap.apply.shard import ShardFile, check_written, cost_of
+from normswap.apply.shard import Common, ShardFile, check_written, cost_of
 from normswap.apply.values import Values
 from normswap.checkpoint.files import INDEX, Checkpoint
 from normswap.checkpoint.journal import Journal
@@ -36,8 +37,8 @@ Progress = Callable[[int, int], None]
 
 # What tasks may take together even where no single one needs it.
 _MEMORY = 128 * 2**20
-# Copies that may wait, 8 MiB each, while tasks after them in the file are given out.
-_COPIES_WAITING = 256
+# Written bytes after which holes in the heap are given back: that is to look through it, and costs new pages.
+_TRIM = 2**30
 
 
 def preview(source: Checkpoint, keymap: KeyMap, plan: Plan, dtype: torch.dtype | None = None) -> WriteSummary:
@@ -65,7 +66,7 @@ def write_tensors(
         dtype: stored dtype of all real tensors; None keeps each one's own. Integers, booleans and 8-bit floats stay.
         progress: called with (bytes written, bytes in all), from several threads, one at a time.
         journal: what is finished already; is told of each file, and of what undoing the plan will need.
-        workers: threads that compute, copy and write; two more per file hash it. None: `default_workers()`.
+        workers: threads that read, compute and write; one more per file hashes it. None: `default_workers()`.
 
     Raises:
         PlanError: the plan does not fit the checkpoint (before anything is written), or a value does not fit `dtype`.
@@ -105,23 +106,19 @@ def _write_shards(
     jobs = _jobs_by_shard(layout)
     costs = [cost_of(job, source, layout.shards[name]) for name, listed in jobs.items() for job in listed]
     begun: list[ShardFile] = []
+    common = Common(source, values, destination, journal, written, source.can_share(destination))
     try:
-        # A file takes one copy at a time, so that copies have a thread of their own and the others compute meanwhile.
-        with (
-            _one_thread_each(),
-            Crew(1, memory=0, waiting=_COPIES_WAITING) as copier,
-            Crew(workers, max([_MEMORY, *costs])) as crew,
-        ):
+        with _one_thread_each(), Crew(workers, max([_MEMORY, *costs])) as crew:
             for shard in source.shards:
                 entries, path = layout.shards[shard.name], destination / shard.name
                 if shard.name in journal.finished:
                     check_written(path, entries)
                     written(sum(entry.bytes_after for entry in entries))
                     continue
-                file = ShardFile(source, shard, entries, jobs[shard.name], values, path, journal, written)
+                file = ShardFile(common, shard, entries, jobs[shard.name])
                 begun.append(file)
                 for task in file.open():
-                    (copier if task.copies else crew).give(task.cost, task.run)
+                    crew.give(task.cost, task.run)
     finally:
         for file in begun:
             file.close()
@@ -162,7 +159,7 @@ class _Progress:
 
     def __call__(self, count: int) -> None:
         with self._lock:
-            if self._done // _MEMORY < (self._done + count) // _MEMORY:
+            if self._done // _TRIM < (self._done + count) // _TRIM:
                 give_back()
             self._done += count
             if self._report is not None:

@@ -89,7 +89,8 @@ class Values:
             name, key, edits = found
             start = 0 if rows is None else rows.start
             shape = self._source.tensors[key].shape
-            return {job.keys[0]: self.apply(name, self._source.read(key, rows), edits, dtype, start, shape)}
+            value = self._source.read(key, rows)
+            return {job.keys[0]: self.apply(name, value, edits, dtype, start, shape, in_place=True)}
         if job.group is None:
             return {key: self.new(name, edits, dtype) for key in job.keys for name, edits in job.edits.items()}
         sources = self._read(job.group)
@@ -159,6 +160,7 @@ class Values:
         dtype: torch.dtype,
         start: int = 0,
         shape: tuple[int, ...] | None = None,
+        in_place: bool = False,
     ) -> torch.Tensor:
         """What `edits` make of `value`: the tensor `name`, or a part of it.
 
@@ -171,7 +173,7 @@ class Values:
             return self._compute(name, value, edits, dtype)
         length = value.shape[axis]
         size = max(1 if axis == 0 else _COLUMNS, AT_ONCE * length // value.numel())
-        result = torch.empty(value.shape, dtype=dtype)
+        result = value if in_place and value.dtype == dtype else torch.empty(value.shape, dtype=dtype)
         for begin in range(0, length, size):
             count = min(size, length - begin)
             part = value.narrow(axis, begin, count)
@@ -191,7 +193,7 @@ class Values:
         keeper = None if value is None or self._is_new(name) else self._keeper
         for number, edit in enumerate(edits):
             value = None if value is None else value.to(torch.float64)
-            read = self._read_for_edits
+            read = self._read_for_edits.remembering()
             if part is not None:
                 read = edit.of_part(read, part.axis, part.start, value.shape[part.axis])
             before = None if value is None else tuple(value.shape)

@@ -5,7 +5,6 @@ Weights are safetensors, or what torch.save wrote. Both say where in the file ea
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -15,23 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 from normswap.checkpoint.documents import shown
 from normswap.checkpoint.folder import check_inside
-from normswap.checkpoint.hashing import hash_from
+from normswap.checkpoint.hashing import hash_of
 from normswap.checkpoint.header import CODES, TensorInfo, read_header
 from normswap.checkpoint.pickled import read_pickled
+from normswap.checkpoint.sharing import can_share
 from normswap.checkpoint.weights import CONFIG, INDEX, WEIGHTS, find_weights, has_weights
 from normswap.errors import SourceError
 
 __all__ = ["CONFIG", "INDEX", "WEIGHTS", "Checkpoint", "Shard", "has_weights"]
 
 CHUNK = 16 * 2**20
-# What a kernel or file system answers when it cannot copy between these two files itself.
-_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,13 @@ class Shard:
     tensors: tuple[TensorInfo, ...]
     metadata: dict[str, str] | None
     file: str
+
+
+class Place(NamedTuple):
+    """An open file, and an offset in it (bytes)."""
+
+    fd: int
+    offset: int
 
 
 class Checkpoint:
@@ -120,58 +125,43 @@ class Checkpoint:
         """As many numbers of the file as `count`, from `begin` numbers behind where a tensor begins."""
         size, start = count * info.dtype.itemsize, info.offset + begin * info.dtype.itemsize
         data = torch.empty(size, dtype=torch.uint8)
-        view, done = memoryview(data.numpy()), 0
-        while done < size:
+        self._read_into(memoryview(data.numpy()), info, start)
+        return data.view(info.dtype)
+
+    def place(self, key: str) -> Place | None:
+        """Where a tensor's bytes lie, row after row; None: they do not lie so."""
+        info = self.tensors[key]
+        return Place(self._files[info.shard].fileno(), info.offset) if info.strides is None else None
+
+    def read_into(self, view: memoryview, key: str, first: int) -> None:
+        """Fill `view` with a tensor's bytes, row after row, from its `first` (bytes) on."""
+        info = self.tensors[key]
+        if info.strides is None:
+            self._read_into(view, info, info.offset + first)
+            return
+        row = info.nbytes // info.shape[0]
+        rows = range(first // row, -(-(first + len(view)) // row))
+        data = memoryview(self.read(key, rows).reshape(-1).view(torch.uint8).numpy())
+        view[:] = data[first - rows.start * row :][: len(view)]
+
+    def _read_into(self, view: memoryview, info: TensorInfo, start: int) -> None:
+        done = 0
+        while done < len(view):
             # One call reads at most 2 GiB.
             with _readable(self._path(info.shard)):
                 read = os.preadv(self._files[info.shard].fileno(), [view[done:]], start + done)
             if read == 0:
                 raise self._shrunk(info)
             done += read
-        return data.view(info.dtype)
-
-    def copy_bytes(self, key: str, out: int, offset: int, span: range | None = None) -> None:
-        """Copy a tensor's bytes to `offset` (bytes) of the open file `out`, inside the kernel where it can do so.
-
-        Args:
-            span: which of its bytes; `offset` is where the first of these goes.
-        """
-        info = self.tensors[key]
-        first, size = (0, info.nbytes) if span is None else (span.start, len(span))
-        if info.strides is not None:
-            self._write_view(info, out, offset, range(first, first + size))
-            return
-        fd, done, in_kernel = self._files[info.shard].fileno(), 0, True
-        while done < size:
-            begin, want = info.offset + first + done, min(size - done, CHUNK)
-            if in_kernel:
-                try:
-                    count = os.copy_file_range(fd, out, want, begin, offset + done)
-                except OSError as error:
-                    if error.errno not in _NO_KERNEL_COPY:
-                        raise
-                    count = 0
-                # Some network file systems answer 0 instead of an error, so 0 too means: not by the kernel.
-                in_kernel = count > 0
-            else:
-                count = os.pwrite(out, os.pread(fd, want, begin), offset + done)
-                if count == 0:
-                    raise self._shrunk(info)
-            done += count
 
     def fingerprint(self) -> str:
         """SHA-256 over every tensor's key, dtype and shape, whatever file it lies in; reads no weights."""
         described = sorted((info.key, CODES[info.dtype], info.shape) for info in self.tensors.values())
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
-    def _write_view(self, info: TensorInfo, out: int, offset: int, span: range) -> None:
-        """`copy_bytes` of a tensor that does not lie in the file row after row."""
-        row = info.nbytes // info.shape[0]
-        rows = range(span.start // row, -(-span.stop // row))
-        data = memoryview(self.read(info.key, rows).reshape(-1).view(torch.uint8).numpy())
-        data, done = data[span.start - rows.start * row :][: len(span)], 0
-        while done < len(data):
-            done += os.pwrite(out, data[done:], offset + done)
+    def can_share(self, folder: Path) -> bool:
+        """Whether files in `folder` can share blocks with those that hold the weights."""
+        return can_share(self._files[self.shards[0].name].fileno(), folder)
 
     def will_read(self, shard: str) -> None:
         """Have the kernel begin to read a shard's file into memory, where it takes such hints."""
@@ -191,7 +181,7 @@ class Checkpoint:
         """SHA-256 of a shard's file; reads all of it."""
         fd = self._files[shard].fileno()
         with _readable(self._path(shard)):
-            return hash_from(fd, [os.fstat(fd).st_size])
+            return hash_of(fd)
 
     def states(self) -> dict[str, list[int]]:
         """What tells whether a shard's file was written to since: its size, and when it last changed (ns)."""

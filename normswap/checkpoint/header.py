@@ -119,16 +119,22 @@ def read_header(file: BinaryIO, path: Path) -> tuple[list[TensorInfo], dict[str,
 
 
 def render_header(
-    entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, str] | None
+    entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+    metadata: dict[str, str] | None,
+    align: int = ALIGNMENT,
+    phase: int = 0,
 ) -> bytes:
-    """The bytes that precede the data of `(key, dtype, shape)` tensors laid end to end, as the library writes them."""
+    """The bytes that precede the data of `(key, dtype, shape)` tensors laid end to end, as the library writes them.
+
+    They are as many as are needed for the data to begin at `phase`, modulo `align` (bytes; the library's is 8).
+    """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
     for key, dtype, shape in entries:
         begin, end = end, end + nbytes_of(dtype, shape)
         header[key] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    text += b" " * ((phase - LENGTH_BYTES - len(text)) % align)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import stat
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,19 +30,3 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def begin_writeback(fd: int, offset: int, count: int) -> None:
-    """Have the kernel begin to write so many bytes of an open file to the disk, and do not wait; a hint, if that."""
-    try:
-        _libc().sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)
-    except (OSError, AttributeError):  # no such library, or, outside of Linux, no such function
-        return
-
-
-_SYNC_FILE_RANGE_WRITE = 2
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)

@@ -62,7 +62,7 @@ def _(edit: Centre, key):
 
 @kept.register
 def _(edit: Centre, value, read):
-    return value.unflatten(edit.axis, (edit.groups, -1)).mean(edit.axis + 1)
+    return edit.mean(value, read)
 
 
 @taken_back.register

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from normswap.planning.edits.edit import TensorEdit
+import torch
+
+from normswap.planning.edits.edit import Read, TensorEdit
 from normswap.planning.edits.modules import ModuleEdit
 
 
@@ -18,9 +20,13 @@ class Centre(TensorEdit):
     def mixes(self):
         return (self.axis,)
 
+    def mean(self, value: torch.Tensor, read: Read) -> torch.Tensor:
+        """What is taken out: that axis has `groups` values."""
+        return read.once(self, lambda: value.unflatten(self.axis, (self.groups, -1)).mean(self.axis + 1))
+
     def apply(self, value, read):
         split = value.unflatten(self.axis, (self.groups, -1))
-        return (split - split.mean(self.axis + 1, keepdim=True)).flatten(self.axis, self.axis + 1)
+        return (split - self.mean(value, read).unsqueeze(self.axis + 1)).flatten(self.axis, self.axis + 1)
 
 
 class CentreOutput(ModuleEdit):

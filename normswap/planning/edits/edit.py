@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-#: values of a tensor that is read in parts: 16 MiB in float64
-_PART = 2**21
+#: values of a tensor that is read in parts: 2 MiB in float64, which a core's cache holds
+_PART = 2**18
 #: before a tensor's name: the one that calibration fitted, and not the model's
 FITTED = "fitted:"
 
@@ -23,10 +23,12 @@ class Read:
     Attributes:
         whole: a tensor by name.
         parts: the same in parts along its first axis, of `rows_at_once` rows each; None: cut from the whole.
+        found: what `once` has found; None: it remembers nothing.
     """
 
     whole: Callable[[str], torch.Tensor]
     parts: Callable[[str], Iterable[torch.Tensor]] | None = None
+    found: dict[Edit, torch.Tensor] | None = None
 
     def __call__(self, name: str) -> torch.Tensor:
         return self.whole(name)
@@ -37,6 +39,18 @@ class Read:
             return self.parts(name)
         whole = self.whole(name)
         return whole.split(rows_at_once(whole.shape))
+
+    def remembering(self) -> Read:
+        """The same for the edits of one value, or of one part of it: what an edit finds, it finds `once`."""
+        return replace(self, found={})
+
+    def once(self, edit: Edit, find: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `find` gives for `edit`: both making the edit and keeping what undoes it need it."""
+        if self.found is None:
+            return find()
+        if edit not in self.found:
+            self.found[edit] = find()
+        return self.found[edit]
 
 
 def rows_at_once(shape: tuple[int, ...]) -> int:

@@ -63,6 +63,9 @@ class FoldBias(TensorEdit):
 
     def carried(self, read: Read) -> torch.Tensor:
         """`W b`."""
+        return read.once(self, lambda: self._carried(read))
+
+    def _carried(self, read: Read) -> torch.Tensor:
         sums = self.sums or (self.axis,)
         kernel = [axis for axis in sums if axis != self.axis]
         bias = self.bias.shift(read) if isinstance(self.bias, Frozen) else read(self.bias)

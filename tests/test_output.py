@@ -1,0 +1,181 @@
+"""Files of the result: written past the page cache, shared with the source, hashed as they grow."""
+
+import errno
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import normswap
+from normswap.apply import output as output_file
+from normswap.apply.output import Output
+from normswap.checkpoint.direct import AT_ONCE, BLOCK, Buffers, DirectFile
+from normswap.checkpoint.files import Checkpoint
+
+MIB = 2**20
+
+
+def cuts(size: int, seed: int) -> list[range]:
+    """Spans that fill a file of that size: some of a few bytes, some of whole blocks, one longer than a buffer."""
+    chosen = random.Random(seed)
+    places = {chosen.randrange(size) for _ in range(12)} | {BLOCK * chosen.randrange(size // BLOCK) for _ in range(12)}
+    places = sorted({0, 1, size, *(at for at in places if not MIB < at < MIB + 2 * AT_ONCE)})
+    spans = [range(a, b) for a, b in zip(places, places[1:], strict=False)]
+    chosen.shuffle(spans)
+    return spans
+
+
+@pytest.fixture
+def no_direct(monkeypatch):
+    """A file system that takes `O_DIRECT` and then refuses each write."""
+    write, refused = os.pwrite, []
+
+    def pwrite(fd, data, offset):
+        if fd in refused:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(fd, data, offset)
+
+    opened = os.open
+
+    def opening(path, flags, *rest):
+        fd = opened(path, flags & ~os.O_DIRECT, *rest)
+        if flags & os.O_DIRECT:
+            refused.append(fd)
+        return fd
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    return refused
+
+
+def check_written(path: Path, size: int, seed: int) -> None:
+    """Several threads write a file in any order: it holds what they wrote, and its hash is the file's."""
+    data = random.Random(seed).randbytes(size)
+    output = Output(path, size, Buffers())
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(output.write, data[s.start : s.stop], s.start) for s in cuts(size, seed)]:
+            done.result()
+    digest = output.finish()
+    assert path.read_bytes() == data
+    assert digest == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("size", [3 * AT_ONCE, 3 * AT_ONCE + 1234])
+def test_any_order_gives_the_bytes_and_their_hash(tmp_path, size, seed):
+    check_written(tmp_path / "file", size, seed)
+
+
+def test_what_no_buffer_holds_any_more_is_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_file, "_MOST", 1)
+    read, reads = output_file.pieces_of, []
+    monkeypatch.setattr(output_file, "pieces_of", lambda *span: reads.append(span) or read(*span))
+    check_written(tmp_path / "file", 3 * AT_ONCE, seed=1)
+    assert len(reads) > 3
+
+
+def test_a_file_system_without_direct_writes_gets_the_same_bytes(tmp_path, no_direct):
+    check_written(tmp_path / "file", 3 * AT_ONCE + 77, seed=2)
+    assert no_direct, "nothing was opened for direct writes"
+
+
+def test_a_system_without_direct_writes_gets_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "O_DIRECT")
+    check_written(tmp_path / "file", 2 * AT_ONCE + 77, seed=3)
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no direct writes on this system")
+def test_whole_blocks_go_past_the_page_cache_and_the_rest_does_not(tmp_path, monkeypatch):
+    file, write, calls = DirectFile(tmp_path / "file", 10 * BLOCK), os.pwrite, []
+    if file._direct is None:
+        pytest.skip("no direct writes on this file system")
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: calls.append((fd, at, len(data))) or write(fd, data, at))
+    for offset, count, expected in [
+        (0, 2 * BLOCK, [(file._direct, 0, 2 * BLOCK)]),
+        (2 * BLOCK, 10, [(file.fd, 2 * BLOCK, 10)]),
+        (2 * BLOCK + 10, 20, [(file.fd, 2 * BLOCK + 10, 20)]),
+        (
+            2 * BLOCK + 30,
+            3 * BLOCK,
+            [
+                (file._direct, 3 * BLOCK, 2 * BLOCK),
+                (file.fd, 2 * BLOCK + 30, BLOCK - 30),
+                (file.fd, 5 * BLOCK, 30),
+            ],
+        ),
+    ]:
+        calls.clear()
+        buffer = Buffers().take()
+        view = buffer.at(offset, count)
+        view[:] = bytes([count % 251]) * count
+        file.write(view, offset)
+        assert calls == expected
+    file.sync()
+    file.close()
+
+
+def test_a_failing_disk_is_not_taken_for_one_without_direct_writes(tmp_path, monkeypatch):
+    file, buffer = DirectFile(tmp_path / "file", BLOCK), Buffers().take()
+
+    def pwrite(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        file.write(buffer.at(0, BLOCK), 0)
+    file.close()
+
+
+@pytest.fixture(scope="module", params=["xfs", "btrfs"])
+def sharing(request, tmp_path_factory):
+    """A folder on a file system whose files can share blocks."""
+    make = shutil.which(f"mkfs.{request.param}", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if make is None or os.geteuid() != 0:
+        pytest.skip(f"needs mkfs.{request.param}, and to mount a file system")
+    image, disk = tmp_path_factory.mktemp("disk") / "image", tmp_path_factory.mktemp("mounted")
+    with image.open("wb") as file:
+        file.truncate(400 * MIB)
+    subprocess.run([make, "-q", image], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", image, disk], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def shared_bytes(path: Path) -> int:
+    """Bytes of a file that lie in blocks which another has as well."""
+    listed = subprocess.run(["filefrag", "-v", path], check=True, capture_output=True, text=True).stdout
+    extents = [line.split(":") for line in listed.splitlines() if "shared" in line]
+    return sum(int(extent[3]) for extent in extents) * BLOCK
+
+
+@pytest.mark.skipif(shutil.which("filefrag", path="/usr/sbin:/sbin:/usr/bin") is None, reason="needs filefrag")
+def test_untouched_tensors_share_the_blocks_of_the_source(sharing, small, tmp_path):
+    """And the result has the values that it has anywhere else."""
+    source = sharing / "source"
+    shutil.copytree(small["gpt2"], source)
+    # a tensor that nothing touches, large enough to be seen, behind a header of another length than the result's
+    with safe_open(source / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(source / "model.safetensors")
+    large = max(tensors, key=lambda key: "c_fc.weight" in key)
+    save_file(tensors, source / "model.safetensors", {**metadata, "note": "x" * 1000})
+    os.sync()
+    normswap.convert(source, sharing / "out", norm="rmsnorm", verify="none")
+    normswap.convert(source, tmp_path / "out", norm="rmsnorm", verify="none")
+    here, there = (load_file(folder / "out" / "model.safetensors") for folder in (sharing, tmp_path))
+    assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
+    with Checkpoint.open(sharing / "out") as made, Checkpoint.open(source) as own:
+        aligned = made.tensors[large].offset % BLOCK == own.tensors[large].offset % BLOCK
+    assert aligned and torch.equal(here[large], tensors[large])
+    # all whole blocks of the untouched tensors, at least those of the largest
+    assert tensors[large].nbytes > 16 * BLOCK
+    assert shared_bytes(sharing / "out" / "model.safetensors") >= tensors[large].nbytes - 2 * BLOCK
