@@ -1,5 +1,5 @@
 """`python -m normswap`: the command line."""
 
-from normswap.cli import main
+from normswap.cli.process import run
 
-main(prog_name="normswap")
+run()
