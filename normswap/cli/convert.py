@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from normswap.checkpoint.ahead import read_ahead
 from normswap.cli.options import (
     err,
     json_option,
@@ -89,7 +88,6 @@ def command(
     normswap convert ./my-gpt2-rms ./my-gpt2-again --undo
     normswap convert ./my-llama ./weightless --fold --adapter ./my-lora --push-to-hub me/weightless
     """
-    read_ahead(model)
     quiet()
     if undo:
         _undo(context, model, destination, as_json)
