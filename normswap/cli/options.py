@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 import warnings
@@ -75,6 +76,7 @@ def _import_transformers() -> None:
         import transformers.modeling_utils  # noqa: F401
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # else extensions complain of what is left
         gc.enable()
 
 

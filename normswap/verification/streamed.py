@@ -22,8 +22,8 @@ from normswap.verification.weights import Part, Weights
 
 # Parameters with fewer values are in memory like any other.
 SMALL = 2**15
-# Values of a weight in memory at once, where rows are used one by one: 32 MiB in float64.
-_AT_ONCE = 2**22
+# Values of a weight in memory at once, where rows are used one by one: 4 MiB in float64, which is memory used again.
+_AT_ONCE = 2**19
 
 
 class Held(NamedTuple):
