@@ -228,7 +228,8 @@ def report(rows: list[Row], rounds: int, warm: bool) -> str:
         f"`scripts/bench_convert.py`; {platform.processor() or platform.machine()}, {os.cpu_count()} processors, "
         f"torch {torch.__version__}, transformers {transformers.__version__}; source "
         f"{'in the page cache' if warm else 'not in the page cache'}. GPT-NeoX, width {WIDTH}, bfloat16, shards of "
-        f"1 GB; the largest tensor that an edit needs has {LARGEST / 2**20:.0f} MiB. Medians of {rounds} runs, in turns.",
+        f"1 GB; the largest tensor that an edit needs has {LARGEST / 2**20:.0f} MiB. Medians of "
+        f"{rounds} runs, in turns.",
         "",
         "Seconds are those of the whole command, start included, with the fastest and slowest run; `of cp` is cp's "
         "(synced) by them. `writing` counts the stage alone that reads, edits, writes, hashes and syncs the weights.",

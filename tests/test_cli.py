@@ -392,3 +392,24 @@ def test_help_does_not_import_torch():
     code += "\nprint('torch' in sys.modules)"
     done = program(sys.executable, "-c", code)
     assert done.stdout.startswith("Usage: ") and done.stdout.endswith("\nFalse\n"), done.stderr
+
+
+def test_the_program_ends_at_once_and_loses_nothing():
+    """What was printed and what was to happen at the end is there, as if Python had taken everything apart."""
+    script = (
+        "import atexit, sys; from normswap.cli.process import run\n"
+        "atexit.register(print, 'registered', flush=False)\n"
+        "sys.argv = ['normswap', *sys.argv[1:]]; run()"
+    )
+    for words, code in ((["norms"], 0), (["norms", "--nonsense"], 2)):
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stderr
+        assert done.stdout.endswith("registered\n") and ("layernorm" in done.stdout) == (code == 0)
+        assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m normswap norms | true", shell=True, capture_output=True, text=True, timeout=120
+    )
+    assert "Traceback" not in done.stderr

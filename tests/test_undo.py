@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fresh
 import normswap
 from models import tiny
+from normswap.cli import main
 from normswap.errors import RefusedError, SourceError, VerificationError
 
 GPT2, LLAMA, NEOX = "gpt2-shakespeare", "llama-shakespeare", "gpt_neox-shakespeare"
@@ -63,6 +65,18 @@ def test_what_was_converted_comes_back(checkpoints, converted, tmp_path, name):
     assert json.loads((done.folder / "config.json").read_text()) == json.loads(
         (checkpoints / source / "config.json").read_text()
     )
+
+
+def test_a_page_shows_what_was_undone(converted, tmp_path):
+    folder, page = converted("folded"), tmp_path / "page.html"
+    command = ["convert", folder, tmp_path / "back", "--undo", "--verify", "fast", "--report", page]
+    result = CliRunner().invoke(main, [str(word) for word in command])
+    assert result.exit_code == 0, result.output
+    text = page.read_text(encoding="utf-8")
+    assert "The same function" in text and "undone" in text
+    assert f"normswap convert {folder.name} back --undo" in text
+    inside = CliRunner().invoke(main, ["convert", str(folder), str(tmp_path / "b"), "--undo", "--report", str(folder)])
+    assert inside.exit_code == 2 and not (tmp_path / "b").exists()
 
 
 def test_a_process_without_normswap_loads_what_came_back(checkpoints, converted, tmp_path):

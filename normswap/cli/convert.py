@@ -90,7 +90,7 @@ def command(
     """
     quiet()
     if undo:
-        _undo(context, model, destination, as_json)
+        _undo(context, model, destination, page, as_json)
         return
     import normswap
     from normswap.hub import Target
@@ -151,11 +151,13 @@ def _write_page(page: Path, done) -> None:
 
 
 #: options that go with --undo; what to undo, the folder says
-_UNDO_TAKES = ("model", "destination", "undo", "verify", "text", "overwrite", "verbose", "as_json")
+_UNDO_TAKES = ("model", "destination", "undo", "verify", "text", "overwrite", "verbose", "as_json", "page")
 
 
-def _undo(context: click.Context, model: str, destination: Path, as_json: bool) -> None:
+def _undo(context: click.Context, model: str, destination: Path, page: Path | None, as_json: bool) -> None:
     import normswap
+    from normswap.report.findings.gather import of_undone
+    from normswap.report.page.write import check_place, write_page
     from normswap.report.plan import disk_facts
     from normswap.report.proof import proof_view
 
@@ -163,6 +165,8 @@ def _undo(context: click.Context, model: str, destination: Path, as_json: bool) 
     if odd := [name for name in given if name not in _UNDO_TAKES]:
         raise click.UsageError(f"--undo takes no --{odd[0].replace('_', '-')}: what is to be undone, {model} says.")
     options = {name: context.params[name] for name in ("verify", "text", "overwrite")}
+    if page is not None:
+        check_place(page, model, destination)
     with progress_bars(enabled=not as_json) as progress:
         done = normswap.undo(model, destination, progress=progress, **options)
     if as_json:
@@ -176,6 +180,9 @@ def _undo(context: click.Context, model: str, destination: Path, as_json: bool) 
         click.echo(json.dumps(result, indent=2))
     else:
         out().print(proof_view(done.report))
+    if page is not None:
+        write_page(of_undone(done, model), page)
+        err().print(f"wrote {page}", style="bold")
     words = done.undone.request.words()
     how = (
         "its weights are the source's byte for byte"

@@ -24,10 +24,10 @@ def _end(code: object) -> None:
     others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
     if not isinstance(code, int) or any(not thread.daemon for thread in others):
         return
+    atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     except OSError:  # nobody reads any more: Python has its own way of ending then
         return
-    atexit._run_exitfuncs()
     os._exit(code)

@@ -18,6 +18,7 @@ from normswap.report.findings.sites import site_rows
 from normswap.report.findings.weights import changed_since
 from normswap.report.findings.words import changed, trained_verdict, verdict
 from normswap.understand.normmap import NormMap, inspect
+from normswap.undoing import Undone
 from normswap.verification.proof import Proof
 from normswap.verification.run import Report
 
@@ -83,32 +84,56 @@ def of_folder(
 
 def of_comparison(report: Report, trust_remote_code: bool = False) -> Findings:
     """Of two checkpoints that `verify` compared; both are looked at again for their norms."""
+    found = _beside(report.a, report.b, {"compared": report}, trust_remote_code)
+    command = f"normswap verify {Path(report.a).name} {Path(report.b).name}"
+    return found.model_copy(update={"generation": report.generation, "provenance": _by(command, report)})
+
+
+def of_undone(done: Undone, converted: str | Path) -> Findings:
+    """Of a conversion that was taken back: the folder that was `converted` beside the one that was made of it."""
+    proof = done.report
+    named = {"mathematics": proof.mathematics, "as stored": proof.stored}
+    reports = {name: report for name, report in named.items() if report is not None}
+    found = _beside(str(converted), str(done.folder), reports)
+    command = f"normswap convert {Path(converted).name} {done.folder.name} --undo"
+    return found.model_copy(
+        update={
+            "title": f"{Path(converted).name}: {done.undone.request.words()} undone",
+            "generation": proof.generation,
+            "provenance": _by(command, found.main),
+        }
+    )
+
+
+def _beside(a: str, b: str, reports: Mapping[str, Report], trust_remote_code: bool = False) -> Findings:
+    """Two checkpoints that are to compute the same; both are looked at for their norms."""
     notes: list[str] = []
-    a, b = (_inspected(name, trust_remote_code, notes) for name in (report.a, report.b))
-    rows = site_rows(a, b, report.comparison.sites)
-    plan = _plan_of(report.b)
+    one, other = (_inspected(name, trust_remote_code, notes) for name in (a, b))
+    main = reports.get("mathematics") or next(iter(reports.values()), None)
+    rows = site_rows(one, other, main.comparison.sites if main else ())
+    plan = _plan_of(b)
     found = Findings(
         kind="comparison",
-        title=f"{Path(report.a).name} beside {Path(report.b).name}",
+        title=f"{Path(a).name} beside {Path(b).name}",
         changed=_differing(rows),
         claim=plan.claim if plan else None,
-        verdict=verdict(None, {"compared": report}, report),
-        before=drawing(a) if a else None,
-        after=drawing(b) if b else None,
+        before=drawing(one) if one else None,
+        after=drawing(other) if other else None,
         sites=tuple(rows),
-        reports={"compared": report},
-        generation=report.generation,
+        reports=dict(reports),
         sizes=Sizes(
-            **{f"parameters_{when}": drawing(m).parameters for when, m in (("before", a), ("after", b)) if m},
-            **{f"bytes_{when}": m.files["bytes"] for when, m in (("before", a), ("after", b)) if m and m.files},
+            **{f"parameters_{when}": drawing(m).parameters for when, m in (("before", one), ("after", other)) if m},
+            **{f"bytes_{when}": m.files["bytes"] for when, m in (("before", one), ("after", other)) if m and m.files},
         ),
         plan=plan,
-        provenance=Provenance(
-            versions=versions(report.versions), command=f"normswap verify {Path(report.a).name} {Path(report.b).name}"
-        ),
         notes=tuple(notes),
     )
+    found = found.model_copy(update={"verdict": verdict(None, found.reports, found.main)})
     return found.model_copy(update={"advice": advice(found)})
+
+
+def _by(command: str, report: Report | None) -> Provenance:
+    return Provenance(versions=versions(report.versions if report else {}), command=command)
 
 
 def of_model(normmap: NormMap, name: str) -> Findings:
