@@ -32,10 +32,12 @@ class Task(NamedTuple):
 
     Attributes:
         cost: bytes of memory that it takes.
+        reads: bytes of the source that it goes through.
         run: does it.
     """
 
     cost: int
+    reads: int
     run: Callable[[], None]
 
 
@@ -86,9 +88,7 @@ class ShardFile:
             size = len(header) + sum(entry.bytes_after for entry in self._entries)
             self._output = Output(self._path, size, self._common.buffers)
             self._output.write(header, 0)
-        if not self._common.shares:  # else much of it is not read
-            self._source.will_read(self._shard.name)
-        steps = [*self._steps(len(header))] or [Task(0, lambda: None)]
+        steps = [*self._steps(len(header))] or [Task(0, 0, lambda: None)]
         self._left = len(steps)
         return [step._replace(run=lambda step=step: self._do(step)) for step in steps]
 
@@ -151,13 +151,14 @@ class ShardFile:
                 job = jobs[entry.key]
                 here = [(other, at) for other, at in offsets.items() if other.key in job.keys]
                 made.update(job.keys)
-                yield Task(self._cost(job), lambda job=job, here=here: self._whole(job, here))
+                reads = sum(other.bytes_before for other, _ in here)
+                yield Task(self._cost(job), reads, lambda job=job, here=here: self._whole(job, here))
 
     def _copies(self, entry: TensorChange, start: int) -> Iterator[Task]:
         end = start + entry.bytes_after
         for begin in (start, *range(start - start % AT_ONCE + AT_ONCE, end, AT_ONCE)):
             span = range(begin, min(begin - begin % AT_ONCE + AT_ONCE, end))
-            yield Task(0, lambda span=span: self._copy(entry, start, span))
+            yield Task(0, len(span), lambda span=span: self._copy(entry, start, span))
 
     def _copy(self, entry: TensorChange, start: int, span: range) -> None:
         """The bytes of the file in `span`, of a tensor whose data begin at `start`; no more is read than has to be."""
@@ -176,7 +177,7 @@ class ShardFile:
             def run(rows=rows) -> None:
                 self._put(self._values.cast(entry.key, entry.dtype, rows), entry, start, rows)
 
-            yield Task(cost, run)
+            yield Task(cost, entry.bytes_before // len(pieces), run)
 
     def _pieces(self, job: Job, pieces: list[range | None], entry: TensorChange, start: int) -> Iterator[Task]:
         cost = _COPIES * entry.bytes_after // len(pieces)
@@ -186,7 +187,7 @@ class ShardFile:
                 made = self._values.edited(job, entry.dtype, rows)
                 self._put(made[entry.key], entry, start, rows)
 
-            yield Task(cost, run)
+            yield Task(cost, entry.bytes_before // len(pieces), run)
 
     def _whole(self, job: Job, here: list[tuple[TensorChange, int]]) -> None:
         made = self._values.edited(job, here[0][0].dtype)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -163,13 +163,19 @@ class Checkpoint:
         """Whether files in `folder` can share blocks with those that hold the weights."""
         return can_share(self._files[self.shards[0].name].fileno(), folder)
 
-    def will_read(self, shard: str) -> None:
-        """Have the kernel begin to read a shard's file into memory, where it takes such hints."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        fd = self._files[shard].fileno()
-        for start in range(0, os.fstat(fd).st_size, CHUNK):
-            os.posix_fadvise(fd, start, CHUNK, os.POSIX_FADV_WILLNEED)
+    def read_ahead(self, shards: Iterable[Shard]) -> Iterator[int]:
+        """Have the kernel read files into memory, `CHUNK` bytes with each step, where it takes such hints.
+
+        Yields:
+            How many bytes that was so far.
+        """
+        done = 0
+        for shard in shards if hasattr(os, "posix_fadvise") else ():
+            fd = self._files[shard.name].fileno()
+            for start in range(0, os.fstat(fd).st_size, CHUNK):
+                os.posix_fadvise(fd, start, CHUNK, os.POSIX_FADV_WILLNEED)
+                done += CHUNK
+                yield done
 
     def hash_files(self, workers: int) -> dict[str, str]:
         """SHA-256 of every file with weights, by its name; reads all of them, several at a time."""
