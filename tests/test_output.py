@@ -18,6 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import normswap
 from normswap.apply import output as output_file
 from normswap.apply.output import Output
+from normswap.checkpoint import ahead
+from normswap.checkpoint.ahead import mostly_cached
 from normswap.checkpoint.direct import AT_ONCE, BLOCK, Buffers, DirectFile
 from normswap.checkpoint.files import Checkpoint
 
@@ -181,3 +183,41 @@ def test_untouched_tensors_share_the_blocks_of_the_source(sharing, tmp_path):
     # all whole blocks of the untouched tensors, at least those of the largest
     assert tensors[large].nbytes > 16 * BLOCK
     assert shared_bytes(sharing / "out" / "model.safetensors") >= tensors[large].nbytes - 2 * BLOCK
+
+
+def cached(folder: Path) -> list[bool]:
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found.append(mostly_cached(file.fileno(), path.stat().st_size))
+    return found
+
+
+def drop(folder: Path) -> None:
+    os.sync()
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="a system without such hints")
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_page_cache_is_left_as_it_was_found(tmp_path, monkeypatch, warm):
+    """A source that was not there is not there afterwards, but for the last of what was read; one that was stays."""
+    torch.manual_seed(0)
+    source = tmp_path / "source"
+    model = GPT2LMHeadModel(GPT2Config(n_embd=512, n_layer=4, n_head=4, vocab_size=500, n_positions=64))
+    model.save_pretrained(source, max_shard_size="10MB")
+    drop(source)
+    if any(cached(source)):
+        pytest.skip("a file system whose files are always in memory")
+    if warm:
+        assert all(path.read_bytes() for path in source.glob("*.safetensors"))
+        assert all(cached(source))
+    monkeypatch.setattr(ahead, "_STEP", MIB)
+    monkeypatch.setattr(ahead, "_BEHIND", 8 * MIB)
+    monkeypatch.setattr("normswap.apply.stream._AHEAD", 4 * MIB)
+    normswap.convert(source, tmp_path / "out", norm="rmsnorm", verify="none")
+    after = cached(source)
+    assert len(after) > 3
+    assert all(after) if warm else not any(after[:-2])

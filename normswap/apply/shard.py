@@ -138,9 +138,9 @@ class ShardFile:
         """In the order of the file, as far as may be: what is made together, where the first of it stands."""
         jobs = {key: job for job in self._jobs for key in job.keys}
         starts = accumulate((entry.bytes_after for entry in self._entries), initial=start)
-        offsets = dict(zip(self._entries, starts, strict=False))
+        places = {entry.key: (entry, at) for entry, at in zip(self._entries, starts, strict=False)}
         made = set()
-        for entry, start in offsets.items():
+        for entry, start in places.values():
             if entry.what == "copied":
                 yield from self._copies(entry, start)
             elif entry.what == "cast":
@@ -149,7 +149,7 @@ class ShardFile:
                 yield from self._pieces(jobs[entry.key], pieces, entry, start)
             elif entry.key not in made:
                 job = jobs[entry.key]
-                here = [(other, at) for other, at in offsets.items() if other.key in job.keys]
+                here = [places[key] for key in job.keys if key in places]
                 made.update(job.keys)
                 reads = sum(other.bytes_before for other, _ in here)
                 yield Task(self._cost(job), reads, lambda job=job, here=here: self._whole(job, here))

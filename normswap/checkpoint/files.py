@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from normswap.checkpoint.ahead import read_ahead
 from normswap.checkpoint.documents import shown
 from normswap.checkpoint.folder import check_inside
 from normswap.checkpoint.hashing import hash_of
@@ -28,8 +29,6 @@ from normswap.checkpoint.weights import CONFIG, INDEX, WEIGHTS, find_weights, ha
 from normswap.errors import SourceError
 
 __all__ = ["CONFIG", "INDEX", "WEIGHTS", "Checkpoint", "Shard", "has_weights"]
-
-CHUNK = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -164,18 +163,8 @@ class Checkpoint:
         return can_share(self._files[self.shards[0].name].fileno(), folder)
 
     def read_ahead(self, shards: Iterable[Shard]) -> Iterator[int]:
-        """Have the kernel read files into memory, `CHUNK` bytes with each step, where it takes such hints.
-
-        Yields:
-            How many bytes that was so far.
-        """
-        done = 0
-        for shard in shards if hasattr(os, "posix_fadvise") else ():
-            fd = self._files[shard.name].fileno()
-            for start in range(0, os.fstat(fd).st_size, CHUNK):
-                os.posix_fadvise(fd, start, CHUNK, os.POSIX_FADV_WILLNEED)
-                done += CHUNK
-                yield done
+        """`ahead.read_ahead` of the files of these shards."""
+        return read_ahead(self._files[shard.name].fileno() for shard in shards)
 
     def hash_files(self, workers: int) -> dict[str, str]:
         """SHA-256 of every file with weights, by its name; reads all of them, several at a time."""

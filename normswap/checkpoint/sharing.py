@@ -39,5 +39,8 @@ def share(fd: int, offset: int, count: int, source: int, start: int) -> bool:
 
 def can_share(source: int, folder: Path) -> bool:
     """Whether files in `folder` can share the blocks of this open file, of a block at least; tried, and undone."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return share(file.fileno(), 0, BLOCK, source, 0)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return share(file.fileno(), 0, BLOCK, source, 0)
+    except OSError:  # what is wrong there, writing will say
+        return False
