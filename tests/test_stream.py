@@ -503,7 +503,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     out.mkdir()
     checkpoint, keymap = opened(source, GPT2LMHeadModel)
     before = reset_peak()
-    summary = write_tensors(checkpoint, keymap, plan_of(*edits), out)
+    summary = write_tensors(checkpoint, keymap, plan_of(*edits), out, workers=2)
     with open("/proc/self/statm") as statm:
         now = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     grown = now + peak_above_now() - before
