@@ -14,8 +14,8 @@ _WAITING = 2
 
 
 def default_workers() -> int:
-    """As many as this process has processors and two that wait for the disk, up to 8: beyond, disks are the limit."""
-    return min(8, 2 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    """As many as this process has processors, up to 8: beyond, disks are the limit."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 class Crew:
