@@ -126,6 +126,7 @@ def _write_shards(
     finally:
         for file in begun:
             file.close()
+        give_back()  # before anything else takes memory
 
 
 def _jobs_by_shard(layout: Layout) -> dict[str, list[Job]]:
