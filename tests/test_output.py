@@ -6,9 +6,11 @@ import os
 import random
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,10 +20,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import normswap
 from normswap.apply import output as output_file
 from normswap.apply.output import Output
-from normswap.checkpoint import ahead
-from normswap.checkpoint.ahead import mostly_cached
+from normswap.apply.values import Values
+from normswap.checkpoint.blocks import mostly_cached
 from normswap.checkpoint.direct import AT_ONCE, BLOCK, Buffers, DirectFile
 from normswap.checkpoint.files import Checkpoint
+from normswap.errors import DestinationError
 
 MIB = 2**20
 
@@ -118,7 +121,7 @@ def test_whole_blocks_go_past_the_page_cache_and_the_rest_does_not(tmp_path, mon
         calls.clear()
         buffer = Buffers().take()
         view = buffer.at(offset, count)
-        view[:] = bytes([count % 251]) * count
+        view[:] = count % 251
         file.write(view, offset)
         assert calls == expected
     file.sync()
@@ -135,6 +138,54 @@ def test_a_failing_disk_is_not_taken_for_one_without_direct_writes(tmp_path, mon
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         file.write(buffer.at(0, BLOCK), 0)
     file.close()
+
+
+def test_what_lies_far_behind_what_is_hashed_has_to_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_file, "_NEAR", AT_ONCE)
+    output = Output(tmp_path / "file", 4 * AT_ONCE, Buffers())
+    block = np.zeros(AT_ONCE, np.uint8)
+    output.write(block, AT_ONCE)
+    assert output.is_near(AT_ONCE, seconds=0) and not output.is_near(2 * AT_ONCE, seconds=0.01)
+    output.write(block, 0)
+    assert output.is_near(3 * AT_ONCE, seconds=20) and not output.is_near(3 * AT_ONCE + 1, seconds=0.01)
+    output.close()
+
+
+@pytest.fixture
+def in_line(tmp_path, monkeypatch):
+    """A sharded checkpoint; each step of a conversion waits until all before it is hashed, and computing is slow."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=3, n_head=2, vocab_size=300, n_positions=32))
+    model.save_pretrained(tmp_path / "source", max_shard_size="300KB")
+    normswap.convert(tmp_path / "source", tmp_path / "expected", norm="rmsnorm", verify="none")
+    monkeypatch.setattr(output_file, "_NEAR", 0)
+    monkeypatch.setattr(output_file, "_MOST", 1)
+    edited = Values.edited
+    monkeypatch.setattr(Values, "edited", lambda *args: (time.sleep(0.01), edited(*args))[1])
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_steps_that_wait_for_each_other_come_to_an_end(in_line, workers):
+    normswap.convert(in_line / "source", in_line / "out", norm="rmsnorm", verify="none", workers=workers)
+    files = sorted((in_line / "expected").glob("*.safetensors"))
+    assert len(files) == 3
+    assert all((in_line / "out" / file.name).read_bytes() == file.read_bytes() for file in files)
+
+
+def test_a_step_that_fails_ends_the_wait_for_it(in_line, monkeypatch):
+    write, writes = os.pwrite, []
+
+    def pwrite(fd, data, offset):
+        writes.append(offset)
+        if len(writes) > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(DestinationError, match="cannot be written: No space left on device"):
+        normswap.convert(in_line / "source", in_line / "out", norm="rmsnorm", verify="none")
+    assert len(writes) > 20 and not (in_line / "out").exists()
 
 
 @pytest.fixture(scope="module", params=["xfs", "btrfs"])
@@ -202,8 +253,8 @@ def drop(folder: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="a system without such hints")
 @pytest.mark.parametrize("warm", [False, True])
-def test_the_page_cache_is_left_as_it_was_found(tmp_path, monkeypatch, warm):
-    """A source that was not there is not there afterwards, but for the last of what was read; one that was stays."""
+def test_the_page_cache_is_left_as_it_was_found(tmp_path, warm):
+    """A source that was not there is not there afterwards; one that was stays."""
     torch.manual_seed(0)
     source = tmp_path / "source"
     model = GPT2LMHeadModel(GPT2Config(n_embd=512, n_layer=8, n_head=4, vocab_size=500, n_positions=64))
@@ -214,10 +265,7 @@ def test_the_page_cache_is_left_as_it_was_found(tmp_path, monkeypatch, warm):
     if warm:
         assert all(path.read_bytes() for path in source.glob("*.safetensors"))
         assert all(cached(source))
-    monkeypatch.setattr(ahead, "_STEP", MIB)
-    monkeypatch.setattr(ahead, "_BEHIND", 32 * MIB)  # what one worker has not read yet is less
-    monkeypatch.setattr("normswap.apply.stream._AHEAD", 4 * MIB)
-    normswap.convert(source, tmp_path / "out", norm="rmsnorm", verify="none", workers=1)
+    normswap.convert(source, tmp_path / "out", norm="rmsnorm", verify="none")
     after = cached(source)
     assert len(after) == 12
-    assert all(after) if warm else not any(after[:6]), after
+    assert all(after) if warm else not any(after), after

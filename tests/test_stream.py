@@ -484,9 +484,9 @@ def reset_peak() -> int:
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak memory counter")
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    """200 MB in one file, half of it edited, half copied: what is resident grows by a few tensors' worth."""
+    """600 MB in one file, half of it edited, half copied: what is resident grows by a few tensors' worth."""
     source, out = tmp_path / "source", tmp_path / "out"
-    layers = 16
+    layers = 48
     model = tiny("gpt2", n_embd=512, n_layer=1)
     model.config.n_layer = layers
     model.config.save_pretrained(source)
@@ -509,6 +509,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     grown = now + peak_above_now() - before
     edited = sum(tensor.bytes_after for tensor in summary.tensors.values() if tensor.what == "edited")
     largest = max(tensor.bytes_after for tensor in summary.tensors.values() if tensor.what == "edited")
-    assert total > 190e6 and edited > total / 2 and largest == 4 * 512 * 2048
-    # Each of two threads keeps buffers, whatever the checkpoint's size: measured 85 MB here, and of a file of 400 MB.
-    assert grown < 110e6
+    assert total > 590e6 and edited > total / 2 and largest == 4 * 512 * 2048
+    # Blocks of the source and buffers of the result, 134 MB of each: measured 234 MB here, 226 MB and 249 MB of files of
+    # 400 MB and 800 MB.
+    assert grown < 290e6

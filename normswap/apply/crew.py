@@ -14,8 +14,9 @@ _WAITING = 2
 
 
 def default_workers() -> int:
-    """As many as this process has processors, up to 8: beyond, disks are the limit."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """As many as this process has processors, up to 8, since beyond disks are the limit; two more wait for them."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, processors) + 2
 
 
 class Crew:
@@ -43,6 +44,11 @@ class Crew:
                 raise self._error
             self._taken, self._count = self._taken + cost, self._count + 1
         self._pool.submit(self._run, task, *args).add_done_callback(lambda future: self._done(future, cost))
+
+    def check(self) -> None:
+        """Raise what a task raised, if one did."""
+        if self._error is not None:
+            raise self._error
 
     def _fits(self, cost: int) -> bool:
         return self._count < self._most and (self._taken == 0 or self._taken + cost <= self._memory)

@@ -15,7 +15,9 @@ from normswap.checkpoint.hashing import pieces_of
 from normswap.checkpoint.sharing import share
 
 # Buffers in use, of all files, beyond which what waits longest for its turn to be hashed is read back from the file.
-_MOST = 24
+_MOST = 32
+# Bytes behind what was hashed that are written while it goes on: less than those buffers hold.
+_NEAR = 96 * 2**20
 
 
 class _Written(NamedTuple):
@@ -33,7 +35,7 @@ class Output:
         self._file, self._buffers = DirectFile(path, size), buffers
         # not hashed yet, by where each begins
         self._ahead: dict[int, _Written] = {}
-        self._closed = False
+        self._closed, self._hashed = False, 0
         self._changed = threading.Condition()
         self._hash: str | BaseException | None = None
         self._hasher = threading.Thread(target=self._follow, name=f"hash {path.name}", daemon=True)
@@ -41,14 +43,15 @@ class Output:
 
     def write(self, data: bytes | np.ndarray, offset: int) -> None:
         """Put `data` at `offset`."""
-        data = memoryview(data)
+        data = np.frombuffer(data, np.uint8)
 
-        def fill(view: memoryview, at: int) -> None:
-            view[:] = data[at - offset :][: len(view)]
+        def fill(view: np.ndarray, at: int) -> None:
+            # unlike a memoryview's, numpy's copy lets other threads run
+            np.copyto(view, data[at - offset :][: len(view)])
 
         self.fill(range(offset, offset + len(data)), fill)
 
-    def fill(self, span: range, fill: Callable[[memoryview, int], None]) -> None:
+    def fill(self, span: range, fill: Callable[[np.ndarray, int], None]) -> None:
         """Write the bytes in `span`: `fill(view, at)` is to fill `view` with those from the offset `at` on."""
         begin = span.start
         while begin < span.stop:
@@ -85,6 +88,14 @@ class Output:
                     self._buffers.give_back(buffer)
             self._changed.notify_all()
 
+    def is_near(self, begin: int, seconds: float) -> bool:
+        """Whether an offset lies so little behind what is hashed that a buffer can wait for its turn.
+
+        Waits that long for it to be.
+        """
+        with self._changed:
+            return self._changed.wait_for(lambda: begin - self._hashed <= _NEAR, seconds)
+
     def finish(self) -> str:
         """Have all of it on the disk; its SHA-256. Only after everything was written."""
         self._hasher.join()
@@ -119,7 +130,9 @@ class Output:
                 else:
                     digest.update(buffer.at(front, end - front))
                     self._buffers.give_back(buffer)
-                front = end
+                with self._changed:
+                    self._hashed = front = end
+                    self._changed.notify_all()
             self._hash = digest.hexdigest()
         except OSError as error:
             self._hash = error

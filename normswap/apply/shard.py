@@ -32,12 +32,12 @@ class Task(NamedTuple):
 
     Attributes:
         cost: bytes of memory that it takes.
-        reads: bytes of the source that it goes through.
+        begin: the offset in the file at which it writes first.
         run: does it.
     """
 
     cost: int
-    reads: int
+    begin: int
     run: Callable[[], None]
 
 
@@ -100,6 +100,10 @@ class ShardFile:
             return render_header(described, self._shard.metadata)
         return render_header(described, self._shard.metadata, BLOCK, first)
 
+    def is_near(self, task: Task, seconds: float) -> bool:
+        """Whether what the task makes is soon to be hashed; waits that long for it to be."""
+        return self._output.is_near(task.begin, seconds)
+
     def close(self) -> None:
         """Where it was not finished: stop what runs on its own, and leave the file as it is."""
         if self._output is not None:
@@ -151,14 +155,13 @@ class ShardFile:
                 job = jobs[entry.key]
                 here = [places[key] for key in job.keys if key in places]
                 made.update(job.keys)
-                reads = sum(other.bytes_before for other, _ in here)
-                yield Task(self._cost(job), reads, lambda job=job, here=here: self._whole(job, here))
+                yield Task(self._cost(job), start, lambda job=job, here=here: self._whole(job, here))
 
     def _copies(self, entry: TensorChange, start: int) -> Iterator[Task]:
         end = start + entry.bytes_after
         for begin in (start, *range(start - start % AT_ONCE + AT_ONCE, end, AT_ONCE)):
             span = range(begin, min(begin - begin % AT_ONCE + AT_ONCE, end))
-            yield Task(0, len(span), lambda span=span: self._copy(entry, start, span))
+            yield Task(0, begin, lambda span=span: self._copy(entry, start, span))
 
     def _copy(self, entry: TensorChange, start: int, span: range) -> None:
         """The bytes of the file in `span`, of a tensor whose data begin at `start`; no more is read than has to be."""
@@ -177,7 +180,7 @@ class ShardFile:
             def run(rows=rows) -> None:
                 self._put(self._values.cast(entry.key, entry.dtype, rows), entry, start, rows)
 
-            yield Task(cost, entry.bytes_before // len(pieces), run)
+            yield Task(cost, start + self._row(entry, rows), run)
 
     def _pieces(self, job: Job, pieces: list[range | None], entry: TensorChange, start: int) -> Iterator[Task]:
         cost = _COPIES * entry.bytes_after // len(pieces)
@@ -187,7 +190,7 @@ class ShardFile:
                 made = self._values.edited(job, entry.dtype, rows)
                 self._put(made[entry.key], entry, start, rows)
 
-            yield Task(cost, entry.bytes_before // len(pieces), run)
+            yield Task(cost, start + self._row(entry, rows), run)
 
     def _whole(self, job: Job, here: list[tuple[TensorChange, int]]) -> None:
         made = self._values.edited(job, here[0][0].dtype)
@@ -202,10 +205,14 @@ class ShardFile:
                 f"{entry.key}: expected {entry.dtype} of shape {expected} from its edits, found {tensor.dtype} of "
                 f"shape {tuple(tensor.shape)}: an edit's shape depends on values. Leave it out of the plan."
             )
-        offset = 0 if rows is None else rows.start * (entry.bytes_after // entry.shape[0])
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._output.write(data, start + offset)
+        self._output.write(data, start + self._row(entry, rows))
         self._written(len(data))
+
+    @staticmethod
+    def _row(entry: TensorChange, rows: range | None) -> int:
+        """Where in the tensor's data some rows of it begin (bytes)."""
+        return 0 if rows is None else rows.start * (entry.bytes_after // entry.shape[0])
 
     def _cost(self, job: Job) -> int:
         return cost_of(job, self._source, self._entries)

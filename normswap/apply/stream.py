@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from normswap.apply.keeper import Keeper
 from normswap.apply.layout import Job, Layout, WriteSummary, lay_out
 from normswap.apply.shard import Common, ShardFile, check_written, cost_of
 from normswap.apply.values import Values
-from normswap.checkpoint.files import INDEX, Checkpoint, Shard
+from normswap.checkpoint.files import INDEX, Checkpoint
 from normswap.checkpoint.journal import Journal
 from normswap.checkpoint.keymap import KeyMap
 from normswap.errors import SourceError
@@ -37,8 +37,8 @@ Progress = Callable[[int, int], None]
 
 # What tasks may take together even where no single one needs it.
 _MEMORY = 128 * 2**20
-# Bytes that the kernel reads ahead: the disk is never without work, and what is written does not wait behind all reads.
-_AHEAD = 128 * 2**20
+# Bytes of the source that stay in memory: of a weight that is edited, the bias beside it is made as well.
+_KEPT = 128 * 2**20
 # Written bytes after which holes in the heap are given back: that is to look through it, and costs new pages.
 _TRIM = 2**30
 
@@ -110,8 +110,7 @@ def _write_shards(
     begun: list[ShardFile] = []
     common = Common(source, values, destination, journal, written, source.can_share(destination))
     try:
-        ahead = _Ahead(source, () if common.shares else [s for s in source.shards if s.name not in journal.finished])
-        with _one_thread_each(), Crew(workers, max([_MEMORY, *costs])) as crew:
+        with source.keeping(_KEPT), _one_thread_each(), Crew(workers, max([_MEMORY, *costs])) as crew:
             for shard in source.shards:
                 entries, path = layout.shards[shard.name], destination / shard.name
                 if shard.name in journal.finished:
@@ -121,7 +120,8 @@ def _write_shards(
                 file = ShardFile(common, shard, entries, jobs[shard.name])
                 begun.append(file)
                 for task in file.open():
-                    ahead.of(task.reads)
+                    while not file.is_near(task, seconds=0.1):
+                        crew.check()
                     crew.give(task.cost, task.run)
     finally:
         for file in begun:
@@ -153,22 +153,6 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
         if collects:
             gc.enable()
-
-
-class _Ahead:
-    """Has the kernel read `shards` in the order in which tasks will, `_AHEAD` bytes before they do.
-
-    Of shards that share their blocks much is not read: there, nothing is read ahead.
-    """
-
-    def __init__(self, source: Checkpoint, shards: Sequence[Shard]):
-        self._steps, self._read, self._needed = source.read_ahead(shards), 0, _AHEAD
-
-    def of(self, count: int) -> None:
-        """A task that reads so many bytes is about to be given out."""
-        self._needed += count
-        while self._read < self._needed and (read := next(self._steps, None)) is not None:
-            self._read = read
 
 
 class _Progress:

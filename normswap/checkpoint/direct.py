@@ -8,10 +8,13 @@ block; the ends that are not go through the page cache.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import threading
 from pathlib import Path
+
+import numpy as np
+
+from normswap.pages import huge
 
 # What suits every disk and file system in use: 512 bytes on most disks, 4096 on the others.
 BLOCK = 4096
@@ -20,15 +23,14 @@ AT_ONCE = 4 * 2**20
 
 
 class Buffer:
-    """Memory for up to `AT_ONCE` bytes of a file, from some offset on."""
+    """Memory for bytes of a file from one multiple of `AT_ONCE` up to the next."""
 
     def __init__(self):
-        self._memory = memoryview(mmap.mmap(-1, AT_ONCE + BLOCK))
+        self._memory = huge(AT_ONCE)
 
-    def at(self, offset: int, count: int) -> memoryview:
-        """For `count` bytes from `offset` (bytes) on; its address lies in a block as the offset does."""
-        start = offset % BLOCK
-        return self._memory[start : start + count]
+    def at(self, offset: int, count: int) -> np.ndarray:
+        """For `count` bytes from `offset` (bytes) on, which lie in it as they do in the file."""
+        return self._memory[offset % AT_ONCE :][:count]
 
 
 class Buffers:
@@ -49,6 +51,11 @@ class Buffers:
             self.used -= 1
             self._free.append(buffer)
 
+    def drop(self) -> None:
+        """Give back the memory of those that nothing uses."""
+        with self._lock:
+            self._free.clear()
+
 
 class DirectFile:
     """A new file of `size` bytes to be written at offsets, by several threads, each byte once.
@@ -65,7 +72,7 @@ class DirectFile:
         except (OSError, AttributeError):  # a file system, or a system, without
             self._direct = None
 
-    def write(self, view: memoryview, offset: int) -> None:
+    def write(self, view: np.ndarray, offset: int) -> None:
         """Write the view that a `Buffer` gave for this `offset`. Raises OSError."""
         first = min(-offset % BLOCK, len(view))
         last = max(first, len(view) - (offset + len(view)) % BLOCK)
@@ -75,7 +82,7 @@ class DirectFile:
                 # One call writes at most 2 GiB.
                 begin += os.pwrite(self.fd, view[begin:end], offset + begin)
 
-    def _past_the_cache(self, view: memoryview, offset: int) -> int:
+    def _past_the_cache(self, view: np.ndarray, offset: int) -> int:
         """How many bytes could be written so."""
         done = 0
         try:

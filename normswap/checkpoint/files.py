@@ -9,16 +9,18 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 
-from normswap.checkpoint.ahead import read_ahead
+from normswap.checkpoint.blocks import Blocks
+from normswap.checkpoint.direct import AT_ONCE
 from normswap.checkpoint.documents import shown
 from normswap.checkpoint.folder import check_inside
 from normswap.checkpoint.hashing import hash_of
@@ -27,8 +29,12 @@ from normswap.checkpoint.pickled import read_pickled
 from normswap.checkpoint.sharing import can_share
 from normswap.checkpoint.weights import CONFIG, INDEX, WEIGHTS, find_weights, has_weights
 from normswap.errors import SourceError
+from normswap.pages import huge
 
 __all__ = ["CONFIG", "INDEX", "WEIGHTS", "Checkpoint", "Shard", "has_weights"]
+
+# Bytes from which memory for a read is worth pages of its own.
+_LARGE = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class Checkpoint:
         self.read_files = frozenset(shard.file for shard in shards) | ({index_file} - {None})
         self.tensors: dict[str, TensorInfo] = {info.key: info for shard in shards for info in shard.tensors}
         self._files = files
+        self._blocks = Blocks()
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -123,8 +130,8 @@ class Checkpoint:
     def _numbers(self, info: TensorInfo, begin: int, count: int) -> torch.Tensor:
         """As many numbers of the file as `count`, from `begin` numbers behind where a tensor begins."""
         size, start = count * info.dtype.itemsize, info.offset + begin * info.dtype.itemsize
-        data = torch.empty(size, dtype=torch.uint8)
-        self._read_into(memoryview(data.numpy()), info, start)
+        data = torch.from_numpy(huge(size)) if size >= _LARGE else torch.empty(size, dtype=torch.uint8)
+        self._read_into(data.numpy(), info, start)
         return data.view(info.dtype)
 
     def place(self, key: str) -> Place | None:
@@ -132,7 +139,7 @@ class Checkpoint:
         info = self.tensors[key]
         return Place(self._files[info.shard].fileno(), info.offset) if info.strides is None else None
 
-    def read_into(self, view: memoryview, key: str, first: int) -> None:
+    def read_into(self, view: np.ndarray, key: str, first: int) -> None:
         """Fill `view` with a tensor's bytes, row after row, from its `first` (bytes) on."""
         info = self.tensors[key]
         if info.strides is None:
@@ -140,18 +147,14 @@ class Checkpoint:
             return
         row = info.nbytes // info.shape[0]
         rows = range(first // row, -(-(first + len(view)) // row))
-        data = memoryview(self.read(key, rows).reshape(-1).view(torch.uint8).numpy())
-        view[:] = data[first - rows.start * row :][: len(view)]
+        data = self.read(key, rows).reshape(-1).view(torch.uint8).numpy()
+        np.copyto(view, data[first - rows.start * row :][: len(view)])
 
-    def _read_into(self, view: memoryview, info: TensorInfo, start: int) -> None:
-        done = 0
-        while done < len(view):
-            # One call reads at most 2 GiB.
-            with _readable(self._path(info.shard)):
-                read = os.preadv(self._files[info.shard].fileno(), [view[done:]], start + done)
-            if read == 0:
-                raise self._shrunk(info)
-            done += read
+    def _read_into(self, view: np.ndarray, info: TensorInfo, start: int) -> None:
+        with _readable(self._path(info.shard)):
+            read = self._blocks.read_into(view, self._files[info.shard].fileno(), start)
+        if read < len(view):
+            raise self._shrunk(info)
 
     def fingerprint(self) -> str:
         """SHA-256 over every tensor's key, dtype and shape, whatever file it lies in; reads no weights."""
@@ -161,10 +164,6 @@ class Checkpoint:
     def can_share(self, folder: Path) -> bool:
         """Whether files in `folder` can share blocks with those that hold the weights."""
         return can_share(self._files[self.shards[0].name].fileno(), folder)
-
-    def read_ahead(self, shards: Iterable[Shard]) -> Iterator[int]:
-        """`ahead.read_ahead` of the files of these shards."""
-        return read_ahead(self._files[shard.name].fileno() for shard in shards)
 
     def hash_files(self, workers: int) -> dict[str, str]:
         """SHA-256 of every file with weights, by its name; reads all of them, several at a time."""
@@ -186,7 +185,14 @@ class Checkpoint:
     def _path(self, shard: str) -> Path:
         return self.folder / next(one.file for one in self.shards if one.name == shard)
 
+    @contextmanager
+    def keeping(self, size: int) -> Iterator[None]:
+        """Within, so many bytes of what was read last stay in memory, if they came from the disk."""
+        with self._blocks.keeping(size // AT_ONCE):
+            yield
+
     def close(self) -> None:
+        self._blocks.close()
         for file in self._files.values():
             file.close()
 

@@ -60,7 +60,7 @@ from normswap.cli.options import (
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Threads that read, compute and write. Default: one per processor, at most 8.",
+    help="Threads that read, compute and write. Default: one per processor, at most 8, and two more.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="List what happened to each tensor.")
 @click.option(
