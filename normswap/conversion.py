@@ -19,9 +19,10 @@ from normswap.adapters.carry import carry
 from normswap.adapters.folder import read_adapters
 from normswap.adapters.publish import publish_adapters
 from normswap.apply.crew import default_workers
-from normswap.apply.layout import WriteSummary
+from normswap.apply.layout import WriteSummary, lay_out
 from normswap.apply.live import apply_plan
 from normswap.apply.modelling import write_modelling
+from normswap.apply.space import space_for
 from normswap.apply.stream import preview, write_tensors
 from normswap.apply.values import Values
 from normswap.calibration.data import TOKENS, WINDOW, Progress, given_data, silent, text_data
@@ -245,13 +246,14 @@ def convert(
         raise PlanError(f"the plan is for a {plan.architecture}, {model} is a {source.model_class.__name__}.")
     with Checkpoint.open(source.folder) as checkpoint:
         keymap = _map_keys(source, structure, checkpoint)
-        expected = preview(checkpoint, keymap, plan, stored_dtype)
+        layout = lay_out(checkpoint, keymap, plan, stored_dtype)
         original = Values(checkpoint, keymap, plan).original
         carried = [carry(adapter, structure, keymap, plan, original) for adapter in given]
         with staging.resuming(_follows_from(checkpoint, plan, dtype)) as folder:
             journal = staging.journal
             clock.ends("planning")
-            check_space(folder, expected.bytes_after - journal.bytes_finished)
+            weights = space_for(checkpoint, layout, folder, journal.finished)
+            check_space(folder, weights + sum(adapter.size for adapter in given))
             skipped = copy_side_files(checkpoint, folder)
             raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
             config = configure(raw, source, structure, plan, folder, dtype)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normswap.adapters.publish import leave_adapters
-from normswap.apply.layout import WriteSummary
+from normswap.apply.layout import WriteSummary, lay_out
 from normswap.apply.modelling import FILE
-from normswap.apply.stream import preview, write_tensors
+from normswap.apply.space import space_for
+from normswap.apply.stream import write_tensors
 from normswap.calibration.data import Progress, silent
 from normswap.checkpoint.files import CONFIG, Checkpoint
 from normswap.checkpoint.kept import KEPT, load_kept
@@ -83,9 +84,9 @@ def undo(
     with Checkpoint.open(source.folder) as checkpoint:
         keymap = KeyMap.build(source.build(), checkpoint)
         keymap.check_complete(source.name)
-        expected = preview(checkpoint, keymap, back)
+        layout = lay_out(checkpoint, keymap, back, None)
         with staging as made:
-            check_space(made, expected.bytes_after)
+            check_space(made, space_for(checkpoint, layout, made))
             copy_side_files(checkpoint, made)
             adapters = leave_adapters(source.record.raw, made)
             for name in _OURS:

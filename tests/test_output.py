@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import random
+import re
 import shutil
 import subprocess
 import time
@@ -151,6 +152,22 @@ def test_what_lies_far_behind_what_is_hashed_has_to_wait(tmp_path, monkeypatch):
     output.close()
 
 
+def test_nobody_waits_for_what_cannot_be_read_back(tmp_path, monkeypatch):
+    def unreadable(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(output_file, "_NEAR", AT_ONCE)
+    monkeypatch.setattr(output_file, "_MOST", 0)
+    monkeypatch.setattr(output_file, "pieces_of", unreadable)
+    output = Output(tmp_path / "file", 4 * AT_ONCE, Buffers())
+    assert not output.is_near(3 * AT_ONCE, seconds=0.01)
+    output.write(np.zeros(AT_ONCE, np.uint8), 0)
+    assert output.is_near(3 * AT_ONCE, seconds=20)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        output.finish()
+    output.close()
+
+
 @pytest.fixture
 def in_line(tmp_path, monkeypatch):
     """A sharded checkpoint; each step of a conversion waits until all before it is hashed, and computing is slow."""
@@ -211,8 +228,29 @@ def shared_bytes(path: Path) -> int:
     return sum(int(extent[3]) for extent in extents) * BLOCK
 
 
+def refused_below(source: Path, out: Path, monkeypatch) -> int:
+    """The free bytes below which a conversion is refused, above which it is not."""
+    usage = shutil.disk_usage(source)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    with pytest.raises(DestinationError, match="are free") as none:
+        normswap.convert(source, out, norm="rmsnorm", verify="none")
+    needed = int(re.search(r"\((\d+) bytes\), 0\.00 GiB", str(none.value)).group(1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    normswap.convert(source, out, norm="rmsnorm", verify="none")
+    return needed
+
+
+def test_where_no_blocks_are_shared_all_bytes_have_to_be_free(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=8)).save_pretrained(source)
+    monkeypatch.setattr(Checkpoint, "can_share", lambda *_: False)
+    needed = refused_below(source, tmp_path / "out", monkeypatch)
+    tensors = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert needed == sum(tensor.nbytes for tensor in tensors) > 10_000
+
+
 @pytest.mark.skipif(shutil.which("filefrag", path="/usr/sbin:/sbin:/usr/bin") is None, reason="needs filefrag")
-def test_untouched_tensors_share_the_blocks_of_the_source(sharing, tmp_path):
+def test_untouched_tensors_share_the_blocks_of_the_source(sharing, tmp_path, monkeypatch):
     """And the result has the values that it has anywhere else."""
     source = sharing / "source"
     torch.manual_seed(0)
@@ -231,6 +269,9 @@ def test_untouched_tensors_share_the_blocks_of_the_source(sharing, tmp_path):
     with Checkpoint.open(sharing / "out") as made, Checkpoint.open(source) as own:
         aligned = made.tensors[large].offset % BLOCK == own.tensors[large].offset % BLOCK
     assert aligned and torch.equal(here[large], tensors[large])
+    taken = (sharing / "out" / "model.safetensors").stat().st_size - tensors[large].nbytes
+    needed = refused_below(source, sharing / "other", monkeypatch)
+    assert needed <= taken + 2 * BLOCK  # and less, since it is not the only one
     # all whole blocks of the untouched tensors, at least those of the largest
     assert tensors[large].nbytes > 16 * BLOCK
     assert shared_bytes(sharing / "out" / "model.safetensors") >= tensors[large].nbytes - 2 * BLOCK

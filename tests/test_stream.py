@@ -510,6 +510,6 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     edited = sum(tensor.bytes_after for tensor in summary.tensors.values() if tensor.what == "edited")
     largest = max(tensor.bytes_after for tensor in summary.tensors.values() if tensor.what == "edited")
     assert total > 590e6 and edited > total / 2 and largest == 4 * 512 * 2048
-    # Blocks of the source and buffers of the result, 134 MB of each: measured 234 MB here, 226 MB and 249 MB of files of
-    # 400 MB and 800 MB.
+    # Blocks of the source and buffers of the result, 134 MB of each: measured 234 MB here, 226 MB of a file of 400 MB,
+    # 249 MB of one of 800 MB.
     assert grown < 290e6

@@ -80,6 +80,11 @@ class Adapter:
     tensors: dict[str, torch.Tensor]
     digest: str
 
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 def read_adapters(folders: Sequence[str | Path]) -> list[Adapter]:
     """Read adapters, from folders or by their Hub ids, before anything else is done.

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from normswap.checkpoint.direct import AT_ONCE, BLOCK, Buffer, Buffers, DirectFile
-from normswap.checkpoint.hashing import pieces_of
-from normswap.checkpoint.sharing import share
+from normswap.checkpoint.direct import AT_ONCE, Buffer, Buffers, DirectFile
+from normswap.checkpoint.sharing import share, whole_blocks
 
 # Buffers in use, of all files, beyond which what waits longest for its turn to be hashed is read back from the file.
 _MOST = 32
+# Bytes that are read back at once: they stay in a core's cache.
+_PIECE = 2**20
 # Bytes behind what was hashed that are written while it goes on: less than those buffers hold.
 _NEAR = 96 * 2**20
 
@@ -37,7 +39,8 @@ class Output:
         self._ahead: dict[int, _Written] = {}
         self._closed, self._hashed = False, 0
         self._changed = threading.Condition()
-        self._hash: str | BaseException | None = None
+        self._hash: str | None = None
+        self._failed: OSError | None = None
         self._hasher = threading.Thread(target=self._follow, name=f"hash {path.name}", daemon=True)
         self._hasher.start()
 
@@ -69,13 +72,12 @@ class Output:
         Returns:
             Which ones: a part of `span`, perhaps none.
         """
-        first = span.start + -span.start % BLOCK
-        last = max(first, span.stop - span.stop % BLOCK)
-        behind = start + first - span.start
-        if first == last or behind % BLOCK or not share(self._file.fd, first, last - first, fd, behind):
+        whole = whole_blocks(span, start)
+        behind = start + whole.start - span.start
+        if not whole or not share(self._file.fd, whole.start, len(whole), fd, behind):
             return range(span.start, span.start)
-        self._note(first, _Written(last, None))
-        return range(first, last)
+        self._note(whole.start, _Written(whole.stop, None))
+        return whole
 
     def _note(self, begin: int, written: _Written) -> None:
         with self._changed:
@@ -91,16 +93,16 @@ class Output:
     def is_near(self, begin: int, seconds: float) -> bool:
         """Whether an offset lies so little behind what is hashed that a buffer can wait for its turn.
 
-        Waits that long for it to be.
+        Waits that long for it to be. It is where hashing failed, too, of which `finish` tells.
         """
         with self._changed:
-            return self._changed.wait_for(lambda: begin - self._hashed <= _NEAR, seconds)
+            return self._changed.wait_for(lambda: self._failed or begin - self._hashed <= _NEAR, seconds)
 
     def finish(self) -> str:
         """Have all of it on the disk; its SHA-256. Only after everything was written."""
         self._hasher.join()
-        if isinstance(self._hash, BaseException):
-            raise self._hash
+        if self._failed is not None:
+            raise self._failed
         self._file.sync()
         self.close()
         return self._hash
@@ -135,4 +137,17 @@ class Output:
                     self._changed.notify_all()
             self._hash = digest.hexdigest()
         except OSError as error:
-            self._hash = error
+            with self._changed:
+                self._failed = error
+                self._changed.notify_all()
+
+
+def pieces_of(fd: int, start: int, end: int) -> Iterator[memoryview]:
+    """The bytes of an open file from `start` to `end`, or to where it ends; each piece is gone with the next."""
+    view = memoryview(bytearray(_PIECE))
+    while start < end:
+        count = os.preadv(fd, [view[: min(_PIECE, end - start)]], start)
+        if count == 0:
+            return
+        yield view[:count]
+        start += count

@@ -83,7 +83,7 @@ class ShardFile:
 
     def open(self) -> list[Task]:
         """Make the file and write its header; what is to be done for the rest. `close` has to follow."""
-        header = self._header()
+        header = header_of(self._shard, self._entries, self._common.shares)
         with self._named():
             size = len(header) + sum(entry.bytes_after for entry in self._entries)
             self._output = Output(self._path, size, self._common.buffers)
@@ -91,14 +91,6 @@ class ShardFile:
         steps = [*self._steps(len(header))] or [Task(0, 0, lambda: None)]
         self._left = len(steps)
         return [step._replace(run=lambda step=step: self._do(step)) for step in steps]
-
-    def _header(self) -> bytes:
-        """Where blocks can be shared, it is of a length that puts the data where they lie in the source's blocks."""
-        described = [(entry.key, entry.dtype, entry.shape) for entry in self._entries]
-        first = min((info.offset for info in self._shard.tensors), default=0)
-        if not self._common.shares or first % ALIGNMENT:
-            return render_header(described, self._shard.metadata)
-        return render_header(described, self._shard.metadata, BLOCK, first)
 
     def is_near(self, task: Task, seconds: float) -> bool:
         """Whether what the task makes is soon to be hashed; waits that long for it to be."""
@@ -216,6 +208,18 @@ class ShardFile:
 
     def _cost(self, job: Job) -> int:
         return cost_of(job, self._source, self._entries)
+
+
+def header_of(shard: Shard, entries: Sequence[TensorChange], shares: bool) -> bytes:
+    """The header of the file that is made of `shard`, with these tensors.
+
+    Where blocks can be shared, it is of a length that puts the data where they lie in the source's blocks.
+    """
+    described = [(entry.key, entry.dtype, entry.shape) for entry in entries]
+    first = min((info.offset for info in shard.tensors), default=0)
+    if not shares or first % ALIGNMENT:
+        return render_header(described, shard.metadata)
+    return render_header(described, shard.metadata, BLOCK, first)
 
 
 def cost_of(job: Job, source: Checkpoint, entries: Sequence[TensorChange]) -> int:

@@ -23,7 +23,6 @@ from normswap.checkpoint.blocks import Blocks
 from normswap.checkpoint.direct import AT_ONCE
 from normswap.checkpoint.documents import shown
 from normswap.checkpoint.folder import check_inside
-from normswap.checkpoint.hashing import hash_of
 from normswap.checkpoint.header import CODES, TensorInfo, read_header
 from normswap.checkpoint.pickled import read_pickled
 from normswap.checkpoint.sharing import can_share
@@ -173,9 +172,13 @@ class Checkpoint:
 
     def hash_file(self, shard: str) -> str:
         """SHA-256 of a shard's file; reads all of it."""
-        fd = self._files[shard].fileno()
+        fd, view, start = self._files[shard].fileno(), huge(AT_ONCE), 0
+        digest = hashlib.sha256()
         with _readable(self._path(shard)):
-            return hash_of(fd)
+            while count := self._blocks.read_into(view, fd, start):
+                digest.update(view[:count])
+                start += count
+        return digest.hexdigest()
 
     def states(self) -> dict[str, list[int]]:
         """What tells whether a shard's file was written to since: its size, and when it last changed (ns)."""

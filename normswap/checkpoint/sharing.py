@@ -37,6 +37,18 @@ def share(fd: int, offset: int, count: int, source: int, start: int) -> bool:
     return True
 
 
+def whole_blocks(span: range, start: int) -> range:
+    """What of a file's bytes in `span` can be shared with those from `start` on of another: a part, perhaps none.
+
+    Both have to have it in the same places of their blocks.
+    """
+    first = span.start + -span.start % BLOCK
+    last = max(first, span.stop - span.stop % BLOCK)
+    if first == last or (start + first - span.start) % BLOCK:
+        return range(span.start, span.start)
+    return range(first, last)
+
+
 def can_share(source: int, folder: Path) -> bool:
     """Whether files in `folder` can share the blocks of this open file, of a block at least; tried, and undone."""
     try:
