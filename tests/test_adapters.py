@@ -1,6 +1,7 @@
 """LoRA adapters of a source, carried over: on the converted model they give what they gave on the source."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -14,7 +15,7 @@ import normswap
 from lora import adapter_of, apart, logits, opened, saved
 from normswap.adapters.change import Change
 from normswap.cli import main
-from normswap.errors import RefusedError, SourceError, VerificationError
+from normswap.errors import DestinationError, RefusedError, SourceError, VerificationError
 from normswap.planning.plans import Plan
 
 ALL = {"target_modules": "all-linear"}
@@ -110,6 +111,18 @@ def test_an_adapter_gives_the_same_outputs_on_the_converted_model(source, tmp_pa
     if done.adapters[0]["changed"] and "untie" not in words.values():
         with_old = opened(done.folder, adapter)
         assert apart(wanted, logits(with_old)) > 1e-3
+
+
+def test_space_is_checked_for_the_weights_and_the_adapters(source, tmp_path, monkeypatch):
+    adapter = adapter_of(source("llama"), tmp_path / "mine", **ALL)
+    usage, found = shutil.disk_usage(tmp_path), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    for given in ([], [adapter], [adapter_of(source("llama"), tmp_path / "other", **ALL), adapter]):
+        with pytest.raises(DestinationError, match="are free") as refused:
+            normswap.convert(source("llama"), tmp_path / "out", adapters=given, verify="none", fold=True)
+        found.append(int(re.search(r"\((\d+) bytes\), 0\.00 GiB", str(refused.value)).group(1)))
+    size = sum(tensor.nbytes for tensor in load_file(adapter / "adapter_model.safetensors").values())
+    assert [more - found[0] for more in found] == [0, size, 2 * size] and size > 1000
 
 
 def test_only_what_the_plan_meets_is_changed(source, tmp_path):

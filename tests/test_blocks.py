@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from normswap.checkpoint.blocks import Blocks, mostly_cached
 from normswap.checkpoint.direct import AT_ONCE, BLOCK
 from normswap.checkpoint.files import Checkpoint
 from normswap.errors import SourceError
+from normswap.pages import huge
 
 KIB = 2**10
 DIRECT = getattr(os, "O_DIRECT", 0)
@@ -84,6 +86,33 @@ def check(fd: int, data: bytes, most: int = 2) -> None:
     assert len(found) > 100
     assert all(got == data[span.start : span.stop] for got, span in zip(found, wanted, strict=True))
     made.close()
+
+
+def mapping_of(address: int) -> list[str]:
+    """The lines of /proc/self/smaps on the memory that holds an address."""
+    found = []
+    with open("/proc/self/smaps") as smaps:
+        for line in smaps:
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                begin, end = (int(bound, 16) for bound in line.split()[0].split("-"))
+                if found:
+                    break
+                inside = begin <= address < end
+            if inside:
+                found.append(line)
+    return found
+
+
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="no large pages on this system")
+@pytest.mark.parametrize("count", [0, 1, AT_ONCE, 5 * AT_ONCE + 77])
+def test_buffers_may_lie_in_large_pages(count):
+    """Memory that is shared, or that the kernel was not told of, gets none."""
+    memory = huge(count)
+    memory[:] = 7
+    assert len(memory) == count and memory.ctypes.data % (2 * 2**20) == 0
+    lines = mapping_of(memory.ctypes.data)
+    assert lines[0].split()[1] == "rw-p"
+    assert "hg" in next(line for line in lines if line.startswith("VmFlags")).split()
 
 
 def test_several_threads_get_the_bytes_of_the_file(written, reads):

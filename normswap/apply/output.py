@@ -96,7 +96,7 @@ class Output:
         Waits that long for it to be. It is where hashing failed, too, of which `finish` tells.
         """
         with self._changed:
-            return self._changed.wait_for(lambda: self._failed or begin - self._hashed <= _NEAR, seconds)
+            return self._changed.wait_for(lambda: self._failed is not None or begin - self._hashed <= _NEAR, seconds)
 
     def finish(self) -> str:
         """Have all of it on the disk; its SHA-256. Only after everything was written."""

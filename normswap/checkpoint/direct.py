@@ -1,4 +1,4 @@
-"""Writing a file past the page cache.
+"""Writing a file past the page cache, and the buffers that direct writes and reads need.
 
 A write by way of the page cache costs a processor more than all else that a conversion does to the same bytes. A direct
 write (`O_DIRECT`) goes from the process's memory to the disk. Its offset, length and address have to be multiples of a
